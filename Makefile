@@ -1,0 +1,48 @@
+# `make test` and `make demo` need nothing but Python 3.11 or newer: they create .venv where it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+export OMP_NUM_THREADS ?= 2
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: install test test-slow lint format types docs demo table clean
+
+install: $(INSTALLED)
+
+# torch first: left to the resolver, another build of it may be chosen.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt torch
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,docs,tensorboard]'
+	touch $@
+
+test: install
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: install
+	$(BIN)/mkdocs build --strict
+
+demo: install
+	$(BIN)/flowrl demo
+
+# The table of the embedded base model: guidance scales and samplers.
+table: install
+	$(BIN)/python benchmarks/base_table.py --out docs/tables/base_model.md --sheet docs/images/base_grid.png
+
+clean:
+	rm -rf .venv build dist site flowrl-demo
