@@ -1,0 +1,35 @@
+"""The mathematics of flow matching as pure functions on tensors.
+
+One convention for time: sigma is the noise level, 1 for noise and 0 for data,
+
+    x = (1 - sigma) data + sigma noise,    velocity = dx/dsigma = noise - data.
+
+Papers that run t from noise to data are converted by t = 1 - sigma and v_paper = -velocity.
+"""
+
+from .adjoint import carry_adjoint, lean_adjoint, vector_jacobian_product
+from .control_costs import best_control, best_rms, control_cost, control_cost_gradient, root_mean_square
+from .conversions import clean_estimate, expand_like, interpolate, noise_estimate, velocity_between
+from .sigmas import shift_sigmas, uniform_sigmas
+from .steps import euler_step, log_probability, renoise
+
+__all__ = [
+    "best_control",
+    "best_rms",
+    "carry_adjoint",
+    "clean_estimate",
+    "control_cost",
+    "control_cost_gradient",
+    "euler_step",
+    "expand_like",
+    "interpolate",
+    "lean_adjoint",
+    "log_probability",
+    "noise_estimate",
+    "renoise",
+    "root_mean_square",
+    "shift_sigmas",
+    "uniform_sigmas",
+    "vector_jacobian_product",
+    "velocity_between",
+]
