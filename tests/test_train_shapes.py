@@ -1,0 +1,42 @@
+"""The script that made the shipped weights, run in a small way."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowrl_trainers.shapes import load_pipeline
+from flowrl_trainers.shapes.models import WEIGHTS
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "examples" / "train_shapes.py"
+
+
+def train(folder: Path, scale: str) -> str:
+    result = subprocess.run([sys.executable, SCRIPT, "--out", folder, "--scale", scale, "--threads", "1"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return (folder / "train_shapes.log").read_text()
+
+
+def test_a_reduced_run_leaves_a_pipeline_of_the_shipped_layout(tmp_path):
+    log = train(tmp_path, "0.001")
+    for part in ("pictures", "autoencoder", "clip", "stock pipeline"):
+        assert re.search(rf"^{part}.*minutes so far$", log, flags=re.M)
+    assert {p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()} - {Path("train_shapes.log")} == {
+        p.relative_to(WEIGHTS) for p in WEIGHTS.rglob("*") if p.is_file()
+    }
+    trained, shipped = load_pipeline(tmp_path), load_pipeline()
+    configs = [{k: v for k, v in p.transformer.config.items() if k != "_name_or_path"} for p in (trained, shipped)]
+    assert configs[0] == configs[1]
+    assert {n: p.shape for n, p in trained.vae.named_parameters()} == {n: p.shape for n, p in shipped.vae.named_parameters()}
+
+
+@pytest.mark.slow
+def test_a_run_is_a_function_of_its_seed(tmp_path):
+    for name in ("first", "second"):
+        train(tmp_path / name, "0.002")
+    first, second = (load_pipeline(tmp_path / name) for name in ("first", "second"))
+    assert all(torch.equal(p, q) for p, q in zip(first.transformer.parameters(), second.transformer.parameters(), strict=True))
