@@ -1,0 +1,72 @@
+"""Which family a diffusers pipeline belongs to, and what is said of a pipeline that belongs to none."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from .base import FlowPipeline
+from .stable_diffusion_3 import StableDiffusion3FlowPipeline
+
+FAMILIES: dict[str, type[StableDiffusion3FlowPipeline]] = {"StableDiffusion3Pipeline": StableDiffusion3FlowPipeline}
+
+
+def wrap(pipeline: Any, settings: dict[str, Any]) -> FlowPipeline:
+    """The `FlowPipeline` of a loaded pipeline; see `FlowPipeline.from_pipeline`."""
+    if not isinstance(pipeline, DiffusionPipeline):
+        raise ValueError(
+            f"`model` is a {type(pipeline).__name__}: pass a Hub id, a folder, a diffusers pipeline, or a `FlowPipeline` of your own."
+        )
+    family = FAMILIES.get(type(pipeline).__name__)
+    if family is None:
+        raise ValueError(
+            f"{type(pipeline).__name__} is not a supported family ({', '.join(FAMILIES)}): for a flow-matching model of your own, "
+            "subclass `FlowPipeline`."
+        )
+    scheduler = pipeline.components["scheduler"]
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        raise ValueError(
+            f"The pipeline's scheduler is {type(scheduler).__name__}, which is not the Euler sampler of flow matching: set "
+            "`pipeline.scheduler` to a `FlowMatchEulerDiscreteScheduler` if the model was trained by flow matching."
+        )
+    settings = {name: value for name, value in settings.items() if value is not None}
+    unknown = sorted(set(settings) - set(family.default_settings))
+    if unknown:
+        raise ValueError(
+            f"{type(pipeline).__name__} has no setting {', '.join(f'`{name}`' for name in unknown)}: "
+            f"it takes {', '.join(f'`{name}`' for name in family.default_settings)}."
+        )
+    return family(pipeline, **settings)
+
+
+def load(id_or_folder: str | Path, dtype: torch.dtype) -> DiffusionPipeline:
+    """`DiffusionPipeline.from_pretrained`, with one sentence for what can go wrong before anything large is downloaded."""
+    name = str(id_or_folder)
+    index = Path(name) / "model_index.json"
+    try:
+        if not Path(name).is_dir():
+            index = Path(hf_hub_download(name, "model_index.json"))
+        config = json.loads(index.read_text())
+    except (GatedRepoError, RepositoryNotFoundError) as error:
+        raise ValueError(
+            f"{name!r} is missing on the Hub or gated: check the name, accept the licence on its page, and log in with `hf auth login`."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ValueError(f"{name!r} is no folder, and the Hub cannot be reached: check the name and the connection.") from error
+    except (FileNotFoundError, EntryNotFoundError, HFValidationError) as error:
+        raise ValueError(f"{name!r} is no diffusers pipeline: pass a Hub id or a folder that holds a `model_index.json`.") from error
+    if config["_class_name"] not in FAMILIES:
+        raise ValueError(f"{name!r} holds a {config['_class_name']}, which is not a supported family ({', '.join(FAMILIES)}).")
+    # A pipeline saved without one of its text encoders loads only if it is told so again.
+    absent = {part: None for part, value in config.items() if value == [None, None]}
+    return DiffusionPipeline.from_pretrained(name, dtype=dtype, **absent)
