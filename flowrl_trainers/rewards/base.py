@@ -1,0 +1,61 @@
+"""The contract of a reward, and plain functions as rewards."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import torch
+
+Scores = torch.Tensor | Sequence[float | None]
+
+
+class Reward(ABC):
+    """Scores images.
+
+    A trainer calls it with keywords: `images` (B, 3, H, W) float32, `prompts` (B strings), every other column of the dataset as a
+    list of B values, `trainer_state`, `log_extra(name, values)` for B values to keep beside the pictures of an evaluation (in
+    `samples/`), and `log_metric(name, value)` for one number to log. It returns one score per image, higher is better, None for "not
+    applicable here". It may be `async`.
+
+    With `differentiable = True`, images come as the model decodes them, not clamped to [0, 1] and with their graph, and the scores
+    are a float tensor (B,) with a gradient. Otherwise images are clamped to [0, 1] and have no graph.
+    """
+
+    name: str
+    differentiable: bool = False
+
+    @abstractmethod
+    def __call__(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> Scores | Awaitable[Scores]:
+        """One score per image."""
+
+    def to(self, device: torch.device) -> None:
+        """Move what the reward computes with to a device; nothing by default."""
+        return None
+
+
+class FunctionReward(Reward):
+    """A function, or any other callable, as a reward under its own name."""
+
+    def __init__(self, function: Callable[..., Any], differentiable: bool = False) -> None:
+        self.function = function
+        self.differentiable = differentiable
+        named = isinstance(function, type) or (callable(function) and type(function).__name__ in ("function", "method"))
+        self.name = function.__name__ if named else type(function).__name__
+
+    def __call__(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> Scores | Awaitable[Scores]:
+        return self.function(images=images, prompts=prompts, **columns)
+
+    def to(self, device: torch.device) -> None:
+        if isinstance(self.function, torch.nn.Module):
+            self.function.to(device)
+
+
+def differentiable(function: Callable[..., Any]) -> FunctionReward:
+    """Declare that a function or module returns a tensor of scores whose gradient with respect to `images` may be taken.
+
+    @differentiable
+    def redness(images, prompts, **columns):
+        red, green, blue = images.unbind(dim=1)
+        return (red - (green + blue) / 2).mean(dim=(1, 2))
+    """
+    return FunctionReward(function, differentiable=True)

@@ -1,0 +1,40 @@
+"""Rewards by name, and everything a user may pass as `reward_funcs` made into a list of rewards."""
+
+from collections.abc import Callable
+from typing import Any
+
+from .base import FunctionReward, Reward
+from .shapes import CheckerReward, ShapesReward
+
+NAMED_REWARDS: dict[str, type[Reward]] = {"shapes": ShapesReward, "checker": CheckerReward}
+
+RewardLike = str | Reward | Callable[..., Any]
+
+
+def as_rewards(reward_funcs: RewardLike | list[RewardLike], argument: str = "reward_funcs") -> list[Reward]:
+    """A name, a callable, a `Reward`, or a list of them, as a list of `Reward`s with different names.
+
+    argument: what an error message calls them. Raises `ValueError` for an unknown name, `TypeError` for what is no reward.
+    """
+    rewards = [_as_reward(r, argument) for r in (reward_funcs if isinstance(reward_funcs, list) else [reward_funcs])]
+    if not rewards:
+        raise ValueError(f"`{argument}` is empty: pass at least one reward.")
+    names = [r.name for r in rewards]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"`{argument}` has {names.count(name)} rewards called {name!r}: give each its own name.")
+    return rewards
+
+
+def _as_reward(reward: RewardLike, argument: str) -> Reward:
+    if isinstance(reward, Reward):
+        return reward
+    if isinstance(reward, str):
+        if reward not in NAMED_REWARDS:
+            raise ValueError(
+                f"`{argument}` names {reward!r}, which is no known reward: choose {', '.join(NAMED_REWARDS)} or pass a callable."
+            )
+        return NAMED_REWARDS[reward]()
+    if callable(reward):
+        return FunctionReward(reward)
+    raise TypeError(f"`{argument}` has a {type(reward).__name__}: pass a name, a callable, or a `Reward`.")

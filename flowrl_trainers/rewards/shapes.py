@@ -1,0 +1,26 @@
+"""The two judges of the embedded default: a CLIP that saw correct captions, and a checker that learned nothing."""
+
+from typing import Any
+
+import torch
+
+from ..shapes import WEIGHTS, check
+from .base import Reward
+from .clip import CLIPScore
+
+
+class ShapesReward(CLIPScore):
+    """CLIP score under the shipped CLIP of the world of shapes: -1 to 1, differentiable. It tolerates rounded outlines."""
+
+    def __init__(self) -> None:
+        super().__init__(WEIGHTS / "clip", name="shapes")
+
+
+class CheckerReward(Reward):
+    """1 if the picture shows exactly the asked objects, else 0: colour segmentation and geometry, not differentiable."""
+
+    name = "checker"
+    differentiable = False
+
+    def __call__(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> list[float]:
+        return [float(right) for right in check(images, prompts)]

@@ -1,0 +1,128 @@
+"""Rewards: the contract, the CLIP score against a computation of its own, and what is refused."""
+
+import asyncio
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PILImage
+
+from flowrl_trainers.rewards import CheckerReward, CLIPScore, Reward, ShapesReward, as_rewards, differentiable
+from flowrl_trainers.shapes import WEIGHTS, all_prompts, draw, load_clip, parse, random_scene
+from flowrl_trainers.trainers.prompt_groups import Example, Image
+from flowrl_trainers.trainers.scoring import call_rewards
+
+PROMPTS = ["a red circle", "a blue square and a green cross"]
+
+
+def pictures(size: int = 32) -> torch.Tensor:
+    rng = np.random.default_rng(3)
+    return torch.from_numpy(np.stack([draw(random_scene(parse(p), rng, size), size) for p in PROMPTS])).permute(0, 3, 1, 2) / 255
+
+
+def examples(**columns) -> list[Example]:
+    return [Example(Image(i, 0, 0), p, {name: values[i] for name, values in columns.items()}) for i, p in enumerate(PROMPTS)]
+
+
+def test_clip_score_is_the_cosine_of_the_two_embeddings():
+    clip, tokenizer = load_clip()
+    tokens = tokenizer(PROMPTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        text = clip.text_projection(clip.text_model(**tokens).pooler_output)
+        image = clip.visual_projection(clip.vision_model((pictures() - 0.5) / 0.5).pooler_output)
+    torch.testing.assert_close(ShapesReward()(pictures(), PROMPTS), torch.cosine_similarity(text, image), atol=1e-6, rtol=0)
+
+
+def test_clip_score_resizes_as_pillow_does():
+    """Bicubic with antialiasing in torch against Pillow's, which rounds to 8 bits: one level of 255 apart, two at most."""
+    large = pictures(80)
+    reward = ShapesReward()
+    ours = reward.pixels(large) * 0.5 + 0.5
+    theirs = torch.from_numpy(np.stack([
+        np.asarray(PILImage.fromarray((x.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)).resize((32, 32), PILImage.Resampling.BICUBIC))
+        for x in large
+    ])).permute(0, 3, 1, 2) / 255  # fmt: skip
+    assert (ours.clamp(0, 1) - theirs).abs().max() <= 2.5 / 255
+
+
+def test_clip_score_crops_the_centre_of_a_wide_picture():
+    wide = torch.cat([torch.zeros(2, 3, 32, 8), pictures(), torch.zeros(2, 3, 32, 8)], dim=3)
+    reward = ShapesReward()
+    torch.testing.assert_close(reward(wide, PROMPTS), reward(pictures(), PROMPTS), atol=1e-6, rtol=0)
+
+
+def test_gradient_of_the_clip_score_is_that_of_finite_differences():
+    reward, x = ShapesReward(), pictures(48)
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(x, PROMPTS).sum(), x)
+    with torch.no_grad():
+        numeric = (reward(x + 1e-3 * direction, PROMPTS) - reward(x - 1e-3 * direction, PROMPTS)).sum() / 2e-3
+    assert float((gradient * direction).sum()) == pytest.approx(float(numeric), rel=0.02)  # float32 rounding over a step of 1e-3
+
+
+def test_shapes_reward_prefers_the_right_caption():
+    """The best of all 625 captions describes the drawn picture, in at least 95 of 100 cases."""
+    captions, rng, reward = all_prompts(), np.random.default_rng(0), ShapesReward()
+    right = 0
+    for number in rng.integers(0, len(captions), 100):
+        picture = torch.from_numpy(draw(random_scene(parse(captions[number]), rng))).permute(2, 0, 1)[None] / 255
+        scores = reward(picture.expand(len(captions), -1, -1, -1), captions)
+        right += sorted(parse(captions[int(scores.argmax())])) == sorted(parse(captions[number]))
+    assert right >= 95
+
+
+def test_a_clip_is_loaded_by_name_of_its_folder():
+    assert CLIPScore(WEIGHTS / "clip").name == "clip_score"
+    torch.testing.assert_close(CLIPScore(WEIGHTS / "clip")(pictures(), PROMPTS), ShapesReward()(pictures(), PROMPTS))
+
+
+def test_checker_reward_is_one_for_right_and_zero_for_wrong():
+    reward = CheckerReward()
+    assert reward(pictures(), PROMPTS) == [1.0, 1.0]
+    assert reward(pictures(), PROMPTS[::-1]) == [0.0, 0.0]
+    assert not reward.differentiable
+
+
+def test_functions_coroutines_lists_and_none_are_scores():
+    def from_column(images, prompts, length, **columns):
+        return [length[0], None]
+
+    async def slow(images, prompts, **columns):
+        await asyncio.sleep(0.01)
+        return torch.tensor([3.0, 4.0])
+
+    rewards = as_rewards([from_column, slow, "checker"])
+    assert [r.name for r in rewards] == ["from_column", "slow", "checker"]
+    scores = call_rewards(rewards, pictures(), examples(length=[7, 8]))
+    torch.testing.assert_close(scores, torch.tensor([[7.0, 3.0, 1.0], [float("nan"), 4.0, 1.0]]), equal_nan=True)
+
+
+def test_a_wrong_number_of_scores_is_refused():
+    with pytest.raises(ValueError, match=r"Reward 'short' returned scores of shape \(1,\) for 2 images: return one score per image"):
+        call_rewards(as_rewards(differentiable(short)), pictures(), examples())
+
+
+def short(images, prompts, **columns):
+    return [1.0]
+
+
+def test_a_module_is_a_reward_under_the_name_of_its_class():
+    class Brightness(torch.nn.Module):
+        def forward(self, images, prompts, **columns):
+            return images.mean(dim=(1, 2, 3))
+
+    (plain,), (marked,) = as_rewards(Brightness()), as_rewards(differentiable(Brightness()))
+    assert (plain.name, plain.differentiable, marked.differentiable) == ("Brightness", False, True)
+    assert isinstance(plain, Reward)
+
+
+@pytest.mark.parametrize(("rewards", "error", "sentence"), [
+    ("beauty", ValueError, "`reward_funcs` names 'beauty', which is no known reward: choose shapes, checker"),
+    ([], ValueError, "`reward_funcs` is empty"),
+    (["shapes", "shapes"], ValueError, "`reward_funcs` has 2 rewards called 'shapes': give each its own name"),
+    (3, TypeError, "`reward_funcs` has a int: pass a name, a callable"),
+])  # fmt: skip
+def test_what_is_no_reward_is_refused(rewards, error, sentence):
+    with pytest.raises(error, match=sentence):
+        as_rewards(rewards)
