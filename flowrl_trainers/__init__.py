@@ -1,0 +1,27 @@
+"""Reward fine-tuning of flow-matching image models, in the style of TRL."""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .pipelines import FlowPipeline
+    from .trainers import AdjointMatchingConfig, AdjointMatchingTrainer, FlowRLConfig, FlowRLTrainer
+
+# Imported on first use, as trl does: `import flowrl_trainers` alone is quick.
+_HOMES = {
+    "AdjointMatchingConfig": ".trainers",
+    "AdjointMatchingTrainer": ".trainers",
+    "FlowPipeline": ".pipelines",
+    "FlowRLConfig": ".trainers",
+    "FlowRLTrainer": ".trainers",
+}
+
+__version__ = version("flowrl-trainers")
+__all__ = ["AdjointMatchingConfig", "AdjointMatchingTrainer", "FlowPipeline", "FlowRLConfig", "FlowRLTrainer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'flowrl_trainers' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)

@@ -1,0 +1,94 @@
+"""The model card of a run."""
+
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+SHAPES = "flowrl_trainers.shapes"
+LIBRARIES = ("flowrl-trainers", "trl", "diffusers", "transformers", "peft", "torch")
+
+
+@dataclass
+class CardFacts:
+    """What a card says, all of it taken from the run.
+
+    base_model: a Hub id, `flowrl_trainers.shapes`, or None if it is known under no name others could load. rows: `base` and `tuned`
+    of the last evaluation, empty if there was none. picture: the path of a sheet beside the card.
+    """
+
+    name: str
+    method: str
+    paper: dict[str, str]
+    tags: list[str]
+    base_model: str | None
+    has_adapter: bool
+    rewards: dict[str, float]
+    settings: dict[str, Any]
+    sampling: dict[str, Any]
+    rows: dict[str, dict[str, float]] = field(default_factory=dict)
+    picture: str | None = None
+    repository: str | None = None
+    dataset: str | None = None
+
+
+def model_card(facts: CardFacts) -> str:
+    """The card in Markdown with its YAML head."""
+    known = facts.base_model is not None and facts.base_model != SHAPES
+    head = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        base_model=facts.base_model if known else None,
+        datasets=[facts.dataset] if facts.dataset else None,
+        tags=["text-to-image", "flow-matching", "flowrl-trainers", *facts.tags, *(["lora"] if facts.has_adapter else [])],
+    )
+    parts = [f"---\n{head.to_yaml()}\n---", f"# {facts.name}", _summary(facts)]
+    if facts.picture:
+        parts += [f"![Pictures of the base model and of the tuned one, same prompts and seeds]({facts.picture})"]
+    if facts.rows:
+        parts += ["## What it brought", _table(facts)]
+    parts += ["## Use", _usage(facts), "## How it was trained", _training(facts)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _summary(facts: CardFacts) -> str:
+    what = "A LoRA for" if facts.has_adapter else "The fine-tuned transformer of"
+    base = f"`{facts.base_model}`" if facts.base_model else "a flow-matching pipeline"
+    rewards = " and ".join(f"`{name}`" for name in facts.rewards)
+    return f"{what} {base}, tuned by {facts.method} to raise {rewards} with flowrl-trainers."
+
+
+def _table(facts: CardFacts) -> str:
+    names = list(facts.rows["tuned"])
+    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    lines += [f"| {label} | " + " | ".join(f"{facts.rows[label][name]:.3f}" for name in names) + " |" for label in ("base", "tuned")]
+    sampling = ", ".join(f"{name} {value}" for name, value in facts.sampling.items())
+    trained = ", ".join(f"`{name}`" for name in facts.rewards)
+    note = f"Held-out prompts, the same seeds for both rows ({sampling}). Training saw {trained} alone; what else is listed, it never saw."
+    return "\n".join([*lines, "", note])
+
+
+def _usage(facts: CardFacts) -> str:
+    here = facts.repository or "."
+    if facts.base_model == SHAPES:
+        load = "from flowrl_trainers.shapes import load_pipeline\n\npipe = load_pipeline()"
+    else:
+        base = facts.base_model or "path/to/the/base/model"
+        load = f'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{base}")'
+    if facts.has_adapter:
+        load += f'\npipe.load_lora_weights("{here}")'
+    else:
+        load += f'\npipe.transformer = type(pipe.transformer).from_pretrained("{here}", subfolder="transformer")'
+    arguments = ", ".join(f"{name}={value!r}" for name, value in facts.sampling.items())
+    return f'```python\n{load}\nimage = pipe("your prompt", {arguments}).images[0]\n```'
+
+
+def _training(facts: CardFacts) -> str:
+    rows = "\n".join(f"| `{name}` | {value} |" for name, value in facts.settings.items())
+    versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+    paper = f"[{facts.paper['title']}](https://huggingface.co/papers/{facts.paper['id']})"
+    return (
+        f"Method: {facts.method}, after {paper}{facts.paper.get('note', '')}. Every setting is in `config.yaml`; the main ones:\n\n"
+        f"| setting | value |\n|---|---|\n{rows}\n\nVersions: {versions}."
+    )

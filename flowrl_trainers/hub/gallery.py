@@ -1,0 +1,64 @@
+"""Pictures of pictures."""
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+INK, PAPER, RIGHT, WRONG = (40, 40, 40), (255, 255, 255), (46, 140, 70), (200, 60, 50)
+GAP, LABEL_WIDTH, LINE = 12, 84, 20
+
+Box = tuple[int, int, int, int]
+
+
+def to_pillow(image: torch.Tensor) -> Image.Image:
+    """A picture (3, H, W) in [0, 1] as Pillow sees it, rounded as diffusers rounds."""
+    return Image.fromarray((image.detach().cpu().permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
+
+
+def before_after(
+    prompts: list[str], rows: dict[str, torch.Tensor], right: dict[str, list[bool]] | None = None, columns: int = 4
+) -> tuple[Image.Image, dict[str, list[Box]]]:
+    """A sheet with the pictures of each prompt under one another, one labelled row per model.
+
+    rows: name of a model -> pictures (B, 3, H, W) in [0, 1], one per prompt; small ones are enlarged by a whole factor to about 160
+    pixels, large ones reduced to 256.
+    right: for each model, whether each picture is right; those are framed in green and the others in red.
+    Returns the sheet and, for each model, the boxes (left, top, right, bottom) of its pictures on it.
+    """
+    height, width = next(iter(rows.values())).shape[-2:]
+    longest = max(height, width)
+    factor = max(1, round(160 / longest)) if longest <= 256 else 256 / longest
+    tile_width, tile_height = round(width * factor), round(height * factor)
+    resampling = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.LANCZOS
+    font = ImageFont.load_default(size=14)
+    lines = [_wrapped(p, font, tile_width) for p in prompts]
+    text_height = LINE * max(len(text) for text in lines)
+    block = len(rows) * (tile_height + GAP) + text_height + 2 * GAP
+    blocks = -(-len(prompts) // columns)
+    sheet = Image.new("RGB", (LABEL_WIDTH + min(columns, len(prompts)) * (tile_width + GAP), GAP + blocks * block), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    boxes: dict[str, list[Box]] = {name: [] for name in rows}
+    for i, text in enumerate(lines):
+        left, top = LABEL_WIDTH + (i % columns) * (tile_width + GAP), GAP + (i // columns) * block
+        for name, images in rows.items():
+            if i % columns == 0:
+                pen.text((GAP, top + tile_height // 2 - 8), name, INK, font)
+            sheet.paste(to_pillow(images[i]).resize((tile_width, tile_height), resampling), (left, top))
+            boxes[name].append((left, top, left + tile_width, top + tile_height))
+            colour = INK if right is None else RIGHT if right[name][i] else WRONG
+            pen.rectangle((left - 3, top - 3, left + tile_width + 2, top + tile_height + 2), outline=colour, width=3)
+            top += tile_height + GAP
+        for number, line in enumerate(text):
+            pen.text((left, top + number * LINE), line, INK, font)
+    return sheet, boxes
+
+
+def _wrapped(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

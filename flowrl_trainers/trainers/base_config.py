@@ -1,0 +1,143 @@
+"""`FlowRLConfig`: the settings that all trainers share."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class FlowRLConfig(TrainingArguments):
+    r"""Settings shared by all trainers, beside those of [`~transformers.TrainingArguments`].
+
+    `per_device_train_batch_size` counts images per device and micro-step. One update takes
+    `per_device_train_batch_size * gradient_accumulation_steps * processes` images, which `num_generations` must divide. One
+    rollout fills `steps_per_generation` micro-steps and is used `num_iterations` times.
+
+    Different from `TrainingArguments`: `learning_rate` 1e-4, `lr_scheduler_type` "constant", `logging_steps` 1,
+    `remove_unused_columns` False (other columns reach the rewards), `ddp_find_unused_parameters` False.
+    """
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate of AdamW."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "The learning rate schedule."})
+    logging_steps: float = field(default=1, metadata={"help": "Log every this many updates; a number below 1 is a share of all updates."})
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Must stay false: the other columns of the dataset are passed to the rewards."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Whether DDP looks for parameters without gradients; every trained one has a gradient."}
+    )
+
+    # Sampling
+    num_inference_steps: int = field(default=20, metadata={"help": "The number of sampler steps of a rollout."})
+    eval_num_inference_steps: int | None = field(
+        default=None, metadata={"help": "The number of sampler steps of an evaluation. Default: `num_inference_steps`."}
+    )
+    guidance_scale: float | None = field(
+        default=None, metadata={"help": "The guidance scale of rollouts and evaluations; 1 is off. Default: the pipeline's own."}
+    )
+    negative_prompt: str | None = field(
+        default=None, metadata={"help": "What guidance leads away from. Default: the pipeline's own, mostly the empty prompt."}
+    )
+    height: int | None = field(default=None, metadata={"help": "The height of images in pixels. Default: the pipeline's own."})
+    width: int | None = field(default=None, metadata={"help": "The width of images in pixels. Default: the pipeline's own."})
+    max_sequence_length: int | None = field(
+        default=None, metadata={"help": "The number of prompt tokens of families that take it. Default: the pipeline's own."}
+    )
+
+    # Rollouts
+    num_generations: int = field(
+        default=1, metadata={"help": "The number of images per prompt in a rollout. Must divide the images per update."}
+    )
+    steps_per_generation: int | None = field(
+        default=None,
+        metadata={
+            "help": "The number of micro-steps that one rollout fills, a multiple of `gradient_accumulation_steps`. "
+            "Default: `gradient_accumulation_steps`, one update per rollout."
+        },
+    )
+    num_iterations: int = field(default=1, metadata={"help": "How many times each rollout is used."})
+    decode_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "The number of images decoded and scored at a time. Default: `per_device_train_batch_size`."},
+    )
+
+    log_images: int = field(
+        default=8, metadata={"help": "The number of held-out prompts whose pictures every evaluation writes into `samples/`; 0 for none."}
+    )
+
+    # Training
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "The decay of a moving average of the trained weights, which is evaluated and saved in their place; below 1. The "
+            "average warms up as in diffusers' `EMAModel`. Default: no average."
+        },
+    )
+    max_bad_sample_share: float = field(
+        default=0.25,
+        metadata={
+            "help": "Samples whose reward, reward gradient or loss is not finite are left out; where they are more than this share of a "
+            "rollout or micro-batch, the run stops. Between 0 and 1."
+        },
+    )
+    target_reward: float | None = field(
+        default=None, metadata={"help": "Training stops once the mean weighted reward of a rollout reaches this. Default: never."}
+    )
+
+    # Rewards
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "One weight per reward; the reward that is maximised is the weighted sum. Default: all 1."}
+    )
+
+    @property
+    def images_per_update(self) -> int:
+        """The images of one update, over all micro-steps and processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
+    def micro_steps_per_rollout(self) -> int:
+        """The micro-steps of one pass over a rollout."""
+        return self.steps_per_generation or self.gradient_accumulation_steps
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """The updates of one pass over a rollout."""
+        return self.micro_steps_per_rollout // self.gradient_accumulation_steps
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_inference_steps", "num_generations", "num_iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` ({getattr(self, name)}) must be at least 1.")
+        accumulation, images = self.gradient_accumulation_steps, self.images_per_update
+        if images % self.num_generations:
+            below = images // self.num_generations * self.num_generations
+            nearest = " or ".join(str(n) for n in (below, below + self.num_generations) if n)
+            raise ValueError(
+                f"The images per update ({images} = per_device_train_batch_size {self.per_device_train_batch_size} * "
+                f"gradient_accumulation_steps {accumulation} * {self.world_size} processes) must be a multiple of "
+                f"`num_generations` ({self.num_generations}), the images per prompt: make it {nearest}."
+            )
+        if self.steps_per_generation is not None and (self.steps_per_generation < 1 or self.steps_per_generation % accumulation):
+            raise ValueError(
+                f"`steps_per_generation` ({self.steps_per_generation}) must be a multiple of `gradient_accumulation_steps` "
+                f"({accumulation}): a rollout fills whole updates."
+            )
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` ({self.ema_decay}) must be between 0 and 1.")
+        if not 0 <= self.max_bad_sample_share <= 1:
+            raise ValueError(f"`max_bad_sample_share` ({self.max_bad_sample_share}) must be between 0 and 1.")
+        if self.log_images < 0:
+            raise ValueError(f"`log_images` ({self.log_images}) must be at least 0.")
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"One process sees {self.n_gpu} GPUs, which would share each batch: start one process per GPU with `accelerate launch` or "
+                "`flowrl METHOD --accelerate_config ddp`."
+            )
+        for name in ("fsdp", "deepspeed", "fp16_full_eval", "bf16_full_eval"):
+            if getattr(self, name):
+                raise ValueError(f"`{name}` is not supported: the network must be whole, and in place before training starts.")
+        if self.remove_unused_columns:
+            raise ValueError("`remove_unused_columns` must be False: the other columns of the dataset are passed to the rewards.")
+        if self.auto_find_batch_size:
+            raise ValueError("`auto_find_batch_size` must be False: it would change the images per update during training.")

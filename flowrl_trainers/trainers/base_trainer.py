@@ -1,0 +1,485 @@
+"""`FlowRLTrainer`: what the four methods share around their own rollout, targets and loss."""
+
+import copy
+import time
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.training_utils import EMAModel, cast_training_params
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerControl, set_seed
+from transformers.trainer_utils import TrainOutput
+
+from ..pipelines import Conditioning, FlowPipeline
+from ..rewards import as_rewards
+from ..rewards.named import RewardLike
+from .base_config import FlowRLConfig
+from .conditioning import ConditioningCache
+from .draws import keyed_generator
+from .evaluation import Pictures, draw_rows, evaluation_row
+from .flow_model import FlowModel
+from .input_checks import check_dataset, check_lora, check_output_dir, check_rewards
+from .loop_callback import LoopCallback
+from .micro_batch import MicroBatch
+from .prompt_groups import Example, Image, PromptDataset, PromptGroupSampler
+from .run_files import RunFiles
+from .scoring import call_rewards, score_with_gradient
+
+
+def _ignore(name: str, value: float) -> None:
+    """For calls of rewards whose numbers nobody logs."""
+
+
+SETTINGS = ("height", "width", "guidance_scale", "negative_prompt", "max_sequence_length")
+PROBE = 2
+
+
+class FlowRLTrainer(RunFiles, Trainer):
+    """The base of all trainers.
+
+    An algorithm overrides `rollout` (how latents are drawn and what is kept of it), `prepare` (what is computed once per rollout)
+    and `micro_batch_losses`.
+
+    Args:
+        model: a Hub id or folder of a diffusers pipeline, a loaded pipeline, or a `FlowPipeline`.
+        reward_funcs: a name, a callable, a `Reward`, or a list of them; see `flowrl_trainers.rewards.Reward`.
+        args: the configuration; None for its defaults.
+        train_dataset: a `datasets.Dataset` with the column `prompt`; its other columns reach the rewards.
+        eval_dataset: held-out prompts, one image each; a row that is repeated gives another image of the same prompt.
+        eval_reward_funcs: rewards that evaluation adds to `reward_funcs` and training never sees.
+        callbacks: as in `transformers.Trainer`.
+        optimizers: as in `transformers.Trainer`.
+        peft_config: the LoRA to train; None trains the adapter that the pipeline carries or, without one, all weights.
+    """
+
+    config_class: ClassVar[type[FlowRLConfig]] = FlowRLConfig
+    needs_reward_gradient: ClassVar[bool] = False
+    replayed_settings: ClassVar[tuple[str, ...]] = ("seed", "num_inference_steps", "num_generations", "num_iterations", "ema_decay")
+    loss_is_scaled_for_ga = False
+
+    args: FlowRLConfig
+    model: FlowModel
+    control: TrainerControl
+
+    def __init__(
+        self,
+        model: str | Path | DiffusionPipeline | FlowPipeline,
+        reward_funcs: RewardLike | list[RewardLike],
+        args: FlowRLConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        eval_reward_funcs: RewardLike | list[RewardLike] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: LoraConfig | None = None,
+    ) -> None:
+        args = args or self.config_class(output_dir=self._name.lower().replace(" ", "-"))
+        check_output_dir(args)
+        self.rewards = as_rewards(reward_funcs)
+        self.eval_rewards = as_rewards(eval_reward_funcs, "eval_reward_funcs") if eval_reward_funcs else []
+        check_rewards(self.rewards, args, type(self).__name__ if self.needs_reward_gradient else None)
+        train_dataset = check_dataset(train_dataset, "train_dataset", args)
+        eval_dataset = None if eval_dataset is None else check_dataset(eval_dataset, "eval_dataset")
+        self.flow = self._flow_pipeline(model, args)
+        set_seed(args.seed)  # a LoRA starts from random numbers
+        self.peft_config = self._add_adapter(peft_config)
+        super().__init__(
+            model=FlowModel(self.flow, has_adapter=self.peft_config is not None),
+            args=args,
+            data_collator=list,
+            train_dataset=PromptDataset(train_dataset),
+            eval_dataset=eval_dataset,
+            callbacks=[LoopCallback(self), *(callbacks or [])],
+            optimizers=optimizers,
+        )
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._window: list[MicroBatch] = []
+        self._micro_step = 0
+        self._base_rows: dict[str, dict[str, float]] = {}
+        self._base_pictures: dict[str, Pictures] = {}
+        self.rows: dict[str, dict[str, float]] = {}
+        self.seconds: dict[str, float] = {}
+        self._training_since: float | None = None
+        self.rollout_reward: float | None = None
+        self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.rewards), device=args.device)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("FSDP and DeepSpeed are not supported: use `--accelerate_config ddp`, which keeps the network whole.")
+        self._place_frozen_parts()
+        self.ema = EMAModel(self.trained_parameters(), decay=args.ema_decay) if args.ema_decay is not None else None
+        self.sigmas = self.flow.sigmas(args.num_inference_steps).to(args.device)
+        self.sampler = PromptGroupSampler(
+            num_prompts=len(train_dataset),
+            num_generations=args.num_generations,
+            images_per_update=args.images_per_update,
+            updates_per_rollout=args.updates_per_rollout,
+            repeats=args.micro_steps_per_rollout * args.num_iterations,
+            num_processes=args.world_size,
+            seed=args.seed,
+        )
+        self.conditioning = ConditioningCache(self.flow)
+        self._encode_prompts(train_dataset, eval_dataset)
+        self.settings = self.run_settings()
+        self.set_up()
+
+    # ---- what an algorithm overrides -------------------------------------------------------------------------------------
+
+    num_trained_states: int
+    """The states of each trajectory at which the loss is taken."""
+
+    def set_up(self) -> None:
+        """The last act of `__init__`: check and keep what the algorithm needs; nothing by default."""
+        return None
+
+    @abstractmethod
+    def rollout(self, latents: torch.Tensor, conditioning: Conditioning) -> dict[str, torch.Tensor]:
+        """Sample from initial latents (B, ...) with `self.model`, without gradients; return what is kept, images first."""
+
+    @abstractmethod
+    def prepare(self, rollout: list[MicroBatch]) -> None:
+        """Score a rollout and add what the loss needs (targets, adjoints, advantages) to its micro-batches, in place."""
+
+    @abstractmethod
+    def micro_batch_losses(self, model: nn.Module, batch: MicroBatch, conditioning: Conditioning, state: int) -> torch.Tensor:
+        """The losses (B,) of the images of a micro-batch at one trained state; what is minimised is the mean over images and states.
+
+        Each state is differentiated before the next is computed, so that memory does not grow with their number.
+        """
+
+    def algorithm_state(self) -> dict[str, Any]:
+        """What a checkpoint has to keep of the algorithm beside weights and rollout: tensors, numbers, strings."""
+        return {}
+
+    def load_algorithm_state(self, state: dict[str, Any]) -> None:
+        """Take up what `algorithm_state` returned."""
+
+    # ---- set-up ----------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _flow_pipeline(model: str | Path | DiffusionPipeline | FlowPipeline, args: FlowRLConfig) -> FlowPipeline:
+        settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+        if isinstance(model, FlowPipeline):
+            if settings:
+                raise ValueError(
+                    f"`{next(iter(settings))}` is set in `args`, but `model` is a `FlowPipeline` with settings of its own: set it there."
+                )
+            return model
+        if isinstance(model, (str, Path)):
+            dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+            return FlowPipeline.from_pretrained(model, dtype=dtype, **settings)
+        return FlowPipeline.from_pipeline(model, **settings)
+
+    def _add_adapter(self, peft_config: LoraConfig | None) -> LoraConfig | None:
+        """Prepare the transformer's trainable parameters; returns the configuration of the adapter that is trained, if any."""
+        transformer: Any = self.flow.transformer
+        carries = any(isinstance(module, BaseTunerLayer) for module in transformer.modules())
+        if peft_config is None:
+            if carries:
+                return self._continued_adapter(transformer)
+            transformer.requires_grad_(True)
+            cast_training_params(transformer, dtype=torch.float32)
+            return None
+        if carries:
+            raise ValueError(
+                "The pipeline already carries a LoRA: call `pipeline.fuse_lora()` and `pipeline.unload_lora_weights()` first, or pass no "
+                "`peft_config` to train that one further."
+            )
+        if not isinstance(transformer, PeftAdapterMixin):
+            raise ValueError(
+                f"`peft_config` is set, but {type(transformer).__name__} has no `add_adapter`: derive it from "
+                "`diffusers.loaders.PeftAdapterMixin`, or pass no `peft_config` to train all weights."
+            )
+        check_lora(peft_config)
+        peft_config = copy.deepcopy(peft_config)
+        peft_config.target_modules = peft_config.target_modules or list(self.flow.lora_target_modules)
+        transformer.requires_grad_(False)
+        transformer.add_adapter(peft_config)
+        cast_training_params(transformer, dtype=torch.float32)
+        return peft_config
+
+    @staticmethod
+    def _continued_adapter(transformer: Any) -> LoraConfig:
+        active = transformer.active_adapters()
+        if len(active) != 1:
+            raise ValueError(
+                f"The pipeline has {len(active)} active adapters ({', '.join(active)}): choose the one to train with "
+                "`pipeline.set_adapters`."
+            )
+        transformer.requires_grad_(False)
+        transformer.enable_adapters()  # makes the active adapter trainable
+        cast_training_params(transformer, dtype=torch.float32)
+        return transformer.peft_config[active[0]]
+
+    def _place_frozen_parts(self) -> None:
+        for module in [*self.flow.text_encoders(), *self.flow.decoders()]:
+            module.requires_grad_(False).eval()
+        for module in self.flow.decoders():
+            module.to(self.args.device, torch.float32)  # rewards and their gradients are float32
+        if self.model.frozen is not None:
+            self.model.frozen.to(self.args.device)
+        for reward in [*self.rewards, *self.eval_rewards]:
+            reward.to(self.args.device)
+
+    def _encode_prompts(self, train_dataset: Dataset, eval_dataset: Dataset | None) -> None:
+        """Only those prompts that the run will ask for."""
+        rows = list(range(len(train_dataset)))
+        if self.args.max_steps > 0:
+            rollouts = -(-self.args.max_steps // (self.args.updates_per_rollout * self.args.num_iterations))
+            rows = sorted({*range(min(PROBE, len(train_dataset))), *self.sampler.rows_of(rollouts)})
+        prompts = list(train_dataset["prompt"])
+        wanted = [prompts[row] for row in rows] + (list(eval_dataset["prompt"]) if eval_dataset is not None else [])
+        self.conditioning.encode(wanted, self.args.device, show_progress=self.is_local_process_zero() and not self.args.disable_tqdm)
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """The parameters that training changes."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    # ---- the loop --------------------------------------------------------------------------------------------------------
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None
+    ) -> TrainOutput:
+        """Probe model and rewards with two pictures, then train.
+
+        resume_from_checkpoint: True for the newest complete checkpoint of `output_dir`, or a checkpoint's folder. The resumed run
+        repeats what the uninterrupted one would have done, bit for bit. Raises `ValueError` for a checkpoint that is incomplete or damaged.
+        """
+        folder = self.find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
+        self.probe()
+        self._micro_step, self._window = 0, []
+        self._training_since = time.perf_counter()
+        output = super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
+        self.seconds = self.seconds_so_far()
+        self._training_since = None
+        return output
+
+    def seconds_so_far(self) -> dict[str, float]:
+        """Seconds of training and of evaluation, those before a resumption included."""
+        running = 0.0 if self._training_since is None else time.perf_counter() - self._training_since
+        return self.seconds | {"training": self.seconds.get("training", 0.0) + running}
+
+    def probe(self) -> None:
+        """Draw and score two pictures; raises `ValueError` if the rewards cannot be trained on."""
+        examples = [self.train_dataset[Image(row % len(self.train_dataset), row, 0)] for row in range(PROBE)]
+        self.model.eval()
+        with torch.no_grad():
+            latents = self.initial_latents([e.key for e in examples], "probe")
+            with self.accelerator.autocast():
+                latents = self.flow.sample_latents(self.model.active_transformer, self.condition(examples), latents, self.sigmas)
+        if self.needs_reward_gradient:
+            scores, _ = self.score_with_gradient(latents, examples)
+        else:
+            with torch.no_grad():
+                scores = call_rewards(self.rewards, self.flow.images(latents), examples, **self.reward_context())
+        if self.eval_rewards:
+            asked = examples if self.eval_dataset is None else [PromptDataset(self.eval_dataset)[Image(0, 0, 0)]] * PROBE
+            with torch.no_grad():
+                judged = call_rewards(self.eval_rewards, self.flow.images(latents), asked, **self.reward_context())
+            scores = torch.cat([scores, judged], dim=1)
+        for reward, column in zip([*self.rewards, *self.eval_rewards], scores.unbind(dim=1), strict=True):
+            if not column.isfinite().any():
+                raise ValueError(
+                    f"Reward {reward.name!r} gave no finite score to {PROBE} probe pictures ({column.tolist()}): call it on two pictures "
+                    "of the model to see why."
+                )
+        self._metrics.clear()
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of one process's share of a rollout, once per micro-step in which it is used."""
+        size = self.args.per_device_train_batch_size * self.args.micro_steps_per_rollout
+        return self.accelerator.prepare(DataLoader(self.train_dataset, batch_size=size, sampler=self.sampler, collate_fn=list))
+
+    def training_step(self, model: nn.Module, inputs: list[Example], num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+        """Make a rollout where one is due, then accumulate the gradient of one micro-batch, one trained state at a time."""
+        if self._micro_step % (self.args.micro_steps_per_rollout * self.args.num_iterations) == 0:
+            self._window = self._make_rollout(inputs)
+        batch = self._window[self._micro_step % self.args.micro_steps_per_rollout]
+        self._micro_step += 1
+        model.train()
+        with self.timed("update"):
+            return self._accumulate_gradient(model, batch)
+
+    def _accumulate_gradient(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+        conditioning, states = self.condition(batch.examples), self.num_trained_states
+        total, bad = torch.zeros((), device=self.args.device), torch.zeros((), device=self.args.device)
+        for state in range(states):
+            # Gradients of all but the last state are reduced over processes together with the last one's.
+            with nullcontext() if state == states - 1 else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    losses = self.micro_batch_losses(model, batch, conditioning, state)
+                good = losses.detach().isfinite() & batch.good
+                loss = torch.where(good, losses, 0.0).mean() / (states * self.current_gradient_accumulation_steps)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+            bad += (~losses.detach().isfinite() & batch.good).float().mean() / states
+        self.count_bad_samples("loss", bad.reshape(1))
+        return total
+
+    def _make_rollout(self, examples: list[Example]) -> list[MicroBatch]:
+        size = self.args.per_device_train_batch_size
+        self.model.eval()
+        rollout = []
+        with self.timed("rollout"), torch.no_grad():
+            for start in range(0, len(examples), size):
+                part = examples[start : start + size]
+                latents = self.initial_latents([e.key for e in part], "initial latents")
+                good = torch.ones(len(part), dtype=torch.bool, device=self.args.device)
+                rollout += [MicroBatch(part, self.rollout(latents, self.condition(part)), good)]
+        self.prepare(rollout)
+        return rollout
+
+    def initial_latents(self, keys: list[Image], purpose: str) -> torch.Tensor:
+        """Float32 noise for images, each drawn on the CPU from its own key."""
+        generators = [keyed_generator(self.args.seed, k.row, k.image, k.rollout, purpose) for k in keys]
+        return self.flow.initial_latents(len(keys), generators).to(self.args.device)
+
+    def condition(self, examples: list[Example]) -> Conditioning:
+        """What the network reads of the examples' prompts."""
+        return self.conditioning([e.prompt for e in examples], self.args.device)
+
+    # ---- scores ----------------------------------------------------------------------------------------------------------
+
+    def reward_context(self, log_metric: Callable[[str, float], None] | None = None) -> dict[str, Any]:
+        """What every reward is called with beside images, prompts and columns."""
+        return {"trainer_state": self.state, "log_metric": log_metric or self.log_metric, "log_extra": lambda name, values: None}
+
+    def score_with_gradient(self, latents: torch.Tensor, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores (B, number of rewards) of final latents, and the gradient (B, ...) of their weighted sum."""
+        size = self.args.decode_batch_size or self.args.per_device_train_batch_size
+        return score_with_gradient(self.flow, latents, examples, self.rewards, self.reward_weights, size, **self.reward_context())
+
+    def log_rewards(self, scores: torch.Tensor) -> None:
+        """Note mean and standard deviation of each reward, and the mean weighted sum, over the whole rollout of all processes."""
+        scores = self.accelerator.gather(scores)
+        scores = torch.where(scores.isfinite(), scores, torch.nan)
+        for reward, column in zip(self.rewards, scores.unbind(dim=1), strict=True):
+            column = column[~column.isnan()]
+            self.log_metric(f"reward/{reward.name}", column.mean())
+            self.log_metric(f"reward_std/{reward.name}", column.std(correction=0))
+        self.rollout_reward = float((scores.nan_to_num(0.0) * self.reward_weights).sum(dim=1).mean())
+        self.log_metric("reward", self.rollout_reward)
+
+    def count_bad_samples(self, what: str, bad: torch.Tensor) -> None:
+        """Note the share of bad samples (B,), 0 or 1 each, over all processes; too large a share ends the run."""
+        share = float(self.accelerator.gather(bad.float()).mean())
+        self.log_metric(f"bad_samples/{what}", share)
+        if share > self.args.max_bad_sample_share:
+            raise RuntimeError(
+                f"The {what} is not finite for {100 * share:.0f} % of the samples, more than `max_bad_sample_share` "
+                f"({self.args.max_bad_sample_share}) allows: lower the learning rate, or look at the rewards."
+            )
+
+    # ---- logs ------------------------------------------------------------------------------------------------------------
+
+    def log_metric(self, name: str, value: float | torch.Tensor) -> None:
+        """Note a number; the mean of all that were noted since the last log is logged."""
+        self._metrics[name].append(float(value))
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Note the seconds of a phase."""
+        self._finish_device_work()
+        start = time.perf_counter()
+        yield
+        self._finish_device_work()
+        self.log_metric(f"seconds/{phase}", time.perf_counter() - start)
+
+    def _finish_device_work(self) -> None:
+        if self.args.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of the noted numbers to what Trainer logs of training."""
+        if "loss" in logs:
+            logs |= {name: sum(values) / len(values) for name, values in self._metrics.items()}
+            self._metrics.clear()
+        super().log(logs, start_time)
+
+    # ---- evaluation ------------------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Dataset | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Draw one picture per row by the ODE, with seeds that are the row's own, and score it with all rewards.
+
+        Returns and logs, with the prefix, `reward/<name>` (means over all rows) and `diversity`, and the same of the base model with
+        the same seeds under `base_reward/<name>` and `base_diversity`. Writes a sheet of `log_images` pictures into `samples/`. Raises
+        `ValueError` without a dataset.
+        """
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if dataset is None:
+            raise ValueError("`evaluate` needs prompts: pass `eval_dataset` to it or to the trainer.")
+        check_dataset(dataset, "eval_dataset")
+        self.conditioning.encode(list(dataset["prompt"]), self.args.device, show_progress=False)
+        start, known = time.perf_counter(), dataset._fingerprint
+        noted: dict[str, list[float]] = defaultdict(list)
+        with self.averaged_weights():
+            tuned = self._evaluation_row(dataset, "tuned", lambda name, value: noted[name].append(float(value)))
+        tuned |= {name: sum(values) / len(values) for name, values in noted.items()}
+        if known not in self._base_rows:
+            with self.model.reference():
+                self._base_rows[known] = self._evaluation_row(dataset, "base", _ignore)
+        self.rows = {"base": self._base_rows[known], "tuned": tuned}
+        if self.args.log_images and self.is_world_process_zero():
+            base_pictures, tuned_pictures = self.pictures(dataset, self.args.log_images)
+            if base_pictures.images.dim() == 4:  # a model of vectors has nothing to show
+                self.write_sheet(base_pictures, tuned_pictures)
+        self.seconds["evaluation"] = self.seconds.get("evaluation", 0.0) + time.perf_counter() - start
+        base = {f"base_{name}": value for name, value in self._base_rows[known].items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in (tuned | base).items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _evaluation_row(self, dataset: Dataset, label: str, log_metric: Callable[[str, float], None]) -> dict[str, float]:
+        self.model.eval()
+        return evaluation_row(
+            self.flow,
+            self.model.active_transformer,
+            self.conditioning,
+            dataset,
+            [*self.rewards, *self.eval_rewards],
+            self.args,
+            self.accelerator,
+            label,
+            self.reward_context(log_metric),
+        )
+
+    def pictures(self, dataset: Dataset, count: int) -> tuple[Pictures, Pictures]:
+        """Base and tuned pictures of `count` evenly spaced rows of a dataset with different prompts, of this process alone."""
+        key = f"{dataset._fingerprint}/{count}"
+        self.model.eval()
+
+        def draw() -> Pictures:
+            rewards, context = [*self.rewards, *self.eval_rewards], self.reward_context(_ignore)
+            transformer = self.model.active_transformer
+            return draw_rows(self.flow, transformer, self.conditioning, dataset, count, rewards, self.args, self.accelerator, context)
+
+        if key not in self._base_pictures:
+            with self.model.reference():
+                self._base_pictures[key] = draw()
+        with self.averaged_weights():
+            return self._base_pictures[key], draw()
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside, the model has the moving average of its weights, where one is kept."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.trained_parameters())
+        self.ema.copy_to(self.trained_parameters())
+        try:
+            yield
+        finally:
+            self.ema.restore(self.trained_parameters())

@@ -1,0 +1,145 @@
+"""Held-out prompts, fixed seeds, the ODE sampler: what a model is worth."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import nn
+from tqdm import tqdm
+
+from ..metrics import diversity_by_prompt
+from ..pipelines import FlowPipeline
+from ..rewards import CheckerReward, Reward
+from .base_config import FlowRLConfig
+from .conditioning import ConditioningCache
+from .draws import keyed_seed
+from .prompt_groups import Example, Image, PromptDataset
+from .scoring import call_rewards
+
+
+def picture_seed(seed: int, row: int) -> int:
+    """The seed of the picture of an evaluation row: `torch.Generator().manual_seed` of it draws its initial latents."""
+    return keyed_seed(seed, row, 0, 0, "evaluation")
+
+
+@dataclass
+class Pictures:
+    """Pictures (B, 3, H, W) in [0, 1] with what is known of them; scores: name of a reward -> B scores, None where it said None."""
+
+    prompts: list[str]
+    seeds: list[int]
+    images: torch.Tensor
+    scores: dict[str, list[float | None]]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def right(base: "Pictures", tuned: "Pictures") -> dict[str, list[bool]] | None:
+        """For base and tuned, which pictures the checker accepts; None where it was not asked."""
+        name = CheckerReward.name
+        if name not in tuned.scores:
+            return None
+        return {label: [score == 1 for score in p.scores[name]] for label, p in (("base", base), ("tuned", tuned))}
+
+
+@torch.no_grad()
+def _draw(
+    flow: FlowPipeline,
+    transformer: nn.Module,
+    conditioning: ConditioningCache,
+    examples: list[Example],
+    args: FlowRLConfig,
+    accelerator: Accelerator,
+    label: str | None,
+) -> Iterator[tuple[list[Example], torch.Tensor]]:
+    """The pictures (B, 3, H, W) in [0, 1] of evaluation rows, batch by batch; label: of the progress bar, None for none."""
+    sigmas = flow.sigmas(args.eval_num_inference_steps or args.num_inference_steps).to(args.device)
+    size = args.per_device_eval_batch_size
+    hidden = args.disable_tqdm or label is None or not accelerator.is_main_process
+    for start in tqdm(range(0, len(examples), size), desc=f"Drawing with the {label} model", disable=hidden):
+        part = examples[start : start + size]
+        generators = [torch.Generator().manual_seed(picture_seed(args.seed, e.key.row)) for e in part]
+        latents = flow.initial_latents(len(part), generators).to(args.device)
+        with accelerator.autocast():
+            latents = flow.sample_latents(transformer, conditioning([e.prompt for e in part], args.device), latents, sigmas)
+        decoded = args.decode_batch_size or len(part)
+        for first in range(0, len(part), decoded):
+            yield part[first : first + decoded], flow.images(latents[first : first + decoded])
+
+
+def _examples(dataset: Dataset) -> list[Example]:
+    rows = PromptDataset(dataset)
+    return [rows[Image(row, 0, 0)] for row in range(len(rows))]
+
+
+@torch.no_grad()
+def draw_rows(
+    flow: FlowPipeline,
+    transformer: nn.Module,
+    conditioning: ConditioningCache,
+    dataset: Dataset,
+    count: int,
+    rewards: list[Reward],
+    args: FlowRLConfig,
+    accelerator: Accelerator,
+    context: dict[str, Any],
+) -> Pictures:
+    """Pictures of `count` rows with different prompts, evenly spaced so that nobody chose them, as the evaluation draws them."""
+    first = list({e.prompt: e for e in reversed(_examples(dataset))}.values())[::-1]
+    count = min(count, len(first))
+    shown = [first[i * len(first) // count] for i in range(count)]
+    extra: dict[str, Any] = {}
+    context = context | {"log_extra": lambda name, values: extra.setdefault(name, []).extend(values)}
+    drawn = _draw(flow, transformer, conditioning, shown, args, accelerator, None)
+    parts = [(images.cpu(), call_rewards(rewards, images, part, **context)) for part, images in drawn]
+    images, scores = torch.cat([images for images, _ in parts]), torch.cat([values for _, values in parts])
+    return Pictures(
+        prompts=[e.prompt for e in shown],
+        seeds=[picture_seed(args.seed, e.key.row) for e in shown],
+        images=images,
+        scores={r.name: [float(v) if v.isfinite() else None for v in c] for r, c in zip(rewards, scores.unbind(dim=1), strict=True)},
+        extra=extra,
+    )
+
+
+@torch.no_grad()
+def evaluation_row(
+    flow: FlowPipeline,
+    transformer: nn.Module,
+    conditioning: ConditioningCache,
+    dataset: Dataset,
+    rewards: list[Reward],
+    args: FlowRLConfig,
+    accelerator: Accelerator,
+    label: str,
+    context: dict[str, Any],
+) -> dict[str, float]:
+    """`reward/<name>`, the mean over all rows of the dataset, and `diversity`, over all processes.
+
+    Every process draws the rows of its own prompts. Diversity counts the pictures that the checker accepts where it is among the
+    rewards, else all; without two such pictures of any prompt it is left out. The checker's mean also stands as `checker_accuracy`.
+    """
+    examples = _examples(dataset)
+    owner = {prompt: i % accelerator.num_processes for i, prompt in enumerate(dict.fromkeys(e.prompt for e in examples))}
+    own = [e for e in examples if owner[e.prompt] == accelerator.process_index]
+    often = {prompt for prompt, count in Counter(e.prompt for e in own).items() if count > 1}
+    checker = next((i for i, reward in enumerate(rewards) if isinstance(reward, CheckerReward)), None)
+    scores: list[list[float]] = []
+    kept: list[tuple[torch.Tensor, str]] = []  # only what diversity compares
+    for part, images in _draw(flow, transformer, conditioning, own, args, accelerator, label):
+        values = call_rewards(rewards, images, part, **context).tolist()
+        accepted = [e.prompt in often and (checker is None or v[checker] == 1) for e, v in zip(part, values, strict=True)]
+        kept += [(image, e.prompt) for image, e, good in zip(images.cpu(), part, accepted, strict=True) if good]
+        scores += values
+    distances = diversity_by_prompt(torch.stack([image for image, _ in kept]), [prompt for _, prompt in kept]) if kept else {}
+    everything = torch.tensor(gather_object(scores), dtype=torch.float64)
+    everything = torch.where(everything.isfinite(), everything, torch.nan)
+    row = {f"reward/{r.name}": float(c.nanmean()) for r, c in zip(rewards, everything.unbind(dim=1), strict=True)}
+    if checker is not None:
+        row["checker_accuracy"] = row[f"reward/{rewards[checker].name}"]
+    values = gather_object(list(distances.values()))
+    return row | ({"diversity": sum(values) / len(values)} if values else {})

@@ -1,0 +1,69 @@
+"""The module that `transformers.Trainer` sees."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..pipelines import Conditioning, FlowPipeline
+
+
+class FlowModel(nn.Module):
+    """The transformer of a `FlowPipeline`; all trainable compute goes through `forward`, so that the hooks of wrappers fire.
+
+    It has no `config`, because Trainer and its trackers expect the config of a language model there.
+    """
+
+    flow: FlowPipeline
+    frozen: nn.Module | None
+    transformer: nn.Module
+
+    def __init__(self, flow: FlowPipeline, has_adapter: bool) -> None:
+        super().__init__()
+        self.transformer = flow.transformer
+        # Outside of the module's own bookkeeping: neither the pipeline nor the frozen copy is trained, saved or wrapped.
+        frozen = None if has_adapter else deepcopy(flow.transformer).requires_grad_(False).eval()
+        object.__setattr__(self, "flow", flow)
+        object.__setattr__(self, "frozen", frozen)
+        self.use_frozen = False
+
+    def forward(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning, guidance: bool = False) -> torch.Tensor:
+        """The velocity at latents (B, ...) and levels sigma (B,), float32; see `FlowPipeline.velocity`."""
+        return self.flow.velocity(self.active_transformer, latents, sigma, conditioning, guidance=guidance)
+
+    @property
+    def active_transformer(self) -> nn.Module:
+        """The trained transformer, or the reference inside `reference()`."""
+        return self.transformer if self.frozen is None or not self.use_frozen else self.frozen
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, the model is the frozen one that training started from: its adapter is off, or a frozen copy stands in.
+
+        Whatever is computed inside must be differentiated inside: activation checkpoints are recomputed with the adapter as it is then.
+        """
+        if self.frozen is not None:
+            self.use_frozen = True
+            try:
+                yield
+            finally:
+                self.use_frozen = False
+        else:
+            adapted: Any = self.transformer  # a `PeftAdapterMixin`
+            adapted.disable_adapters()
+            try:
+                yield
+            finally:
+                adapted.enable_adapters()
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """What Trainer calls for `gradient_checkpointing=True`; diffusers checkpoints every block, in its own way."""
+        if activation_checkpointing_kwargs or every_n_layers != 1 or offload:
+            raise ValueError("`gradient_checkpointing_kwargs` must be left out: diffusers checkpoints every block in its own way.")
+        checkpointed: Any = self.transformer  # a diffusers `ModelMixin`
+        checkpointed.enable_gradient_checkpointing()

@@ -1,0 +1,70 @@
+"""What is refused before anything is loaded, in one sentence each."""
+
+import tempfile
+from pathlib import Path
+
+from datasets import Dataset
+from peft import LoraConfig
+
+from ..rewards import Reward
+from .base_config import FlowRLConfig
+
+
+def check_output_dir(args: FlowRLConfig) -> None:
+    """Raises `ValueError` where nothing can be written."""
+    if not args.should_save:
+        return
+    try:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.output_dir) as file:
+            file.write(b"0" * 4096)
+    except OSError as error:
+        raise ValueError(f"`output_dir` ({args.output_dir}) cannot be written to ({error.strerror}): choose another folder.") from error
+
+
+def check_rewards(rewards: list[Reward], args: FlowRLConfig, needs_gradient: str | None) -> None:
+    """Raises `ValueError` for weights that do not fit, and for a black box where the trainer named by `needs_gradient` needs gradients."""
+    for reward in rewards:
+        if needs_gradient is not None and not reward.differentiable:
+            raise ValueError(
+                f"Reward {reward.name!r} is not differentiable, which {needs_gradient} needs: mark it with "
+                "`@flowrl_trainers.rewards.differentiable` if gradients flow through it."
+            )
+    if args.reward_weights is not None and len(args.reward_weights) != len(rewards):
+        raise ValueError(f"`reward_weights` has {len(args.reward_weights)} numbers for {len(rewards)} rewards: pass one per reward.")
+
+
+def check_lora(config: LoraConfig) -> None:
+    """Raises `ValueError` for a LoRA that does not leave the base model as it was once it is switched off."""
+    for name, value, allowed in (
+        ("bias", config.bias, ("none",)),
+        ("modules_to_save", config.modules_to_save, (None, [])),
+        ("init_lora_weights", config.init_lora_weights, (True, False, "gaussian", "orthogonal")),
+    ):
+        if value not in allowed:
+            raise ValueError(
+                f"`peft_config.{name}` ({value!r}) changes the base model itself, which stays the reference of training: leave it out."
+            )
+
+
+def check_dataset(dataset: Dataset | None, argument: str, args: FlowRLConfig | None = None) -> Dataset:
+    """The dataset, if it has prompts; with `args`, enough of them for a rollout. Raises `ValueError` otherwise."""
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"`{argument}` is a {type(dataset).__name__}: pass a `datasets.Dataset` with a column 'prompt'.")
+    if "prompt" not in dataset.column_names:
+        columns = " and ".join(repr(c) for c in dataset.column_names) or "no column"
+        example = f": pass `{argument}.rename_column({dataset.column_names[0]!r}, 'prompt')`" if dataset.column_names else ""
+        raise ValueError(f"`{argument}` has {columns} but no 'prompt'{example}.")
+    taken = sorted({"images", "prompts", "trainer_state", "log_extra", "log_metric"} & set(dataset.column_names))
+    if taken:
+        raise ValueError(f"`{argument}` has a column {taken[0]!r}, which is what rewards are told under that name: rename it.")
+    if len(dataset) == 0:
+        raise ValueError(f"`{argument}` is empty: it needs at least one prompt.")
+    if args is not None:
+        needed = args.images_per_update * args.updates_per_rollout // args.num_generations
+        if len(dataset) < needed:
+            raise ValueError(
+                f"`{argument}` has {len(dataset)} prompts but one rollout takes {needed}: pass more prompts, raise `num_generations` "
+                "or take smaller batches."
+            )
+    return dataset

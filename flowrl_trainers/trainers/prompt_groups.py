@@ -1,0 +1,106 @@
+"""Which prompts a rollout takes, in which order, and how its images are dealt to processes and micro-steps."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.utils.data import Sampler
+
+from .draws import keyed_generator
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image to be made: the row of its prompt, its number in the prompt's group, and its rollout."""
+
+    row: int
+    image: int
+    rollout: int
+
+
+@dataclass
+class Example:
+    """An `Image` with its prompt and the other columns of its row."""
+
+    key: Image
+    prompt: str
+    columns: dict[str, Any]
+
+
+class PromptDataset(torch.utils.data.Dataset):
+    """The rows of a `datasets.Dataset`, asked for by `Image`."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Image) -> Example:
+        columns = dict(self.dataset[key.row])
+        return Example(key, columns.pop("prompt"), columns)
+
+
+class PromptGroupSampler(Sampler[Image]):
+    """Groups of `num_generations` images per prompt, as rollouts of `updates_per_rollout` updates each.
+
+    The groups of an update do not depend on how its images are spread over processes and micro-steps: with U images per update and
+    P processes, process p takes the p-th of P equal parts of every update. A data loader whose batch is one process's share of a
+    rollout deals them out. Each rollout is repeated for every micro-step in which it is used. The order of the prompts is a
+    function of (seed, epoch); prompts that do not fill a rollout at the end of an epoch are left for other epochs.
+    """
+
+    def __init__(
+        self,
+        num_prompts: int,
+        num_generations: int,
+        images_per_update: int,
+        updates_per_rollout: int,
+        repeats: int,
+        num_processes: int,
+        seed: int,
+    ) -> None:
+        self.num_prompts, self.num_generations = num_prompts, num_generations
+        self.images_per_update, self.updates_per_rollout = images_per_update, updates_per_rollout
+        self.repeats, self.num_processes, self.seed = repeats, num_processes, seed
+        self.prompts_per_rollout = images_per_update * updates_per_rollout // num_generations
+        self.rollouts_per_epoch = num_prompts // self.prompts_per_rollout
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rollouts_per_epoch * self.images_per_update * self.updates_per_rollout * self.repeats
+
+    def __iter__(self) -> Iterator[Image]:
+        order = self._order(self.epoch)
+        for number in range(self.rollouts_per_epoch):
+            rows = order[number * self.prompts_per_rollout : (number + 1) * self.prompts_per_rollout]
+            rollout = self.epoch * self.rollouts_per_epoch + number
+            images = [Image(row, image, rollout) for row in rows for image in range(self.num_generations)]
+            dealt = self._deal(images)
+            for _ in range(self.repeats):
+                yield from dealt
+
+    def rows_of(self, rollouts: int) -> list[int]:
+        """The rows that the first so many rollouts ask for."""
+        rows: dict[int, None] = {}
+        for epoch in range(-(-rollouts // self.rollouts_per_epoch)):
+            count = min(rollouts - epoch * self.rollouts_per_epoch, self.rollouts_per_epoch) * self.prompts_per_rollout
+            rows |= dict.fromkeys(self._order(epoch)[:count])
+        return list(rows)
+
+    def _order(self, epoch: int) -> list[int]:
+        return torch.randperm(self.num_prompts, generator=keyed_generator(self.seed, 0, 0, epoch, "prompt order")).tolist()
+
+    def _deal(self, images: list[Image]) -> list[Image]:
+        share = self.images_per_update // self.num_processes
+        return [
+            images[update * self.images_per_update + process * share + i]
+            for process in range(self.num_processes)
+            for update in range(self.updates_per_rollout)
+            for i in range(share)
+        ]

@@ -1,0 +1,82 @@
+"""Latents in, one score per image and reward out, with the gradient of their weighted sum where it is asked for."""
+
+import asyncio
+import inspect
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from ..pipelines import FlowPipeline
+from ..rewards import Reward
+from .prompt_groups import Example
+
+
+def call_rewards(rewards: list[Reward], images: torch.Tensor, examples: list[Example], **context: Any) -> torch.Tensor:
+    """The scores of images `(B, 3, H, W)`: (B, number of rewards) float32.
+
+    NaN stands where a reward said None, and infinity where it gave a number that is not finite. Asynchronous rewards run together.
+    context: passed on to every reward. Raises `ValueError` for a wrong number of scores.
+    """
+    columns = {name: [e.columns[name] for e in examples] for name in examples[0].columns}
+    prompts = [e.prompt for e in examples]
+    results = [reward(images=images, prompts=prompts, **columns, **context) for reward in rewards]
+    waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
+    if waiting:
+        with ThreadPoolExecutor(1) as thread:  # a notebook's own thread already runs a loop
+            answers = thread.submit(asyncio.run, _together([results[i] for i in waiting])).result()
+        for i, result in zip(waiting, answers, strict=True):
+            results[i] = result
+    return torch.stack([_as_tensor(r, s, images) for r, s in zip(rewards, results, strict=True)], dim=1)
+
+
+async def _together(awaitables: list[Any]) -> list[Any]:
+    return await asyncio.gather(*awaitables)
+
+
+def _as_tensor(reward: Reward, scores: Any, images: torch.Tensor) -> torch.Tensor:
+    absent = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    if not isinstance(scores, torch.Tensor):
+        scores = list(scores)
+        if len(scores) == len(images):
+            absent = torch.tensor([s is None for s in scores], device=images.device)
+        scores = torch.tensor([0.0 if s is None else float(s) for s in scores])
+    if scores.shape != (len(images),):
+        raise ValueError(
+            f"Reward {reward.name!r} returned scores of shape {tuple(scores.shape)} for {len(images)} images: return one score per image."
+        )
+    scores = scores.to(images.device, torch.float32)
+    return torch.where(absent, torch.nan, torch.where(scores.isfinite(), scores, torch.inf))
+
+
+def score_with_gradient(
+    flow: FlowPipeline,
+    latents: torch.Tensor,
+    examples: list[Example],
+    rewards: list[Reward],
+    weights: torch.Tensor,
+    batch_size: int,
+    **context: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode and score final latents (B, ...), `batch_size` at a time.
+
+    Returns the scores (B, number of rewards), as `call_rewards` does, and the gradient (B, ...) of `sum_j weights[j] reward_j` with
+    respect to the latents; a score that is not finite contributes nothing to it. Raises `ValueError` for a reward whose scores carry
+    no gradient.
+    """
+    scores, gradients = [], []
+    for start in range(0, len(latents), batch_size):
+        x = latents[start : start + batch_size].detach().requires_grad_()
+        images, part = flow.decode(x), examples[start : start + batch_size]
+        columns = [call_rewards([reward], images, part, **context) for reward in rewards]
+        for reward, column in zip(rewards, columns, strict=True):
+            if not column.requires_grad:
+                raise ValueError(
+                    f"Reward {reward.name!r} is marked differentiable, but its scores carry no gradient: compute them from `images` by "
+                    "torch operations alone, without `detach`, `no_grad` or `item`."
+                )
+        values = torch.cat(columns, dim=1)
+        total = (torch.where(values.isfinite(), values, 0.0) * weights).sum()
+        gradients += [torch.autograd.grad(total, x)[0]]
+        scores += [values.detach()]
+    return torch.cat(scores), torch.cat(gradients)

@@ -1,0 +1,338 @@
+"""What all trainers share: probes, bad samples, averages, checkpoint files, wrong folders."""
+
+import json
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerCallback
+
+from flowrl_trainers.rewards import differentiable
+
+from .test_adjoint_matching import constant, one_rollout, redness, trainer
+from .tiny import tiny_sd3
+
+# ---- the probe ---------------------------------------------------------------------------------------------------------------
+
+
+@differentiable
+def without_gradient(images, prompts, **columns):
+    return images.detach().mean(dim=(1, 2, 3))
+
+
+@differentiable
+def never_finite(images, prompts, **columns):
+    return images.mean(dim=(1, 2, 3)) / 0
+
+
+@differentiable
+def one_score(images, prompts, **columns):
+    return images.mean().reshape(1)
+
+
+@pytest.mark.parametrize(("reward", "sentence"), [
+    (without_gradient, "Reward 'without_gradient' is marked differentiable, but its scores carry no gradient"),
+    (never_finite, "Reward 'never_finite' gave no finite score to 2 probe pictures"),
+    (one_score, r"Reward 'one_score' returned scores of shape \(1,\) for 2 images"),
+])  # fmt: skip
+def test_a_probe_of_two_pictures_refuses_a_reward_before_training(tmp_path, tiny_pipeline, reward, sentence):
+    t = trainer(tmp_path, tiny_pipeline, reward=reward)
+    with pytest.raises(ValueError, match=sentence):
+        t.train()
+    assert t.state.global_step == 0
+
+
+def test_the_probe_tries_the_rewards_of_the_evaluation_too(tmp_path, tiny_pipeline):
+    held_out = Dataset.from_dict({"prompt": ["a cat"]})
+    t = trainer(tmp_path, tiny_pipeline, eval_dataset=held_out, eval_reward_funcs="checker")
+    with pytest.raises(ValueError, match="'a cat' is not a caption of this world"):
+        t.train()
+
+
+def test_a_second_training_starts_with_a_rollout_of_its_own(tmp_path, tiny_pipeline):
+    t = trainer(tmp_path, tiny_pipeline, num_iterations=2, max_steps=1)
+    for _ in range(2):
+        t.train()
+        assert t._micro_step == 1
+        assert [name for name in t.state.log_history[0] if name.startswith("reward/")] == ["reward/redness"]
+
+
+def test_only_prompts_that_will_be_asked_for_are_encoded(tmp_path, tiny_pipeline):
+    many = Dataset.from_dict({"prompt": [f"a red circle {n}" for n in range(50)]})
+    t = trainer(tmp_path, tiny_pipeline, dataset=many, max_steps=3)
+    assert len(t.conditioning.index) <= 8  # two of the probe, two of each rollout
+    t.train()
+
+
+# ---- what is not finite ------------------------------------------------------------------------------------------------------
+
+
+def flaky(bad_calls: set[int]):
+    """Redness, but not a number for the first image of the calls listed; the probe is call 0."""
+    calls = iter(range(1000))
+
+    def reward(images, prompts, **columns):
+        scores = redness(images=images, prompts=prompts)
+        if next(calls) in bad_calls:
+            scores = torch.cat([scores[:1] * math.nan, scores[1:]])
+        return scores
+
+    return differentiable(reward)
+
+
+def test_a_sample_that_is_not_finite_is_left_out_and_counted(tmp_path, tiny_pipeline):
+    """Two images, the second of which is lost: the update is that of the other alone, at half weight."""
+    settings = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_bad_sample_share": 0.5}
+    t = trainer(tmp_path, tiny_pipeline, reward=flaky({1}), **settings)
+    t.train()
+    (row,) = [r for r in t.state.log_history if "loss" in r]
+    assert row["bad_samples/reward_gradient"] == 0.5
+    assert row["skipped_updates"] == 0
+    assert math.isfinite(row["reward/reward"])
+    assert all(p.isfinite().all() for p in t.trained_parameters())
+    assert any(p.abs().max() > 0 for n, p in t.model.named_parameters() if "lora_B" in n)
+
+
+def test_an_image_whose_velocity_is_not_finite_is_left_out_and_does_not_spoil_the_scale(tmp_path, tiny_pipeline):
+    t = trainer(tmp_path, tiny_pipeline, reward_scale=None, max_bad_sample_share=0.5)
+    velocity = t.flow.velocity
+
+    def poisoned(transformer, latents, sigma, conditioning, guidance=True):
+        v = velocity(transformer, latents, sigma, conditioning, guidance)
+        if torch.is_grad_enabled() and t.sampler is not None and not transformer.training:  # the adjoint's calls
+            v = torch.cat([v[:1] * math.nan, v[1:]])
+        return v
+
+    t.flow.velocity = poisoned
+    (batch,) = t._make_rollout(next(iter(t.get_train_dataloader())))
+    assert batch.good.tolist() == [False, True]
+    assert all(value.isfinite().all() for value in batch.tensors.values())
+    assert 0 < t.reward_scale < 1e6
+
+
+def test_too_many_bad_samples_end_the_run(tmp_path, tiny_pipeline):
+    t = trainer(tmp_path, tiny_pipeline, reward=flaky({2}), max_bad_sample_share=0.4)
+    with pytest.raises(
+        RuntimeError, match=r"The reward_gradient is not finite for 50 % of the samples, more than `max_bad_sample_share` \(0.4\)"
+    ):
+        t.train()
+    assert t.state.global_step == 1
+
+
+def test_an_update_whose_gradient_is_not_finite_is_skipped(tmp_path, tiny_pipeline):
+    t = trainer(tmp_path, tiny_pipeline, max_steps=3, save_strategy="no")
+    losses, calls = t.micro_batch_losses, iter(range(100))
+
+    def poisoned(*args):
+        value = losses(*args)
+        return value + torch.sqrt(value * 0) if next(calls) in (3, 4, 5) else value  # finite, but its gradient is not
+
+    t.micro_batch_losses = poisoned
+    before = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            before.append([p.detach().clone() for p in t.trained_parameters()])
+
+    t.add_callback(Watch())
+    t.train()
+    assert [r["skipped_updates"] for r in t.state.log_history if "loss" in r] == [0, 1, 0]
+    assert all(torch.equal(a, b) for a, b in zip(before[0], before[1], strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(before[1], before[2], strict=True))
+
+
+def test_rewards_are_summed_with_their_weights(tmp_path):
+    """Two rewards with weights against one function that computes the sum itself."""
+
+    @differentiable
+    def brightness(images, prompts, **columns):
+        return images.mean(dim=(1, 2, 3))
+
+    @differentiable
+    def both(images, prompts, **columns):
+        return redness(images=images, prompts=prompts) - 2 * brightness(images=images, prompts=prompts)
+
+    rows = []
+    for rewards, weights in (([redness, brightness], [1.0, -2.0]), ([both], None)):
+        t = trainer(tmp_path, tiny_sd3(), reward=rewards, reward_weights=weights, max_steps=1)
+        t.train()
+        rows.append(next(r for r in t.state.log_history if "loss" in r))
+    assert rows[0]["reward"] == pytest.approx(rows[0]["reward/redness"] - 2 * rows[0]["reward/brightness"], rel=1e-5)
+    for name in ("reward", "reward_gradient_norm", "loss"):
+        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-4)
+
+
+# ---- the average and the target ----------------------------------------------------------------------------------------------
+
+
+def test_the_moving_average_is_what_is_saved_and_evaluated(tmp_path, tiny_pipeline):
+    t = trainer(tmp_path, tiny_pipeline, ema_decay=0.5, max_steps=3, learning_rate=0.1)
+    t.train()
+    raw = [p.detach().clone() for p in t.trained_parameters()]
+    with t.averaged_weights():
+        averaged = [p.detach().clone() for p in t.trained_parameters()]
+    assert any(not torch.equal(a, b) for a, b in zip(raw, averaged, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(raw, t.trained_parameters(), strict=True))
+    t.save_model()
+    fresh = tiny_sd3()
+    fresh.load_lora_weights(str(tmp_path))
+    stored = [p for n, p in fresh.transformer.named_parameters() if "lora_" in n]
+    assert sorted(float(p.double().sum()) for p in stored) == pytest.approx(sorted(float(p.double().sum()) for p in averaged))
+
+
+def test_training_stops_at_the_target_reward(tmp_path, tiny_pipeline):
+    t = trainer(tmp_path, tiny_pipeline, target_reward=-1e9, max_steps=5)
+    t.train()
+    assert t.state.global_step == 1
+
+
+# ---- options that must not change the result ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adjoint", ["lean", "full", "current"])
+def test_gradient_checkpointing_changes_nothing(tmp_path, adjoint):
+    """Also for the adjoint, whose checkpoints are recomputed with the adapter as it is then."""
+    results = []
+    for checkpointing in (False, True):
+        t = trainer(tmp_path, tiny_sd3(), gradient_checkpointing=checkpointing, max_steps=3, learning_rate=0.1, adjoint=adjoint)
+        t.train()
+        results.append([p.detach().clone() for p in t.trained_parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_bfloat16_autocast_trains_float32_weights(tmp_path, tiny_pipeline):
+    t = trainer(tmp_path, tiny_pipeline, bf16=True, max_steps=2)
+    t.train()
+    assert {p.dtype for p in t.trained_parameters()} == {torch.float32}
+    assert all(math.isfinite(r["loss"]) for r in t.state.log_history if "loss" in r)
+    _, (batch,) = one_rollout(t)
+    assert {v.dtype for v in batch.tensors.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(r=2), None], ids=["lora", "all weights"])
+def test_a_folder_is_trained_in_bfloat16_with_float32_where_it_matters(tmp_path, tiny_pipeline, lora):
+    tiny_pipeline.save_pretrained(tmp_path / "pipeline")
+    t = trainer(tmp_path / "run", str(tmp_path / "pipeline"), lora=lora, bf16=True, max_steps=2)
+    assert {p.dtype for p in t.trained_parameters()} == {torch.float32}
+    assert {p.dtype for p in t.flow.decoders()[0].parameters()} == {torch.float32}
+    assert {p.dtype for p in t.model.transformer.parameters() if not p.requires_grad} <= {torch.bfloat16}
+    t.train()
+    assert all(math.isfinite(r["loss"]) for r in t.state.log_history if "loss" in r)
+    t.save_model()
+
+
+def test_decoding_in_parts_changes_nothing(tmp_path):
+    rows = []
+    for size in (None, 1):
+        t = trainer(tmp_path, tiny_sd3(), decode_batch_size=size, per_device_train_batch_size=4, max_steps=1)
+        t.train()
+        rows.append(next(r for r in t.state.log_history if "loss" in r))
+    assert rows[0]["reward_gradient_norm"] == pytest.approx(rows[1]["reward_gradient_norm"], rel=1e-5)
+
+
+# ---- folders -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, tiny_pipeline):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match=r"`output_dir` \(.*file/run\) cannot be written to \(Not a directory\): choose another folder"):
+        trainer(tmp_path / "file" / "run", tiny_pipeline)
+
+
+def test_only_as_many_checkpoints_are_kept_as_asked(tmp_path, tiny_pipeline):
+    t = trainer(tmp_path, tiny_pipeline, save_strategy="steps", save_steps=1, save_total_limit=1, max_steps=3)
+    t.train()
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert t.args.save_total_limit == 1
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path, tiny_pipeline):
+    t = trainer(
+        tmp_path, tiny_pipeline, eval_dataset=Dataset.from_dict({"prompt": ["a red circle"] * 2}), save_strategy="steps", save_steps=1,
+        eval_strategy="steps", eval_steps=1, max_steps=3, load_best_model_at_end=True, metric_for_best_model="eval_reward/redness",
+        greater_is_better=True, learning_rate=0.1,
+    )  # fmt: skip
+    t.train()
+    best = max((r for r in t.state.log_history if "eval_reward/redness" in r), key=lambda r: r["eval_reward/redness"])
+    assert t.state.best_model_checkpoint.endswith(f"checkpoint-{best['step']}")
+    again = t.evaluate()
+    assert again["eval_reward/redness"] == pytest.approx(best["eval_reward/redness"], abs=1e-6)
+    sheet = json.loads((tmp_path / "samples" / "step-000001.json").read_text())
+    assert sheet["prompts"] == ["a red circle"]
+
+
+def test_tensorboard_gets_the_pictures(tmp_path, tiny_pipeline, monkeypatch):
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    t = trainer(tmp_path, tiny_pipeline, eval_dataset=Dataset.from_dict({"prompt": ["a red circle", "a cross"]}), report_to="tensorboard", max_steps=1,
+                eval_strategy="steps", eval_steps=1)  # fmt: skip
+    t.train()
+    events = EventAccumulator(str(tmp_path / "board"), size_guidance={"images": 0})
+    events.Reload()
+    assert {"samples/base", "samples/tuned"} <= {tag.split("/image")[0] for tag in events.Tags()["images"]}
+    assert "train/reward/redness" in events.Tags()["scalars"]
+
+
+def test_full_fine_tuning_keeps_a_frozen_reference(tmp_path, tiny_pipeline):
+    before = {n: p.detach().clone() for n, p in tiny_pipeline.transformer.named_parameters()}
+    t = trainer(tmp_path, tiny_pipeline, lora=None, max_steps=2, learning_rate=0.01)
+    t.train()
+    assert any(not torch.equal(p, before[n]) for n, p in t.flow.transformer.named_parameters())
+    assert all(torch.equal(p, before[n]) for n, p in t.model.frozen.named_parameters())
+    t.save_model()
+    stored = type(tiny_pipeline.transformer).from_pretrained(tmp_path / "transformer")
+    assert all(torch.equal(p, q) for p, q in zip(stored.parameters(), t.flow.transformer.parameters(), strict=True))
+
+
+def test_continuing_an_adapter_measures_against_the_base_model(tmp_path, tiny_pipeline):
+    tiny_pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["attn.to_q", "attn.to_v"], init_lora_weights=False))
+    t = trainer(tmp_path, tiny_pipeline, lora=None)
+    examples = next(iter(t.get_train_dataloader()))
+    (batch,) = t._make_rollout(examples)
+    bare = tiny_sd3().transformer
+    with torch.no_grad():
+        expected = t.flow.velocity(bare, batch.tensors["latents"][:, 0], t.window_sigmas[0].expand(2), t.condition(examples))
+    torch.testing.assert_close(batch.tensors["velocities"][:, 0], expected)
+
+
+def test_an_adapter_that_was_loaded_is_trained_further_and_saved(tmp_path, tiny_pipeline):
+    """diffusers calls a loaded adapter default_0, not default."""
+    t = trainer(tmp_path / "first", tiny_pipeline, max_steps=1)
+    t.train()
+    t.save_model()
+    loaded = tiny_sd3()
+    loaded.load_lora_weights(str(tmp_path / "first"))
+    again = trainer(tmp_path / "again", loaded, lora=None, max_steps=1, learning_rate=0.1)
+    again.train()
+    again.save_model()
+    first, second = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("first", "again"))
+    assert first.keys() == second.keys()
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(("config", "sentence"), [
+    (LoraConfig(r=2, bias="lora_only"), "`peft_config.bias` .* changes the base model itself"),
+    (LoraConfig(r=2, init_lora_weights="pissa"), "`peft_config.init_lora_weights` .* changes the base model itself"),
+    (LoraConfig(r=2, modules_to_save=["proj_out"]), "`peft_config.modules_to_save` .* changes the base model itself"),
+])  # fmt: skip
+def test_a_lora_that_changes_the_base_model_is_refused(tmp_path, tiny_pipeline, config, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        trainer(tmp_path, tiny_pipeline, lora=config)
+
+
+def test_two_active_adapters_are_one_too_many(tmp_path, tiny_pipeline):
+    for name in ("a", "b"):
+        tiny_pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["attn.to_q"]), adapter_name=name)
+    tiny_pipeline.transformer.set_adapters(["a", "b"])
+    with pytest.raises(ValueError, match=r"has 2 active adapters \(a, b\): choose the one to train"):
+        trainer(tmp_path, tiny_pipeline, lora=None)
+
+
+def test_constant_rewards_are_named(tmp_path, tiny_pipeline):
+    t = trainer(tmp_path, tiny_pipeline, reward=differentiable(constant), reward_scale=None)
+    with pytest.raises(ValueError, match="gradient is zero on the whole first rollout"):
+        t.train()

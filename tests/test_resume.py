@@ -1,0 +1,147 @@
+"""A killed run goes on bit for bit; a checkpoint that cannot be trusted is not used. For every trainer."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowrl_trainers.trainers.checkpoints import MANIFEST, checkpoint_to_resume, condition, write_manifest
+
+SCRIPT = Path(__file__).parent / "training_script.py"
+TRAINERS = {"AdjointMatchingTrainer": {"adjoint_steps": 2, "control_to_velocity_ratio": 0.3}}
+
+# Two updates per rollout, each rollout used twice: a window of four updates, two rollouts of four prompts an epoch.
+WINDOW = {
+    "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_generations": 2, "steps_per_generation": 4,
+    "num_iterations": 2, "max_steps": 12, "save_steps": 1, "learning_rate": 0.01, "ema_decay": 0.9,
+}  # fmt: skip
+
+
+def run(folder: Path, trainer: str, config: dict, kill_at: int | None = None, resume: bool | str = False) -> subprocess.CompletedProcess:
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "trainer": trainer,
+        "config": TRAINERS[trainer] | config | {"output_dir": str(folder)},
+        "kill_at": kill_at,
+        "resume": resume,
+    }
+    (folder / "settings.json").write_text(json.dumps(settings))
+    environment = {k: v for k, v in os.environ.items() if k != "CI"}
+    return subprocess.run([sys.executable, SCRIPT, folder / "settings.json"], capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The result of each trainer's run that nobody disturbed, made once."""
+    results = {}
+
+    def result(trainer: str):
+        if trainer not in results:
+            folder = tmp_path_factory.mktemp(trainer)
+            done = run(folder, trainer, WINDOW)
+            assert done.returncode == 0, done.stderr
+            results[trainer] = torch.load(folder / "result.pt")
+        return results[trainer]
+
+    return result
+
+
+def assert_same(a, b) -> None:
+    """Equal to the last bit, through dictionaries and lists."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("kill_at", [3, 4, 10], ids=["middle of a window", "between windows", "middle of a window of the second epoch"])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, uninterrupted, trainer, kill_at):
+    killed = run(tmp_path, trainer, WINDOW, kill_at=kill_at)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "result.pt").exists()
+    resumed = run(tmp_path, trainer, WINDOW, resume=True)
+    assert resumed.returncode == 0, resumed.stderr
+    result, expected = torch.load(tmp_path / "result.pt"), uninterrupted(trainer)
+    assert_same(result["weights"], expected["weights"])
+    assert_same(result["optimizer"], expected["optimizer"])
+    rewards = [[(row["step"], row["reward/redness"]) for row in r["history"] if "reward/redness" in row] for r in (result, expected)]
+    assert len(rewards[1]) == 3  # updates 1, 5 and 9 made rollouts
+    assert rewards[0] == rewards[1]
+    losses = [[(row["step"], row["loss"]) for row in r["history"] if "loss" in row] for r in (result, expected)]
+    assert len(losses[1]) == 12
+    assert losses[0] == losses[1]
+
+
+def test_an_incomplete_checkpoint_is_passed_over_and_a_damaged_one_refused(tmp_path):
+    name = "AdjointMatchingTrainer"
+    config = WINDOW | {"max_steps": 4, "save_steps": 2}
+    assert run(tmp_path, name, config).returncode == 0
+    (tmp_path / "checkpoint-4" / MANIFEST).unlink()
+    resumed = run(tmp_path, name, config | {"max_steps": 3}, resume=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Passed over" in resumed.stderr
+    assert "checkpoint-4, which is incomplete" in resumed.stderr
+
+    weights = tmp_path / "checkpoint-2" / "optimizer.pt"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    refused = run(tmp_path, name, config, resume=str(tmp_path / "checkpoint-2"))
+    assert refused.returncode != 0
+    assert "checkpoint-2 is damaged: its files differ from its manifest; resume from" in refused.stderr
+    assert "checkpoint-3, the newest good one" in refused.stderr
+
+
+def test_a_resumed_run_must_deal_its_images_as_before(tmp_path):
+    name = "AdjointMatchingTrainer"
+    assert run(tmp_path, name, WINDOW | {"max_steps": 2}).returncode == 0
+    refused = run(tmp_path, name, WINDOW | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}, resume=True)
+    assert refused.returncode != 0
+    assert "was saved with per_device_train_batch_size 2, but this run has 4" in refused.stderr
+
+
+# ---- the manifest ------------------------------------------------------------------------------------------------------------
+
+
+def make_checkpoint(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "weights").write_bytes(b"some bytes")
+    write_manifest(folder)
+    return folder
+
+
+def test_the_condition_of_a_checkpoint(tmp_path):
+    folder = make_checkpoint(tmp_path / "checkpoint-1")
+    assert condition(folder) == "good"
+    (folder / "weights").write_bytes(b"same bytes")
+    assert condition(folder) == "damaged"
+    (folder / "weights").unlink()
+    assert condition(folder) == "damaged"
+    (folder / MANIFEST).write_text("{")
+    assert condition(folder) == "incomplete"
+
+
+def test_the_newest_complete_checkpoint_is_taken_by_number(tmp_path):
+    for number in (2, 10, 9):
+        make_checkpoint(tmp_path / f"checkpoint-{number}")
+    (tmp_path / "checkpoint-11").mkdir()
+    assert checkpoint_to_resume(tmp_path, True) == (tmp_path / "checkpoint-10", [tmp_path / "checkpoint-11"])
+
+
+def test_nothing_to_resume_from_is_said(tmp_path):
+    with pytest.raises(ValueError, match="holds no complete checkpoint to resume from: start without `resume_from_checkpoint`"):
+        checkpoint_to_resume(tmp_path, True)
+    with pytest.raises(ValueError, match=r"is no complete checkpoint, as it has no valid manifest\.json; there is no good one"):
+        checkpoint_to_resume(tmp_path, tmp_path / "checkpoint-7")

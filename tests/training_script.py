@@ -1,0 +1,86 @@
+"""A training run of a tiny pipeline as a process of its own: `python training_script.py settings.json`.
+
+settings: `trainer`, the class; `config`, its settings; `kill_at`, an update after which the process kills itself, or null; `resume`.
+Leaves `result.pt` (of process 0) and `rollout_<rank>.pt` (the first rollout) in the output folder.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import flowrl_trainers
+from flowrl_trainers.rewards import differentiable
+from tests.tiny import tiny_sd3
+
+PROMPTS = [f"a {colour} {shape}" for colour in ("red", "green") for shape in ("circle", "square", "cross", "diamond")]
+
+
+@differentiable
+def redness(images, prompts, **columns):
+    red, green, blue = images.unbind(dim=1)
+    return (red - (green + blue) / 2).mean(dim=(1, 2))
+
+
+class Killer(TrainerCallback):
+    """Kills the process at the first micro-step after an update, where nothing is saved."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    trainer_class = getattr(flowrl_trainers, settings["trainer"])
+    dropout = settings["config"].pop("lora_dropout", 0.1)
+    config = trainer_class.config_class(
+        **{"use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1, "guidance_scale": 1.0, "max_sequence_length": 8,
+           "num_inference_steps": 3} | settings["config"]
+    )  # fmt: skip
+    trainer = trainer_class(
+        tiny_sd3(), redness, config, Dataset.from_dict({"prompt": PROMPTS}), peft_config=LoraConfig(r=2, lora_alpha=4, lora_dropout=dropout),
+        callbacks=[Killer(settings["kill_at"])] if settings["kill_at"] is not None else None,
+    )  # fmt: skip
+    rollouts = []
+    make_rollout = trainer._make_rollout
+
+    def remember(examples):
+        window = make_rollout(examples)
+        rollouts.append(
+            [{name: value.clone() for name, value in b.tensors.items()} | {"rows": [e.key.row for e in b.examples]} for b in window]
+        )
+        return window
+
+    trainer._make_rollout = remember
+    trainer.train(resume_from_checkpoint=settings["resume"])
+    folder = Path(config.output_dir)
+    torch.save(rollouts, folder / f"rollout_{config.process_index}.pt")
+    if trainer.is_world_process_zero():
+        history = [{k: v for k, v in row.items() if not k.startswith(("seconds/", "train_"))} for row in trainer.state.log_history]
+        torch.save(
+            {
+                "weights": {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad},
+                "optimizer": trainer.optimizer.state_dict(),
+                "history": history,
+                "world_size": config.world_size,
+                "wrapper": type(trainer.model_wrapped).__name__,
+            },
+            folder / "result.pt",
+        )
+
+
+if __name__ == "__main__":
+    main()
