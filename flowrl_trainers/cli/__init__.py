@@ -1,0 +1,72 @@
+"""The command line: `flowrl COMMAND --field value ...`."""
+
+import sys
+import traceback
+from pathlib import Path
+
+METHODS = ("adjoint_matching",)
+COMMANDS = (*METHODS, "demo", "env")
+
+USAGE = """usage: flowrl COMMAND [--config run.yaml] [--field value ...] [--help]
+
+commands:
+  adjoint_matching   tune a pipeline by adjoint matching, for differentiable rewards
+  demo               tune the embedded pipeline, print base and tuned on held-out prompts, and write the adapter and pictures
+  env                print the versions and devices that a bug report should have
+
+Every setting is a flag and a key of the YAML file, explained by `flowrl COMMAND --help`. `--accelerate_config ddp` (or a file that
+`accelerate config` wrote) starts one process per device, `--num_processes` as many as it says.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns its exit status. A wrong input is answered by one sentence and status 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if command not in COMMANDS:
+        print(f"flowrl: there is no command {command!r}: choose {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    try:
+        return _run(command, rest)
+    except (ValueError, TypeError, RuntimeError) as error:
+        # What we raise ourselves is a sentence to the user; anything else is a fault, whose traceback is wanted.
+        if not _is_ours(error):
+            raise
+        print(f"flowrl: {error}", file=sys.stderr)
+        return 1 if isinstance(error, RuntimeError) else 2
+
+
+def _is_ours(error: Exception) -> bool:
+    where = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(where).is_relative_to(Path(__file__).parent.parent)
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    # Each import takes seconds, so only that of the command is made.
+    from .launch import launched, take_launch_arguments
+
+    launch, arguments = take_launch_arguments(arguments)
+    if launch is not None:
+        return launched(launch, [command, *arguments])
+    from .memory import keep_freed_memory
+    from .quiet import hush
+
+    keep_freed_memory()
+    hush()
+    match command:
+        case "env":
+            from .env import print_environment
+
+            print_environment()
+        case "demo":
+            from .demo import demo
+
+            demo(arguments)
+        case _:
+            from .run import run
+
+            run(command, arguments)
+    return 0

@@ -1,0 +1,70 @@
+"""What a run from the command line is told beside the settings of its trainer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import TrlParser
+
+from ..trainers import AdjointMatchingTrainer, FlowRLConfig, FlowRLTrainer
+
+TRAINERS: dict[str, type[FlowRLTrainer]] = {"adjoint_matching": AdjointMatchingTrainer}
+
+
+@dataclass
+class RunArguments:
+    """Model, prompts, rewards and adapter of a run."""
+
+    model: str = field(
+        metadata={"help": "The pipeline to tune: a Hub id, a folder, or 'shapes' for the small one that ships with the package."}
+    )
+    dataset: str = field(
+        metadata={
+            "help": "The prompts: a data set of the Hub or a folder with a column 'prompt', or 'shapes' for the captions of the world of "
+            "shapes."
+        }
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "The configuration of the data set, where it has several."})
+    train_split: str = field(default="train", metadata={"help": "The split whose prompts are trained on."})
+    eval_split: str | None = field(
+        default=None,
+        metadata={"help": "The split of held-out prompts for evaluation ('held_out' for shapes). Default: no evaluation."},
+    )
+    reward_funcs: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "The rewards to raise: names such as 'shapes', or functions as 'module.function', looked up in the current folder too."
+        },
+    )
+    eval_reward_funcs: list[str] = field(
+        default_factory=list, metadata={"help": "Rewards that evaluation adds and training never sees, named in the same way."}
+    )
+    lora_r: int = field(default=32, metadata={"help": "The rank of the LoRA; 0 trains all weights of the transformer."})
+    lora_alpha: int = field(default=64, metadata={"help": "The LoRA's alpha: its output is scaled by alpha over rank."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "The dropout on the LoRA's input during updates."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "The names of the layers that the LoRA adapts. Default: the family's own."}
+    )
+
+
+def parse(
+    command: str,
+    make_config: Callable[..., FlowRLConfig],
+    arguments: list[str],
+    defaults: dict[str, Any],
+) -> tuple[RunArguments, FlowRLConfig]:
+    """Flags over the YAML file of `--config` over `defaults`. Raises `ValueError` for what neither class knows."""
+    usage = f"flowrl {command} [--config run.yaml] [--field value ...]"
+    parser = TrlParser([RunArguments, make_config], prog=f"flowrl {command}", usage=usage)
+    parser.set_defaults_with_config(**defaults)
+    try:
+        run, config, from_file, from_flags = parser.parse_args_and_config(
+            arguments, return_remaining_strings=True, separate_remaining_strings=True
+        )
+    except (ValueError, OSError) as error:
+        raise ValueError(str(error)) from error
+    for source, unknown in (("the YAML file", from_file), ("the command line", from_flags)):
+        if unknown:
+            name = unknown[0].removeprefix("--")
+            raise ValueError(f"{name!r} in {source} is no setting of `flowrl {command}`: see `flowrl {command} --help`.")
+    return run, config

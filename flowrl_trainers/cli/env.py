@@ -1,0 +1,22 @@
+"""`flowrl env`."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+PACKAGES = (
+    "flowrl-trainers", "torch", "trl", "diffusers", "transformers", "accelerate", "peft", "datasets", "huggingface_hub", "evaluate",
+)  # fmt: skip
+
+
+def print_environment() -> None:
+    """Versions and devices, one a line."""
+    print(f"Python: {platform.python_version()} on {platform.platform()}")
+    for package in PACKAGES:
+        try:
+            print(f"{package}: {version(package)}")
+        except PackageNotFoundError:
+            print(f"{package}: not installed")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"devices: {', '.join(devices) or f'CPU, {torch.get_num_threads()} threads'}")

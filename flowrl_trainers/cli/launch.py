@@ -1,0 +1,38 @@
+"""Several processes through `accelerate launch`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+# Without these, accelerate asks for its own configuration file or takes what it finds there.
+DDP = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
+def take_launch_arguments(arguments: list[str]) -> tuple[list[str] | None, list[str]]:
+    """Split off `--accelerate_config NAME_OR_FILE` and `--num_processes N`: launcher arguments (None without the former), the rest.
+
+    Raises `ValueError` for a name that is neither "ddp" nor a file, and for processes without a configuration.
+    """
+    rest, taken = [], {}
+    names = iter(arguments)
+    for name in names:
+        if name in ("--accelerate_config", "--num_processes"):
+            taken[name] = next(names, "")
+        else:
+            rest.append(name)
+    if not taken:
+        return None, rest
+    config = taken.get("--accelerate_config")
+    if config is None:
+        raise ValueError("`--num_processes` needs `--accelerate_config ddp`, or the file that `accelerate config` wrote.")
+    if config != "ddp" and not Path(config).is_file():
+        raise ValueError(f"`--accelerate_config` ({config}) is neither 'ddp' nor a file: write one with `accelerate config`.")
+    launcher = DDP if config == "ddp" else ["--config_file", config]
+    processes = taken.get("--num_processes")
+    return [*launcher, *(["--num_processes", processes] if processes is not None else [])], rest
+
+
+def launched(launcher: list[str], command: list[str]) -> int:
+    """Run a command of ours in the processes that the launcher starts; returns the exit status."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", "flowrl_trainers.cli", *command]
+    return subprocess.run(launch).returncode

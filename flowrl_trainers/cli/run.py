@@ -1,0 +1,66 @@
+"""`flowrl METHOD`: one run from the command line."""
+
+import sys
+from importlib import import_module
+
+from datasets import Dataset, load_dataset
+from peft import LoraConfig
+
+from ..hub.card import SHAPES
+from ..rewards.named import RewardLike
+from ..shapes import load_pipeline, prompts
+from ..trainers import FlowRLConfig, FlowRLTrainer
+from .arguments import TRAINERS, RunArguments, parse
+
+
+def run(method: str, arguments: list[str]) -> None:
+    """Train, evaluate where there are held-out prompts, save, and push if asked. Raises `ValueError` for wrong arguments."""
+    told, config = parse(method, TRAINERS[method].config_class, arguments, {})
+    trainer = make_trainer(method, told, config)
+    resume = config.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
+    trainer.save_model(_internal_call=True)  # before anything else can fail
+    if trainer.eval_dataset is not None:
+        trainer.evaluate()
+    trainer.save_model()
+
+
+def make_trainer(method: str, told: RunArguments, config: FlowRLConfig) -> FlowRLTrainer:
+    """The trainer that the arguments describe."""
+    if not told.reward_funcs:
+        raise ValueError("`reward_funcs` is empty: name at least one reward.")
+    rewards, judges = ([_reward(name) for name in names] for names in (told.reward_funcs, told.eval_reward_funcs))
+    lora = LoraConfig(r=told.lora_r, lora_alpha=told.lora_alpha, lora_dropout=told.lora_dropout, target_modules=told.lora_target_modules)
+    return TRAINERS[method](
+        model=load_pipeline() if told.model in ("shapes", SHAPES) else told.model,
+        reward_funcs=rewards,
+        args=config,
+        train_dataset=load_prompts(told, told.train_split),
+        eval_dataset=load_prompts(told, told.eval_split) if told.eval_split else None,
+        eval_reward_funcs=judges or None,
+        peft_config=lora if told.lora_r else None,
+    )
+
+
+def _reward(name: str) -> RewardLike:
+    """A name as it is; what has a dot as the function that it names."""
+    if "." not in name:
+        return name
+    module, function = name.rsplit(".", 1)
+    sys.path.insert(0, "")
+    try:
+        return getattr(import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"The reward {name!r} cannot be imported ({error}): name it as 'module.function'.") from error
+
+
+def load_prompts(told: RunArguments, split: str) -> Dataset:
+    """The prompts of one split."""
+    if told.dataset != "shapes":
+        try:
+            return load_dataset(told.dataset, told.dataset_config, split=split)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"The prompts {told.dataset!r}, split {split!r}, cannot be loaded: {error}") from error
+    if split not in ("train", "held_out"):
+        raise ValueError(f"The prompts of shapes have no split {split!r}: choose 'train' or 'held_out'.")
+    return prompts("train" if split == "train" else "held_out")

@@ -1,0 +1,139 @@
+"""`flowrl` as a command: flags, YAML files, and one sentence for what is wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+FLOWRL = Path(sys.executable).parent / "flowrl"
+
+YAML = {
+    "model": "shapes", "dataset": "shapes", "eval_split": "held_out", "reward_funcs": ["shapes"], "eval_reward_funcs": ["checker"],
+    "lora_r": 4, "lora_alpha": 8, "max_steps": 2, "num_inference_steps": 3, "adjoint_steps": 2, "control_cost_order": 4,
+    "per_device_train_batch_size": 2, "per_device_eval_batch_size": 110, "guidance_scale": 1.0, "max_sequence_length": 8, "use_cpu": True,
+    "save_steps": 1,
+}  # fmt: skip
+
+
+def flowrl(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([FLOWRL, *arguments], capture_output=True, text=True, cwd=folder)
+
+
+def write_yaml(folder: Path, **changes) -> str:
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(YAML | changes))
+    return str(path)
+
+
+def test_a_run_from_a_yaml_file_with_flags_over_it(tmp_path):
+    result = flowrl(tmp_path, "adjoint_matching", "--config", write_yaml(tmp_path), "--output_dir", "out", "--max_steps", "1")
+    assert result.returncode == 0, result.stderr
+    out = tmp_path / "out"
+    kept = yaml.safe_load((out / "config.yaml").read_text())
+    assert kept["max_steps"] == 1
+    assert kept["control_cost_order"] == "4"
+    assert kept["lora_alpha"] == 8
+    assert {"README.md", "config.yaml", "metrics.json", "pytorch_lora_weights.safetensors", "samples", "checkpoint-1"} <= {
+        p.name for p in out.iterdir()
+    }
+    assert "| base |" in (out / "README.md").read_text()
+
+    resumed = flowrl(
+        tmp_path, "adjoint_matching", "--config", write_yaml(tmp_path), "--output_dir", "out", "--resume_from_checkpoint", "true"
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert (out / "checkpoint-2" / "manifest.json").exists()
+
+
+def test_what_a_run_leaves_as_configuration_can_be_run_again(tmp_path):
+    first = flowrl(tmp_path, "adjoint_matching", "--config", write_yaml(tmp_path, max_steps=1, eval_split=None), "--output_dir", "first")
+    assert first.returncode == 0, first.stderr
+    again = flowrl(
+        tmp_path, "adjoint_matching", "--config", "first/config.yaml", "--dataset", "shapes", "--output_dir", "again", "--use_cpu", "true"
+    )
+    assert again.returncode == 0, again.stderr
+    first, again = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("first", "again"))
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_reward_is_imported_from_the_current_folder(tmp_path):
+    (tmp_path / "judges.py").write_text(
+        "from flowrl_trainers.rewards import differentiable\n\n\n"
+        "@differentiable\ndef brightness(images, prompts, **columns):\n    return images.mean(dim=(1, 2, 3))\n"
+    )
+    path = write_yaml(tmp_path, reward_funcs=["judges.brightness"], max_steps=1, eval_split=None)
+    result = flowrl(tmp_path, "adjoint_matching", "--config", path, "--output_dir", "out")
+    assert result.returncode == 0, result.stderr
+    assert "reward/brightness" in result.stdout
+
+
+def test_every_field_has_a_full_sentence_of_help(tmp_path):
+    result = flowrl(tmp_path, "adjoint_matching", "--help")
+    assert result.returncode == 0
+    for name in ("--adjoint_steps", "--num_generations", "--lora_r", "--reward_funcs", "--learning_rate"):
+        assert name in result.stdout
+    from dataclasses import fields
+
+    from flowrl_trainers.cli.arguments import RunArguments
+    from flowrl_trainers.trainers import AdjointMatchingConfig, FlowRLConfig
+
+    ours = [f for c in (RunArguments, AdjointMatchingConfig) for f in fields(c)]
+    inherited = {f.name for f in fields(FlowRLConfig.__mro__[1])}
+    for field in ours:
+        if field.name not in inherited:
+            assert field.metadata["help"].rstrip().endswith("."), field.name
+            assert len(field.metadata["help"]) > 30, field.name
+
+
+def test_env_prints_what_a_bug_report_needs(tmp_path):
+    result = flowrl(tmp_path, "env")
+    assert result.returncode == 0
+    for package in ("Python", "flowrl-trainers", "torch", "trl", "diffusers", "devices"):
+        assert f"{package}: " in result.stdout
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (["demo", "--adjoint_steps", "30"], "flowrl: `adjoint_steps` (30) must be between 1 and `num_inference_steps` (20)."),
+    (["demo", "--no_such_field", "1"], "flowrl: 'no_such_field' in the command line is no setting of `flowrl demo`"),
+    (["demo", "--trainer", "ppo"], "flowrl: `--trainer` is 'ppo': choose adjoint_matching."),
+    (["demo", "--reward_funcs", "checker"], "flowrl: Reward 'checker' is not differentiable, which AdjointMatchingTrainer needs"),
+    (["demo", "--accelerate_config", "fsdp9"], "flowrl: `--accelerate_config` (fsdp9) is neither 'ddp' nor a file"),
+    (["demo", "--num_processes", "2"], "flowrl: `--num_processes` needs `--accelerate_config ddp`"),
+    (["train"], "flowrl: there is no command 'train': choose adjoint_matching, demo, env."),
+])  # fmt: skip
+def test_wrong_arguments_get_one_sentence_and_status_2(tmp_path, arguments, sentence):
+    result = flowrl(tmp_path, *arguments)
+    assert result.returncode == 2
+    assert sentence in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("changes", "sentence"), [
+    ({"colour": "red"}, "flowrl: 'colour' in the YAML file is no setting of `flowrl adjoint_matching`"),
+    ({"num_generations": 3}, "must be a multiple of `num_generations` (3), the images per prompt: make it 3."),
+    ({"model": "no/such/folder"}, "'no/such/folder' is no diffusers pipeline: pass a Hub id or a folder"),
+    ({"adjoint_steps": 1}, "opens its window at sigma"),
+    ({"reward_funcs": ["judges.taste"]}, "The reward 'judges.taste' cannot be imported"),
+    ({"dataset": "no/such/data"}, "The prompts 'no/such/data', split 'train', cannot be loaded"),
+    ({"reward_funcs": []}, "`reward_funcs` is empty: name at least one reward."),
+    ({"train_split": "validation"}, "have no split 'validation': choose 'train' or 'held_out'"),
+])  # fmt: skip
+def test_a_wrong_yaml_file_gets_one_sentence_and_status_2(tmp_path, changes, sentence):
+    result = flowrl(tmp_path, "adjoint_matching", "--config", write_yaml(tmp_path, **changes), "--output_dir", "out")
+    assert result.returncode == 2
+    assert sentence in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_two_processes_from_the_command_line(tmp_path):
+    result = flowrl(
+        tmp_path, "adjoint_matching", "--config", write_yaml(tmp_path, max_steps=1, eval_split=None), "--output_dir", "out",
+        "--accelerate_config", "ddp", "--num_processes", "2", "--ddp_backend", "gloo",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "checkpoint-1" / "loop_state_1.pt").exists()  # the second process was there
