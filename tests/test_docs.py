@@ -1,0 +1,54 @@
+"""What README and docs show is what runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flowrl_trainers.cli.arguments import TRAINERS, parse
+
+ROOT = Path(__file__).parent.parent
+
+
+def python_blocks(path: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.S)
+
+
+def test_the_first_python_example_runs_as_it_stands(tmp_path):
+    code = python_blocks(ROOT / "README.md")[0].replace("max_steps=20", "max_steps=1, log_images=2, use_cpu=True")
+    assert "max_steps=1," in code
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "eval_base_reward/shapes" in result.stdout
+    assert (tmp_path / "tuned-shapes" / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_the_reward_of_the_readme_is_one():
+    scope: dict = {}
+    exec(python_blocks(ROOT / "README.md")[1], scope)
+    assert scope["redness"].name == "redness"
+    assert scope["redness"].differentiable
+
+
+def test_the_example_of_a_model_of_ones_own_is_complete():
+    scope: dict = {}
+    exec(python_blocks(ROOT / "docs" / "custom_model.md")[0], scope)
+    model = scope["TwoMoons"](lambda x, sigma: x)
+    assert model.initial_latents(2).shape == (2, 2)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_yaml_example_is_understood(tmp_path, name):
+    path = ROOT / "examples" / f"{name}.yaml"
+    told, config = parse(name, TRAINERS[name].config_class, ["--config", str(path), "--output_dir", str(tmp_path), "--use_cpu", "true"], {})
+    assert told.model == "shapes"
+    assert config.max_steps == yaml.safe_load(path.read_text())["max_steps"]
+
+
+def test_the_pages_of_the_navigation_exist():
+    pages = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.M)
+    assert len(pages) >= 8
+    assert all((ROOT / "docs" / page).exists() for page in pages)
