@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .pipelines import FlowPipeline
-    from .trainers import AdjointMatchingConfig, AdjointMatchingTrainer, FlowRLConfig, FlowRLTrainer
+    from .trainers import (
+        AdjointMatchingConfig,
+        AdjointMatchingTrainer,
+        FlowRLConfig,
+        FlowRLTrainer,
+        VGGFlowConfig,
+        VGGFlowTrainer,
+    )
 
 # Imported on first use, as trl does: `import flowrl_trainers` alone is quick.
 _HOMES = {
@@ -15,10 +22,20 @@ _HOMES = {
     "FlowPipeline": ".pipelines",
     "FlowRLConfig": ".trainers",
     "FlowRLTrainer": ".trainers",
+    "VGGFlowConfig": ".trainers",
+    "VGGFlowTrainer": ".trainers",
 }
 
 __version__ = version("flowrl-trainers")
-__all__ = ["AdjointMatchingConfig", "AdjointMatchingTrainer", "FlowPipeline", "FlowRLConfig", "FlowRLTrainer"]
+__all__ = [
+    "AdjointMatchingConfig",
+    "AdjointMatchingTrainer",
+    "FlowPipeline",
+    "FlowRLConfig",
+    "FlowRLTrainer",
+    "VGGFlowConfig",
+    "VGGFlowTrainer",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,10 @@ import torch
 from flowrl_trainers.trainers.checkpoints import MANIFEST, checkpoint_to_resume, condition, write_manifest
 
 SCRIPT = Path(__file__).parent / "training_script.py"
-TRAINERS = {"AdjointMatchingTrainer": {"adjoint_steps": 2, "control_to_velocity_ratio": 0.3}}
+TRAINERS = {
+    "AdjointMatchingTrainer": {"adjoint_steps": 2, "control_to_velocity_ratio": 0.3},
+    "VGGFlowTrainer": {"timestep_bins": 2, "control_to_velocity_ratio": 0.3},
+}
 
 # Two updates per rollout, each rollout used twice: a window of four updates, two rollouts of four prompts an epoch.
 WINDOW = {

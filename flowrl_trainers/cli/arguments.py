@@ -6,9 +6,9 @@ from typing import Any
 
 from trl import TrlParser
 
-from ..trainers import AdjointMatchingTrainer, FlowRLConfig, FlowRLTrainer
+from ..trainers import AdjointMatchingTrainer, FlowRLConfig, FlowRLTrainer, VGGFlowTrainer
 
-TRAINERS: dict[str, type[FlowRLTrainer]] = {"adjoint_matching": AdjointMatchingTrainer}
+TRAINERS: dict[str, type[FlowRLTrainer]] = {"adjoint_matching": AdjointMatchingTrainer, "vgg_flow": VGGFlowTrainer}
 
 
 @dataclass

@@ -43,6 +43,12 @@ METHODS: dict[str, dict[str, Any]] = {
         "control_to_velocity_ratio": 0.3,
         "reward_gradient_clip_quantile": 0.9,
     },
+    "vgg_flow": {
+        "max_steps": 60,
+        "per_device_train_batch_size": 24,
+        "eta_schedule": "linear",
+        "control_to_velocity_ratio": 1.0,
+    },
 }
 PICTURES_PER_PROMPT = 4
 SHOWN = 8

@@ -7,9 +7,10 @@ One convention for time: sigma is the noise level, 1 for noise and 0 for data,
 Papers that run t from noise to data are converted by t = 1 - sigma and v_paper = -velocity.
 """
 
-from .adjoint import carry_adjoint, lean_adjoint, vector_jacobian_product
+from .adjoint import carry_adjoint, lean_adjoint, memoryless_adjoint, vector_jacobian_product
 from .control_costs import best_control, best_rms, control_cost, control_cost_gradient, root_mean_square
 from .conversions import clean_estimate, expand_like, interpolate, noise_estimate, velocity_between
+from .memoryless import memoryless_step, memoryless_variance
 from .sigmas import shift_sigmas, uniform_sigmas
 from .steps import euler_step, log_probability, renoise
 
@@ -25,6 +26,9 @@ __all__ = [
     "interpolate",
     "lean_adjoint",
     "log_probability",
+    "memoryless_adjoint",
+    "memoryless_step",
+    "memoryless_variance",
     "noise_estimate",
     "renoise",
     "root_mean_square",

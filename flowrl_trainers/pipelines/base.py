@@ -62,7 +62,8 @@ class FlowPipeline(ABC):
         """The velocity `dx/dsigma` at `latents`, float32 and of their shape.
 
         transformer: passed in, because a trainer may have wrapped it. sigma: (B,), one level per sample. guidance: True for the
-        pipeline's own guidance formula at the settings' scale, False for the conditional branch alone.
+        pipeline's own guidance formula at the settings' scale, False for the conditional branch alone. With guidance, weights learn
+        through the conditional branch: the negative one keeps its graph only where a gradient to the latents is asked for.
         """
 
     @abstractmethod
@@ -96,6 +97,14 @@ class FlowPipeline(ABC):
     def images(self, latents: torch.Tensor) -> torch.Tensor:
         """`decode(latents)` clamped to [0, 1]: what black-box rewards and pictures get."""
         return self.decode(latents).clamp(0, 1)
+
+    def prompt_features(self, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a critic or a value network reads of the prompts: features (B, L, D) and a mask (B, L), True where there is a token.
+
+        By default one feature that says nothing, so that such a network does not read the prompt.
+        """
+        rows = next(iter(conditioning.values()))
+        return rows.new_zeros(len(rows), 1, 1, dtype=torch.float32), rows.new_ones(len(rows), 1, dtype=torch.bool)
 
     def sigmas(self, num_inference_steps: int, spacing: Literal["pipeline", "uniform"] = "pipeline") -> torch.Tensor:
         """`num_inference_steps + 1` levels from 1 down to 0, float32.

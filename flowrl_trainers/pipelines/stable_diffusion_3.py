@@ -118,7 +118,8 @@ class StableDiffusion3FlowPipeline(FlowPipeline):
     ) -> torch.Tensor:
         v = self._branch(transformer, latents, sigma, conditioning, "")
         if guidance and self.guided:
-            negative = self._branch(transformer, latents, sigma, conditioning, "negative_")
+            with torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad):
+                negative = self._branch(transformer, latents, sigma, conditioning, "negative_")
             v = negative + self.settings["guidance_scale"] * (v - negative)
         return v
 

@@ -15,7 +15,7 @@ from .prompts import all_prompts
 from .scenes import IMAGE_SIZE
 
 WEIGHTS = Path(__file__).parent / "weights"
-MAX_TOKENS = 16  # the longest caption has nine, begin and end included
+MAX_TOKENS = 10  # the longest caption has nine, begin and end included
 _EMBEDDING = 128
 
 
@@ -72,7 +72,7 @@ def new_transformer() -> SD3Transformer2DModel:
     """An untrained SD3 transformer for latents of 8 x 8 x 8, 3.5 million parameters."""
     return SD3Transformer2DModel(
         sample_size=8,
-        patch_size=1,
+        patch_size=2,
         in_channels=8,
         out_channels=8,
         num_layers=6,
@@ -81,7 +81,7 @@ def new_transformer() -> SD3Transformer2DModel:
         joint_attention_dim=2 * _EMBEDDING,
         caption_projection_dim=128,
         pooled_projection_dim=2 * _EMBEDDING,
-        pos_embed_max_size=8,  # a larger one would squeeze the positions together, and learning would take several times as long
+        pos_embed_max_size=4,  # a larger one would squeeze the positions together, and learning would take several times as long
         qk_norm="rms_norm",
     )
 

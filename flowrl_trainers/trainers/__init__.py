@@ -5,5 +5,19 @@ from .adjoint_matching_trainer import AdjointMatchingTrainer
 from .base_config import FlowRLConfig
 from .base_trainer import FlowRLTrainer
 from .micro_batch import MicroBatch
+from .reward_gradient_config import RewardGradientConfig
+from .reward_gradient_trainer import RewardGradientTrainer
+from .vgg_flow_config import VGGFlowConfig
+from .vgg_flow_trainer import VGGFlowTrainer
 
-__all__ = ["AdjointMatchingConfig", "AdjointMatchingTrainer", "FlowRLConfig", "FlowRLTrainer", "MicroBatch"]
+__all__ = [
+    "AdjointMatchingConfig",
+    "AdjointMatchingTrainer",
+    "FlowRLConfig",
+    "FlowRLTrainer",
+    "MicroBatch",
+    "RewardGradientConfig",
+    "RewardGradientTrainer",
+    "VGGFlowConfig",
+    "VGGFlowTrainer",
+]

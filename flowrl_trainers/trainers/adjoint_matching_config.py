@@ -4,12 +4,16 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..flow.control_costs import ORDERS
-from .base_config import FlowRLConfig
+from .reward_gradient_config import RewardGradientConfig
 
 
 @dataclass
-class AdjointMatchingConfig(FlowRLConfig):
-    r"""Settings of [`AdjointMatchingTrainer`], beside those of [`FlowRLConfig`]."""
+class AdjointMatchingConfig(RewardGradientConfig):
+    r"""Settings of [`AdjointMatchingTrainer`], beside those of [`RewardGradientConfig`] and [`FlowRLConfig`].
+
+    DRaFT-K (arXiv 2309.17400), direct backpropagation through the last K steps, is `adjoint="full"`, `loss_type="hamiltonian"`,
+    `control_cost_weight=0` and `adjoint_steps=K`.
+    """
 
     adjoint_steps: int = field(
         default=3,
@@ -27,11 +31,28 @@ class AdjointMatchingConfig(FlowRLConfig):
             "'current' the current model's alone (biased towards too little control)."
         },
     )
+    dynamics: Literal["ode", "memoryless"] = field(
+        default="ode",
+        metadata={
+            "help": "What rollouts sample with: 'ode', the deterministic sampler of arXiv 2605.06583, or 'memoryless', the stochastic one "
+            "of arXiv 2409.08861, whose optimum is the base distribution tilted by the reward; it takes `adjoint_steps` equal to "
+            "`num_inference_steps`, 40 in the paper."
+        },
+    )
+    memoryless_loss_clip: float | None = field(
+        default=1.6,
+        metadata={
+            "help": "With memoryless dynamics, states whose squared control error (a sum over the latent, in the paper's units) is above "
+            "this number times the square of `reward_scale` teach nothing in that update. Default: the paper's, appendix G, which "
+            "holds for rewards whose gradient has a norm of about one; None keeps all."
+        },
+    )
     loss_type: Literal["regression", "hamiltonian"] = field(
         default="regression",
         metadata={
             "help": "'regression' is the squared distance of the control to the best one; 'hamiltonian' is twice the cost of the control "
-            "minus its product with the adjoint, which has the same minimum and, at order 2 and weight 1, the same gradient."
+            "minus its product with the adjoint, each state weighted by the size of its step: with the full adjoint, its gradient is that "
+            "of the regularised objective."
         },
     )
     control_cost_order: Literal["2", "4", "2+4"] = field(
@@ -41,27 +62,8 @@ class AdjointMatchingConfig(FlowRLConfig):
             "adjoints; or their sum. Our reconstruction of the polynomial costs of arXiv 2605.06583."
         },
     )
-    control_cost_weight: float = field(default=1.0, metadata={"help": "The weight c of the control's cost, above 0."})
-    reward_scale: float | None = field(
-        default=None,
-        metadata={
-            "help": "The factor lambda on the reward in the control problem, which sets how far control departs from the base model. "
-            "Default: found on the first rollout from `control_to_velocity_ratio`."
-        },
-    )
-    control_to_velocity_ratio: float = field(
-        default=0.1,
-        metadata={
-            "help": "The root mean square of the target control over that of the base velocity, on the first rollout; sets `reward_scale` "
-            "where that is not given, because gradients of rewards differ by orders of magnitude. Our choice."
-        },
-    )
-    reward_gradient_clip_quantile: float | None = field(
-        default=None,
-        metadata={
-            "help": "Reward gradients whose L2 norm over a whole latent exceeds this quantile of the rollout's norms are scaled down to "
-            "it. Above 0 and at most 1. Default: no clipping."
-        },
+    control_cost_weight: float = field(
+        default=1.0, metadata={"help": "The weight c of the control's cost, above 0; 0, no cost, goes with the Hamiltonian loss alone."}
     )
 
     def __post_init__(self) -> None:
@@ -69,6 +71,7 @@ class AdjointMatchingConfig(FlowRLConfig):
         self.control_cost_order = str(self.control_cost_order)  # type: ignore[assignment]  # YAML reads 2 as a number
         for name, choices in (
             ("adjoint", ("lean", "full", "current")),
+            ("dynamics", ("ode", "memoryless")),
             ("loss_type", ("regression", "hamiltonian")),
             ("control_cost_order", ORDERS),
         ):
@@ -78,10 +81,24 @@ class AdjointMatchingConfig(FlowRLConfig):
             raise ValueError(
                 f"`adjoint_steps` ({self.adjoint_steps}) must be between 1 and `num_inference_steps` ({self.num_inference_steps})."
             )
-        for name in ("reward_scale", "control_to_velocity_ratio", "control_cost_weight"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"`{name}` ({value}) must be above 0.")
-        quantile = self.reward_gradient_clip_quantile
-        if quantile is not None and not 0 < quantile <= 1:
-            raise ValueError(f"`reward_gradient_clip_quantile` ({quantile}) must be above 0 and at most 1.")
+        if self.control_cost_weight < 0 or (self.control_cost_weight == 0 and self.loss_type != "hamiltonian"):
+            raise ValueError(
+                f"`control_cost_weight` ({self.control_cost_weight}) must be above 0; 0, which leaves no regression target, goes with "
+                "`loss_type='hamiltonian'` alone."
+            )
+        if self.control_cost_weight == 0 and self.reward_scale is None:
+            raise ValueError("`reward_scale` must be given where `control_cost_weight` is 0: no cost sets a control to measure it by.")
+        if self.memoryless_loss_clip is not None and self.memoryless_loss_clip <= 0:
+            raise ValueError(f"`memoryless_loss_clip` ({self.memoryless_loss_clip}) must be above 0.")
+        if self.dynamics == "memoryless":
+            for name, allowed in (
+                ("adjoint", "lean"),
+                ("loss_type", "regression"),
+                ("control_cost_order", "2"),
+                ("control_cost_weight", 1.0),
+                ("adjoint_steps", self.num_inference_steps),
+            ):
+                if getattr(self, name) != allowed:
+                    raise ValueError(
+                        f"`{name}` ({getattr(self, name)!r}) must be {allowed!r} with `dynamics='memoryless'`: no other form is known."
+                    )

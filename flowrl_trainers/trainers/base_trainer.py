@@ -116,7 +116,6 @@ class FlowRLTrainer(RunFiles, Trainer):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("FSDP and DeepSpeed are not supported: use `--accelerate_config ddp`, which keeps the network whole.")
         self._place_frozen_parts()
-        self.ema = EMAModel(self.trained_parameters(), decay=args.ema_decay) if args.ema_decay is not None else None
         self.sigmas = self.flow.sigmas(args.num_inference_steps).to(args.device)
         self.sampler = PromptGroupSampler(
             num_prompts=len(train_dataset),
@@ -129,6 +128,9 @@ class FlowRLTrainer(RunFiles, Trainer):
         )
         self.conditioning = ConditioningCache(self.flow)
         self._encode_prompts(train_dataset, eval_dataset)
+        head = self.make_head()
+        self.model.head = None if head is None else head.to(args.device)
+        self.ema = EMAModel(self.trained_parameters(), decay=args.ema_decay) if args.ema_decay is not None else None
         self.settings = self.run_settings()
         self.set_up()
 
@@ -137,13 +139,27 @@ class FlowRLTrainer(RunFiles, Trainer):
     num_trained_states: int
     """The states of each trajectory at which the loss is taken."""
 
+    def make_head(self) -> nn.Module | None:
+        """The network that is trained beside the transformer, called with latents, sigma, prompt features and their mask; none by default.
+
+        `head_name` is what its folder and metrics are called.
+        """
+        return None
+
+    def head_learning_rate(self) -> float:
+        """The learning rate of the head."""
+        return self.args.learning_rate
+
     def set_up(self) -> None:
         """The last act of `__init__`: check and keep what the algorithm needs; nothing by default."""
         return None
 
     @abstractmethod
-    def rollout(self, latents: torch.Tensor, conditioning: Conditioning) -> dict[str, torch.Tensor]:
-        """Sample from initial latents (B, ...) with `self.model`, without gradients; return what is kept, images first."""
+    def rollout(self, latents: torch.Tensor, conditioning: Conditioning, keys: list[Image]) -> dict[str, torch.Tensor]:
+        """Sample from initial latents (B, ...) with `self.model`, without gradients; return what is kept, images first.
+
+        keys: of the images, from which further random draws are to be made; see `keyed_generator`.
+        """
 
     @abstractmethod
     def prepare(self, rollout: list[MicroBatch]) -> None:
@@ -244,6 +260,28 @@ class FlowRLTrainer(RunFiles, Trainer):
         """The parameters that training changes."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """That of Trainer, with parameter groups of its own for the head."""
+        given = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if self.model.head is not None and not given:
+            heads = {id(p) for p in self.model.head.parameters()}
+            for group in list(optimizer.param_groups):
+                own = [p for p in group["params"] if id(p) in heads]
+                group["params"] = [p for p in group["params"] if id(p) not in heads]
+                optimizer.add_param_group({**group, "params": own, "lr": self.head_learning_rate()})
+        return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        """Clip transformer and head apart, each to `max_grad_norm`. Private, as Trainer's callbacks come after its clipping."""
+        if self.model.head is None:
+            return super()._clip_grad_norm(model)
+        heads = list(self.model.head.parameters())
+        others = [p for name, p in self.model.named_parameters() if not name.startswith("head.")]
+        norm = self.accelerator.clip_grad_norm_(others, self.args.max_grad_norm)  # unscales the gradients of both
+        self.log_metric(f"{self.head_name}_grad_norm", torch.nn.utils.clip_grad_norm_(heads, self.args.max_grad_norm))
+        return norm
+
     # ---- the loop --------------------------------------------------------------------------------------------------------
 
     def train(
@@ -334,7 +372,7 @@ class FlowRLTrainer(RunFiles, Trainer):
                 part = examples[start : start + size]
                 latents = self.initial_latents([e.key for e in part], "initial latents")
                 good = torch.ones(len(part), dtype=torch.bool, device=self.args.device)
-                rollout += [MicroBatch(part, self.rollout(latents, self.condition(part)), good)]
+                rollout += [MicroBatch(part, self.rollout(latents, self.condition(part), [e.key for e in part]), good)]
         self.prepare(rollout)
         return rollout
 
@@ -352,6 +390,17 @@ class FlowRLTrainer(RunFiles, Trainer):
     def reward_context(self, log_metric: Callable[[str, float], None] | None = None) -> dict[str, Any]:
         """What every reward is called with beside images, prompts and columns."""
         return {"trainer_state": self.state, "log_metric": log_metric or self.log_metric, "log_extra": lambda name, values: None}
+
+    def score(self, latents: torch.Tensor, examples: list[Example]) -> torch.Tensor:
+        """Scores (B, number of rewards) of the pictures of final latents (B, ...), without gradients."""
+        size = self.args.decode_batch_size or self.args.per_device_train_batch_size
+        with torch.no_grad():
+            return torch.cat(
+                [
+                    call_rewards(self.rewards, self.flow.images(part), examples[start : start + size], **self.reward_context())
+                    for start, part in zip(range(0, len(latents), size), latents.split(size), strict=True)
+                ]
+            )
 
     def score_with_gradient(self, latents: torch.Tensor, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores (B, number of rewards) of final latents, and the gradient (B, ...) of their weighted sum."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,27 +12,44 @@ from ..pipelines import Conditioning, FlowPipeline
 
 
 class FlowModel(nn.Module):
-    """The transformer of a `FlowPipeline`; all trainable compute goes through `forward`, so that the hooks of wrappers fire.
+    """The transformer of a `FlowPipeline` and the head that an algorithm trains beside it, such as a value-gradient network.
 
-    It has no `config`, because Trainer and its trackers expect the config of a language model there.
+    All trainable compute goes through `forward`, so that the hooks of wrappers fire. It has no `config`, because Trainer and its trackers
+    expect the config of a language model there.
     """
 
     flow: FlowPipeline
     frozen: nn.Module | None
     transformer: nn.Module
+    head: nn.Module | None
 
     def __init__(self, flow: FlowPipeline, has_adapter: bool) -> None:
         super().__init__()
-        self.transformer = flow.transformer
+        self.transformer, self.head = flow.transformer, None
         # Outside of the module's own bookkeeping: neither the pipeline nor the frozen copy is trained, saved or wrapped.
         frozen = None if has_adapter else deepcopy(flow.transformer).requires_grad_(False).eval()
         object.__setattr__(self, "flow", flow)
         object.__setattr__(self, "frozen", frozen)
         self.use_frozen = False
 
-    def forward(self, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning, guidance: bool = False) -> torch.Tensor:
-        """The velocity at latents (B, ...) and levels sigma (B,), float32; see `FlowPipeline.velocity`."""
-        return self.flow.velocity(self.active_transformer, latents, sigma, conditioning, guidance=guidance)
+    def forward(
+        self,
+        latents: torch.Tensor,
+        sigma: torch.Tensor,
+        conditioning: Conditioning,
+        guidance: bool = False,
+        part: Literal["velocity", "head"] = "velocity",
+    ) -> torch.Tensor:
+        """The velocity at latents (B, ...) and levels sigma (B,), float32; see `FlowPipeline.velocity`. Or what the head says of them.
+
+        The head computes in float32: finite differences of it are taken.
+        """
+        if part == "velocity":
+            return self.flow.velocity(self.active_transformer, latents, sigma, conditioning, guidance=guidance)
+        assert self.head is not None
+        features, mask = self.flow.prompt_features(conditioning)
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.head(latents, sigma, features.float(), mask)
 
     @property
     def active_transformer(self) -> nn.Module:

@@ -15,9 +15,10 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import yaml
+from diffusers import ModelMixin
 from huggingface_hub import HfApi
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
@@ -55,6 +56,7 @@ class RunFiles(Trainer):
     replayed_settings: ClassVar[tuple[str, ...]]
     ema: Any
     push_in_progress: PushInProgress | None
+    head_name: ClassVar[str] = "head"
     _name: ClassVar[str]
     _tag_names: ClassVar[list[str]]
     _paper: ClassVar[dict[str, str]]
@@ -86,11 +88,20 @@ class RunFiles(Trainer):
                     self.flow.save_lora(folder)
                 else:
                     self.flow.save_transformer(folder / "transformer")
+                self._save_head(folder)
             (folder / "config.yaml").write_text(yaml.safe_dump(self.settings, sort_keys=False))
             self.write_metrics(folder)
             self._write_card(folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_head(self, folder: Path) -> None:
+        head = self.model.head
+        if isinstance(head, ModelMixin):
+            head.save_pretrained(folder / self.head_name)
+        elif head is not None:
+            (folder / self.head_name).mkdir(exist_ok=True)
+            save_model(head, str(folder / self.head_name / "model.safetensors"))
 
     def run_settings(self) -> dict[str, Any]:
         """Every setting that differs from its default, under the names of the command line, as `config.yaml` keeps it."""

@@ -1,0 +1,74 @@
+"""`RewardGradientTrainer`: what adjoint matching and VGG-Flow share around the gradient of the reward."""
+
+from typing import Any
+
+import torch
+
+from ..flow import expand_like, root_mean_square
+from .base_trainer import FlowRLTrainer
+from .micro_batch import MicroBatch
+from .reward_gradient_config import RewardGradientConfig
+
+
+class RewardGradientTrainer(FlowRLTrainer):
+    """A trainer whose target is built from reward gradients: their clipping, their scale, and what is not finite among them."""
+
+    config_class = RewardGradientConfig
+    needs_reward_gradient = True
+
+    args: RewardGradientConfig
+    reward_scale: float | None
+
+    def set_up(self) -> None:
+        """The scale of the reward, None until the first rollout finds it."""
+        self.reward_scale = self.args.reward_scale
+
+    @property
+    def known_scale(self) -> float:
+        """The scale of the reward, once the first rollout has found it."""
+        assert self.reward_scale is not None
+        return self.reward_scale
+
+    def clip_threshold(self, norms: torch.Tensor) -> torch.Tensor | None:
+        """The quantile of the norms (M,) of this process's reward gradients and those of all others; None without clipping."""
+        everyone = self.accelerator.gather(norms)
+        self.log_metric("reward_gradient_norm", everyone.mean())
+        quantile = self.args.reward_gradient_clip_quantile
+        return None if quantile is None else torch.quantile(everyone, quantile)
+
+    @staticmethod
+    def clip(gradient: torch.Tensor, threshold: torch.Tensor | None) -> torch.Tensor:
+        """Gradients (M, ...) scaled down to the threshold where their norm is above it."""
+        if threshold is None:
+            return gradient
+        norm = gradient.flatten(1).norm(dim=1)
+        return gradient * expand_like(torch.where(norm > threshold, threshold / norm, 1.0), gradient)
+
+    def mean_square(self, parts: list[torch.Tensor]) -> float:
+        """The mean square over latents (M, ...) of all parts and processes; raises `ValueError` if none of them is finite."""
+        squares = self.accelerator.gather(torch.cat([root_mean_square(part) for part in parts])).double().square()
+        finite = squares.isfinite()
+        if not finite.any():
+            raise ValueError("Nothing that the first rollout computed is finite: train in float32 or bfloat16.")
+        return float(squares[finite].mean())
+
+    def refuse_zero_gradient(self, gradients: list[torch.Tensor]) -> None:
+        """Raises `ValueError` if the reward gradients (M, ...) of the first rollout are zero on all processes."""
+        if not self.accelerator.gather(torch.cat([root_mean_square(g) for g in gradients])).any():
+            raise ValueError("The reward's gradient is zero on the whole first rollout: nothing can be learned from it.")
+
+    @staticmethod
+    def leave_out_what_is_not_finite(batch: MicroBatch) -> None:
+        """Mark images with anything that is not finite, and zero them, as zero times infinity would still reach the weights."""
+        for value in batch.tensors.values():
+            batch.good &= value.flatten(1).isfinite().all(dim=1)
+        for name, value in batch.tensors.items():
+            batch.tensors[name] = torch.where(expand_like(batch.good, value), value, 0.0)
+
+    def algorithm_state(self) -> dict[str, Any]:
+        """The reward scale, which was found on the first rollout."""
+        return {"reward_scale": self.reward_scale}
+
+    def load_algorithm_state(self, state: dict[str, Any]) -> None:
+        """Take up the reward scale."""
+        self.reward_scale = state["reward_scale"]

@@ -1,0 +1,72 @@
+"""`VGGFlowConfig`."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .reward_gradient_config import RewardGradientConfig
+
+
+@dataclass
+class VGGFlowConfig(RewardGradientConfig):
+    r"""Settings of [`VGGFlowTrainer`], beside those of [`RewardGradientConfig`] and [`FlowRLConfig`].
+
+    Different from them: `reward_gradient_clip_quantile` 0.8, the 80th percentile of arXiv 2512.05116, section 5.1.
+    """
+
+    reward_gradient_clip_quantile: float | None = field(
+        default=0.8,
+        metadata={
+            "help": "Reward gradients whose L2 norm over a whole latent exceeds this quantile of all states of the rollout "
+            "are scaled down to it. Above 0 and at most 1; 1 keeps all. Default: the 80th percentile of arXiv 2512.05116."
+        },
+    )
+    eta_schedule: Literal["quadratic", "linear", "constant"] = field(
+        default="quadratic",
+        metadata={
+            "help": "How much of the reward gradient at the clean estimate counts at noise level sigma: (1 - sigma)^2, the paper's "
+            "default, 1 - sigma, which it found faster, or 1."
+        },
+    )
+    timestep_bins: int = field(
+        default=5,
+        metadata={
+            "help": "The number of states of each trajectory that are trained: the steps after the first are split into so many bins, "
+            "and one state of each is drawn. Between 1 and `num_inference_steps` - 1. Default: the paper's."
+        },
+    )
+    value_network: Literal["unet", "none"] = field(
+        default="unet",
+        metadata={
+            "help": "The network of the residual of the value gradient: 'unet', sized by the latent (an MLP for vectors), "
+            "or 'none', which trusts the scaled reward gradient alone and takes about half the time. A module of your own is passed to the "
+            "trainer."
+        },
+    )
+    value_network_learning_rate: float | None = field(
+        default=None, metadata={"help": "The learning rate of the value network. Default: `learning_rate`, as in the paper."}
+    )
+    boundary_coefficient: float = field(
+        default=1e4,
+        metadata={"help": "The weight alpha of the boundary loss, the value network's mean square at final states. Default: the paper's."},
+    )
+    finite_difference_step: float = field(
+        default=1e-2,
+        metadata={
+            "help": "The step of the finite difference in the consistency loss, in units of sigma; near the end of a trajectory cut to "
+            "what is left of sigma. Our choice: the paper gives none, and smaller ones drown in the rounding of half precision."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, choices in (("eta_schedule", ("quadratic", "linear", "constant")), ("value_network", ("unet", "none"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}: choose {', '.join(map(repr, choices))}.")
+        if not 1 <= self.timestep_bins <= self.num_inference_steps - 1:
+            raise ValueError(
+                f"`timestep_bins` ({self.timestep_bins}) must be between 1 and `num_inference_steps` - 1 ({self.num_inference_steps - 1})."
+            )
+        for name in ("boundary_coefficient", "finite_difference_step", "value_network_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"`{name}` ({value}) must be above 0.")
