@@ -35,18 +35,17 @@ class StepControl(nn.Module):
 
 
 class RadialStepControl(StepControl):
-    """The same, times exp(p l + q l^2) of the logarithm l of the affine function's root mean square: for costs of other orders."""
+    """The same, times a power of the affine function's root mean square: what costs of other orders ask for."""
 
     def __init__(self, sigmas: torch.Tensor, dim: int, std: float, mean: float) -> None:
         super().__init__(sigmas, dim, std, mean)
-        self.powers = nn.Parameter(torch.zeros(len(sigmas) - 1, 2))
+        self.powers = nn.Parameter(torch.zeros(len(sigmas) - 1, 1))
 
     def control(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         step = (self.levels - sigma[:, None]).abs().argmin(dim=1)
         affine = self.slopes[step] * x + self.offsets[step]
         length = torch.log(affine.square().mean(dim=1, keepdim=True) + 1e-8) / 2  # finite, and so its gradient, where the control is zero
-        first, second = self.powers[step].split(1, dim=1)
-        return affine * torch.exp(first * length + second * length**2)
+        return affine * torch.exp(self.powers[step] * length)
 
 
 class SmoothControl(nn.Module):
