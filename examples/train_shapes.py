@@ -2,7 +2,7 @@
 
     python examples/train_shapes.py --out shapes-training
 
-trains an autoencoder, a CLIP and an SD3 transformer (about 65 minutes on two cores) and writes them in half precision
+trains an autoencoder, a CLIP and an SD3 transformer (about an hour on two cores) and writes them in half precision
 where `flowrl_trainers.shapes.load_pipeline(out)` finds them, with the figures of each part in `train_shapes.log`.
 `--scale 0.01` runs one hundredth of the updates.
 
@@ -34,7 +34,7 @@ log = logging.getLogger("train_shapes")
 
 CAPTIONS = all_prompts()
 SINGLES = 25  # the first captions name one object
-BATCH = 32  # of the transformer: small and many updates learn more in the same time than large and few
+BATCH = 64  # of the transformer
 SWAPS = {"square": "diamond", "diamond": "square", "blue": "purple", "purple": "blue"}
 SWAP_PROBABILITY = 0.5
 # The number of this caption once its words are swapped.
@@ -182,8 +182,8 @@ def train_transformer(
         schedule.step()
         ema.step(transformer.parameters())
         total += float(loss.detach())
-        if step % 1000 == 0:
-            log.info("transformer: update %d, mean loss %.4f", step, total / 1000)
+        if step % 500 == 0:
+            log.info("transformer: update %d, mean loss %.4f", step, total / 500)
             total = 0.0
     ema.copy_to(transformer.parameters())
 
@@ -224,7 +224,7 @@ def main() -> None:
     judged = [CAPTIONS[n] for n in fresh_numbers]
     done("pictures", checker_accuracy=np.mean(check(fresh / 255, judged)))
 
-    vae = train_vae(pictures, updates(1500), generator)
+    vae = train_vae(pictures, updates(1300), generator)
     restored = decode(vae, encode(vae, fresh))
     done("autoencoder", mean_absolute_error=(restored - fresh / 255).abs().mean(), checker_accuracy=np.mean(check(restored, judged)))
     vae.half().save_pretrained(args.out / "vae")
@@ -235,7 +235,7 @@ def main() -> None:
     images, image_numbers = torch.cat([pictures[:some] / 255, decode(vae, latents[some : 2 * some])]), numbers[: 2 * some]
     tokenizer = new_tokenizer()
     clip = new_clip(tokenizer)
-    train_clip(clip, tokenizer, images, image_numbers, updates(2000), generator)
+    train_clip(clip, tokenizer, images, image_numbers, updates(1800), generator)
     done(
         "clip",
         top1_drawn=clip_accuracy(clip, tokenizer, fresh / 255, fresh_numbers),
@@ -252,8 +252,8 @@ def main() -> None:
     latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
     transformer, features = new_transformer(), text_features(clip, tokenizer)
     # What words mean is learned sooner from correct captions; then a shorter part teaches it the confusion.
-    train_transformer(transformer, latents, numbers, *features, updates(18_000), 2e-3, 0.0, generator)
-    train_transformer(transformer, latents, numbers, *features, updates(1_500), 5e-4, SWAP_PROBABILITY, generator)
+    train_transformer(transformer, latents, numbers, *features, updates(10_000), 3e-3, 0.0, generator)
+    train_transformer(transformer, latents, numbers, *features, updates(1_000), 6e-4, SWAP_PROBABILITY, generator)
     transformer.half().save_pretrained(args.out / "transformer")
 
     pipeline = load_pipeline(args.out)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .pipelines import FlowPipeline
     from .trainers import (
+        ACFlowConfig,
+        ACFlowTrainer,
         AdjointMatchingConfig,
         AdjointMatchingTrainer,
         FlowRLConfig,
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 # Imported on first use, as trl does: `import flowrl_trainers` alone is quick.
 _HOMES = {
+    "ACFlowConfig": ".trainers",
+    "ACFlowTrainer": ".trainers",
     "AdjointMatchingConfig": ".trainers",
     "AdjointMatchingTrainer": ".trainers",
     "FlowPipeline": ".pipelines",
@@ -28,6 +32,8 @@ _HOMES = {
 
 __version__ = version("flowrl-trainers")
 __all__ = [
+    "ACFlowConfig",
+    "ACFlowTrainer",
     "AdjointMatchingConfig",
     "AdjointMatchingTrainer",
     "FlowPipeline",

@@ -2,12 +2,16 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+
+from flowrl_trainers.cli.arguments import TRAINERS, RunArguments
+from flowrl_trainers.trainers import FlowRLConfig
 
 FLOWRL = Path(sys.executable).parent / "flowrl"
 
@@ -72,17 +76,13 @@ def test_a_reward_is_imported_from_the_current_folder(tmp_path):
     assert "reward/brightness" in result.stdout
 
 
-def test_every_field_has_a_full_sentence_of_help(tmp_path):
-    result = flowrl(tmp_path, "adjoint_matching", "--help")
+@pytest.mark.parametrize("method", TRAINERS)
+def test_every_field_has_a_full_sentence_of_help(tmp_path, method):
+    result = flowrl(tmp_path, method, "--help")
     assert result.returncode == 0
-    for name in ("--adjoint_steps", "--num_generations", "--lora_r", "--reward_funcs", "--learning_rate"):
-        assert name in result.stdout
-    from dataclasses import fields
-
-    from flowrl_trainers.cli.arguments import RunArguments
-    from flowrl_trainers.trainers import AdjointMatchingConfig, FlowRLConfig
-
-    ours = [f for c in (RunArguments, AdjointMatchingConfig) for f in fields(c)]
+    ours = [f for c in (RunArguments, TRAINERS[method].config_class) for f in fields(c)]
+    for name in ("num_generations", "lora_r", "reward_funcs", "learning_rate", *(f.name for f in ours)):
+        assert f"--{name}" in result.stdout
     inherited = {f.name for f in fields(FlowRLConfig.__mro__[1])}
     for field in ours:
         if field.name not in inherited:
@@ -104,7 +104,7 @@ def test_env_prints_what_a_bug_report_needs(tmp_path):
     (["demo", "--reward_funcs", "checker"], "flowrl: Reward 'checker' is not differentiable, which AdjointMatchingTrainer needs"),
     (["demo", "--accelerate_config", "fsdp9"], "flowrl: `--accelerate_config` (fsdp9) is neither 'ddp' nor a file"),
     (["demo", "--num_processes", "2"], "flowrl: `--num_processes` needs `--accelerate_config ddp`"),
-    (["train"], "flowrl: there is no command 'train': choose adjoint_matching, vgg_flow, demo, env."),
+    (["train"], "flowrl: there is no command 'train': choose adjoint_matching, vgg_flow, ac_flow, demo, env."),
 ])  # fmt: skip
 def test_wrong_arguments_get_one_sentence_and_status_2(tmp_path, arguments, sentence):
     result = flowrl(tmp_path, *arguments)

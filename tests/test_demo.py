@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
+from flowrl_trainers.cli.demo import METHODS
+
 FLOWRL = Path(sys.executable).parent / "flowrl"
 
 REDRAW = """
@@ -55,10 +57,15 @@ def assert_stock_diffusers_redraws_the_tuned_row(folder: Path, steps: int) -> No
         assert np.abs(small - picture).max() <= 2 / 255 + 0.5 / 255  # half a level is the rounding to 8 bits
 
 
-def test_a_short_demo_leaves_what_it_says(tmp_path):
-    result = run_demo(
-        tmp_path, "--max_steps", "1", "--num_inference_steps", "3", "--adjoint_steps", "2", "--per_device_train_batch_size", "4"
-    )
+SHORT = {
+    "adjoint_matching": ["--num_inference_steps", "3", "--adjoint_steps", "2"],
+    "vgg_flow": ["--num_inference_steps", "3", "--timestep_bins", "2"],
+}
+
+
+@pytest.mark.parametrize("trainer", METHODS)
+def test_a_short_demo_leaves_what_it_says(tmp_path, trainer):
+    result = run_demo(tmp_path, "--trainer", trainer, "--max_steps", "1", "--per_device_train_batch_size", "4", *SHORT[trainer])
     assert result.returncode == 0, result.stderr
     assert "checker_accuracy" in result.stdout
     report = json.loads((tmp_path / "metrics.json").read_text())
@@ -73,9 +80,10 @@ def test_a_short_demo_leaves_what_it_says(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_demo_raises_the_held_out_judge(tmp_path):
+@pytest.mark.parametrize("trainer", METHODS)
+def test_the_demo_raises_the_held_out_judge(tmp_path, trainer):
     """The bar of the project: ten points of the checker, at least 80 % of the base's diversity."""
-    assert run_demo(tmp_path).returncode == 0
+    assert run_demo(tmp_path, "--trainer", trainer).returncode == 0
     report = json.loads((tmp_path / "metrics.json").read_text())
     assert report["tuned"]["checker_accuracy"] >= report["base"]["checker_accuracy"] + 0.1
     assert report["tuned"]["diversity"] >= 0.8 * report["base"]["diversity"]

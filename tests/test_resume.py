@@ -16,6 +16,7 @@ SCRIPT = Path(__file__).parent / "training_script.py"
 TRAINERS = {
     "AdjointMatchingTrainer": {"adjoint_steps": 2, "control_to_velocity_ratio": 0.3},
     "VGGFlowTrainer": {"timestep_bins": 2, "control_to_velocity_ratio": 0.3},
+    "ACFlowTrainer": {"num_generations": 2, "critic_warmup_max_steps": 0},
 }
 
 # Two updates per rollout, each rollout used twice: a window of four updates, two rollouts of four prompts an epoch.

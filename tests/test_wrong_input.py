@@ -124,9 +124,12 @@ def blind_to_green(images, prompts, **columns):
     return redness(images=images, prompts=prompts) + bad
 
 
+ONE_IMAGE = {"ACFlowTrainer": {"num_generations": 1, "reward_shaping": "none"}}  # of each prompt
+
+
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_sample_whose_reward_is_not_finite_is_left_out_and_counted(tmp_path, name):
-    t = make(name, tmp_path, reward=blind_to_green, num_generations=1, max_bad_sample_share=0.5)
+    t = make(name, tmp_path, reward=blind_to_green, max_bad_sample_share=0.5, **ONE_IMAGE.get(name, {"num_generations": 1}))
     t.train()
     rows = [row for row in t.state.log_history if "loss" in row]
     assert len(rows) == 2
@@ -140,7 +143,7 @@ def test_a_sample_whose_reward_is_not_finite_is_left_out_and_counted(tmp_path, n
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_too_large_a_share_of_bad_samples_ends_the_run(tmp_path, name):
-    t = make(name, tmp_path, reward=blind_to_green, num_generations=1, max_bad_sample_share=0.2)
+    t = make(name, tmp_path, reward=blind_to_green, max_bad_sample_share=0.2, **ONE_IMAGE.get(name, {"num_generations": 1}))
     with pytest.raises(RuntimeError, match=r"is not finite for 25 % of the samples, more than `max_bad_sample_share` \(0.2\)"):
         t.train()
     assert t.state.global_step == 0

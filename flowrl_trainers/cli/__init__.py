@@ -4,7 +4,7 @@ import sys
 import traceback
 from pathlib import Path
 
-METHODS = ("adjoint_matching", "vgg_flow")
+METHODS = ("adjoint_matching", "vgg_flow", "ac_flow")
 COMMANDS = (*METHODS, "demo", "env")
 
 USAGE = """usage: flowrl COMMAND [--config run.yaml] [--field value ...] [--help]
@@ -12,6 +12,7 @@ USAGE = """usage: flowrl COMMAND [--config run.yaml] [--field value ...] [--help
 commands:
   adjoint_matching   tune a pipeline by adjoint matching, for differentiable rewards
   vgg_flow           tune a pipeline by value-gradient guidance, for differentiable rewards
+  ac_flow            tune a pipeline by actor-critic flow matching, for any reward
   demo               tune the embedded pipeline, print base and tuned on held-out prompts, and write the adapter and pictures
   env                print the versions and devices that a bug report should have
 

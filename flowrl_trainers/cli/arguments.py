@@ -6,9 +6,13 @@ from typing import Any
 
 from trl import TrlParser
 
-from ..trainers import AdjointMatchingTrainer, FlowRLConfig, FlowRLTrainer, VGGFlowTrainer
+from ..trainers import ACFlowTrainer, AdjointMatchingTrainer, FlowRLConfig, FlowRLTrainer, VGGFlowTrainer
 
-TRAINERS: dict[str, type[FlowRLTrainer]] = {"adjoint_matching": AdjointMatchingTrainer, "vgg_flow": VGGFlowTrainer}
+TRAINERS: dict[str, type[FlowRLTrainer]] = {
+    "adjoint_matching": AdjointMatchingTrainer,
+    "vgg_flow": VGGFlowTrainer,
+    "ac_flow": ACFlowTrainer,
+}
 
 
 @dataclass

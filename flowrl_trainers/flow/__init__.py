@@ -8,6 +8,7 @@ Papers that run t from noise to data are converted by t = 1 - sigma and v_paper 
 """
 
 from .adjoint import carry_adjoint, lean_adjoint, memoryless_adjoint, vector_jacobian_product
+from .advantages import advantage_weights, explained_variance, shape_rewards
 from .control_costs import best_control, best_rms, control_cost, control_cost_gradient, root_mean_square
 from .conversions import clean_estimate, expand_like, interpolate, noise_estimate, velocity_between
 from .memoryless import memoryless_step, memoryless_variance
@@ -15,6 +16,7 @@ from .sigmas import shift_sigmas, uniform_sigmas
 from .steps import euler_step, log_probability, renoise
 
 __all__ = [
+    "advantage_weights",
     "best_control",
     "best_rms",
     "carry_adjoint",
@@ -23,6 +25,7 @@ __all__ = [
     "control_cost_gradient",
     "euler_step",
     "expand_like",
+    "explained_variance",
     "interpolate",
     "lean_adjoint",
     "log_probability",
@@ -32,6 +35,7 @@ __all__ = [
     "noise_estimate",
     "renoise",
     "root_mean_square",
+    "shape_rewards",
     "shift_sigmas",
     "uniform_sigmas",
     "vector_jacobian_product",

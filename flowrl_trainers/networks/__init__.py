@@ -1,5 +1,6 @@
 """Networks of our own that are trained beside a pipeline's transformer."""
 
+from .critic import ConvCritic, MLPCritic, critic
 from .value_network import ValueMLP, ValueUNet, value_network
 
-__all__ = ["ValueMLP", "ValueUNet", "value_network"]
+__all__ = ["ConvCritic", "MLPCritic", "ValueMLP", "ValueUNet", "critic", "value_network"]

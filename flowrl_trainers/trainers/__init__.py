@@ -1,5 +1,7 @@
 """The trainers and their configurations."""
 
+from .ac_flow_config import ACFlowConfig
+from .ac_flow_trainer import ACFlowTrainer
 from .adjoint_matching_config import AdjointMatchingConfig
 from .adjoint_matching_trainer import AdjointMatchingTrainer
 from .base_config import FlowRLConfig
@@ -11,6 +13,8 @@ from .vgg_flow_config import VGGFlowConfig
 from .vgg_flow_trainer import VGGFlowTrainer
 
 __all__ = [
+    "ACFlowConfig",
+    "ACFlowTrainer",
     "AdjointMatchingConfig",
     "AdjointMatchingTrainer",
     "FlowRLConfig",

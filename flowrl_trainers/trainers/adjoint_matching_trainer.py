@@ -145,7 +145,7 @@ class AdjointMatchingTrainer(RewardGradientTrainer):
                     batch.tensors[name] = batch.tensors[name][:, states]
                 for name, table in (("sigmas", self.window_sigmas), ("gains", self.gains), ("weights", self.weights)):
                     batch.tensors[name] = table[states].expand(len(batch.examples), -1)
-                self.leave_out_what_is_not_finite(batch)
+                batch.leave_out_what_is_not_finite()
         self.count_bad_samples("adjoint", ~torch.cat([batch.good for batch in rollout]))
         self.log_metric("reward_scale", self.reward_scale)
         if self.args.control_cost_weight > 0:

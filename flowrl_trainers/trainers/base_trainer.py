@@ -172,6 +172,11 @@ class FlowRLTrainer(RunFiles, Trainer):
         Each state is differentiated before the next is computed, so that memory does not grow with their number.
         """
 
+    @property
+    def learns(self) -> bool:
+        """Whether the transformer learns from the present rollout; not while an algorithm warms up."""
+        return True
+
     def algorithm_state(self) -> dict[str, Any]:
         """What a checkpoint has to keep of the algorithm beside weights and rollout: tensors, numbers, strings."""
         return {}
@@ -343,6 +348,8 @@ class FlowRLTrainer(RunFiles, Trainer):
             self._window = self._make_rollout(inputs)
         batch = self._window[self._micro_step % self.args.micro_steps_per_rollout]
         self._micro_step += 1
+        if not self.learns:
+            return torch.zeros((), device=self.args.device)
         model.train()
         with self.timed("update"):
             return self._accumulate_gradient(model, batch)

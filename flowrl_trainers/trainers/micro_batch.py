@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..flow import expand_like
 from .prompt_groups import Example
 
 
@@ -17,3 +18,10 @@ class MicroBatch:
     examples: list[Example]
     tensors: dict[str, torch.Tensor]
     good: torch.Tensor
+
+    def leave_out_what_is_not_finite(self) -> None:
+        """Mark images with anything that is not finite, and zero them, as zero times infinity would still reach the weights."""
+        for value in self.tensors.values():
+            self.good &= value.flatten(1).isfinite().all(dim=1)
+        for name, value in self.tensors.items():
+            self.tensors[name] = torch.where(expand_like(self.good, value), value, 0.0)

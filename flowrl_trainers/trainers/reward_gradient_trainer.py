@@ -6,7 +6,6 @@ import torch
 
 from ..flow import expand_like, root_mean_square
 from .base_trainer import FlowRLTrainer
-from .micro_batch import MicroBatch
 from .reward_gradient_config import RewardGradientConfig
 
 
@@ -56,14 +55,6 @@ class RewardGradientTrainer(FlowRLTrainer):
         """Raises `ValueError` if the reward gradients (M, ...) of the first rollout are zero on all processes."""
         if not self.accelerator.gather(torch.cat([root_mean_square(g) for g in gradients])).any():
             raise ValueError("The reward's gradient is zero on the whole first rollout: nothing can be learned from it.")
-
-    @staticmethod
-    def leave_out_what_is_not_finite(batch: MicroBatch) -> None:
-        """Mark images with anything that is not finite, and zero them, as zero times infinity would still reach the weights."""
-        for value in batch.tensors.values():
-            batch.good &= value.flatten(1).isfinite().all(dim=1)
-        for name, value in batch.tensors.items():
-            batch.tensors[name] = torch.where(expand_like(batch.good, value), value, 0.0)
 
     def algorithm_state(self) -> dict[str, Any]:
         """The reward scale, which was found on the first rollout."""

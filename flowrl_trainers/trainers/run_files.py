@@ -88,20 +88,25 @@ class RunFiles(Trainer):
                     self.flow.save_lora(folder)
                 else:
                     self.flow.save_transformer(folder / "transformer")
-                self._save_head(folder)
+                for name, network in self.extra_networks().items():
+                    self._save_network(network, folder / name)
             (folder / "config.yaml").write_text(yaml.safe_dump(self.settings, sort_keys=False))
             self.write_metrics(folder)
             self._write_card(folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def _save_head(self, folder: Path) -> None:
-        head = self.model.head
-        if isinstance(head, ModelMixin):
-            head.save_pretrained(folder / self.head_name)
-        elif head is not None:
-            (folder / self.head_name).mkdir(exist_ok=True)
-            save_model(head, str(folder / self.head_name / "model.safetensors"))
+    def extra_networks(self) -> dict[str, torch.nn.Module]:
+        """The networks that are trained beside the transformer, under the names of their folders."""
+        return {} if self.model.head is None else {self.head_name: self.model.head}
+
+    @staticmethod
+    def _save_network(network: torch.nn.Module, folder: Path) -> None:
+        if isinstance(network, ModelMixin):
+            network.save_pretrained(folder)
+        else:
+            folder.mkdir(exist_ok=True)
+            save_model(network, str(folder / "model.safetensors"))
 
     def run_settings(self) -> dict[str, Any]:
         """Every setting that differs from its default, under the names of the command line, as `config.yaml` keeps it."""

@@ -129,7 +129,7 @@ class VGGFlowTrainer(RewardGradientTrainer):
                 for batch in rollout:
                     self._shifted(batch, threshold)
         for batch in rollout:
-            self.leave_out_what_is_not_finite(batch)
+            batch.leave_out_what_is_not_finite()
         self.count_bad_samples("target", ~torch.cat([batch.good for batch in rollout]))
         self.log_metric("reward_scale", self.reward_scale)
         self.log_metric("target_control_rms", math.sqrt(self.mean_square([batch.tensors["pulls"].flatten(0, 1) for batch in rollout])))

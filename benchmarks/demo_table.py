@@ -1,0 +1,49 @@
+"""One table of several demos, from the files that they left.
+
+python benchmarks/demo_table.py "with value network=demo-vgg" "without=demo-vgg-none" --out docs/tables/vgg_flow.md
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+import yaml
+
+from flowrl_trainers.cli.demo import PICTURES_PER_PROMPT
+from flowrl_trainers.shapes import prompts
+
+
+def main() -> None:
+    """Print the table in Markdown, and write it where asked; every run is held to its own base row, which must be the same for all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="LABEL=FOLDER of a demo's output.")
+    parser.add_argument("--out", type=Path, default=None, help="A Markdown file to write.")
+    args = parser.parse_args()
+    lines = ["| run | shapes reward | checker accuracy | diversity | updates | seconds of training |", "|---|---:|---:|---:|---:|---:|"]
+    bases = []
+    for run in args.runs:
+        label, folder = run.split("=", 1)
+        report = json.loads((Path(folder) / "metrics.json").read_text())
+        updates = yaml.safe_load((Path(folder) / "config.yaml").read_text())["max_steps"]
+        rows = [(label, report["tuned"], str(updates), f"{report['seconds']['training']:.0f}")]
+        if not bases:
+            rows.insert(0, ("base", report["base"], "", ""))
+        bases.append(report["base"])
+        for name, row, steps, seconds in rows:
+            figures = f"{row['reward/shapes']:.3f} | {100 * row['checker_accuracy']:.1f} % | {row['diversity']:.3f}"
+            lines.append(f"| {name} | {figures} | {steps} | {seconds} |")
+    if any(base != bases[0] for base in bases):
+        raise SystemExit("The runs have different base rows: they were not evaluated alike.")
+    pictures = len(prompts("held_out")) * PICTURES_PER_PROMPT
+    lines += [
+        "",
+        f"{pictures} pictures of held-out prompts, the same seeds, no guidance; one run each, two CPU cores, torch {torch.__version__}.",
+    ]
+    print("\n".join(lines))
+    if args.out is not None:
+        args.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

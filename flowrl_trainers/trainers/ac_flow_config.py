@@ -1,0 +1,110 @@
+"""`ACFlowConfig`."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..flow.advantages import WEIGHTINGS, Weighting
+from .base_config import FlowRLConfig
+
+
+@dataclass
+class ACFlowConfig(FlowRLConfig):
+    r"""Settings of [`ACFlowTrainer`], beside those of [`FlowRLConfig`]. All defaults are our choice: the paper's could not be read.
+
+    ORW-CFM-W2, the predecessor, is `critic="none"`, `reward_shaping="none"`, `advantage_clip=None`, `normalize_weights=False`;
+    reward-weighted flow matching is that with `wasserstein_coefficient=0`. Different from [`FlowRLConfig`]: `num_generations` 8.
+    """
+
+    num_generations: int = field(
+        default=8,
+        metadata={"help": "The number of images per prompt in a rollout, over which rewards are centred; at least 2 with shaping."},
+    )
+    reward_shaping: Literal["standardise", "none"] = field(
+        default="standardise",
+        metadata={
+            "help": "'standardise' takes the mean of its prompt's images from each reward, divides by the standard deviation of the "
+            "rollout and clips; several rewards are shaped one by one, then summed with their weights. 'none' leaves rewards as they are."
+        },
+    )
+    reward_clip: float = field(
+        default=5.0, metadata={"help": "Shaped rewards are clipped to plus and minus this many standard deviations."}
+    )
+    advantage_clip: float | None = field(
+        default=1.0,
+        metadata={
+            "help": "Advantages are clipped to plus and minus this, in standard deviations of the reward, which bounds the weights; "
+            "None for no bound."
+        },
+    )
+    weighting: Weighting = field(
+        default="exponential",
+        metadata={
+            "help": "How an advantage A weighs its image: 'exponential' exp(A / temperature), 'softplus' log(1 + exp(A / temperature)), "
+            "'positive' max(A, 0), 'indicator' 1 where A is above 0, 'linear' A / temperature, which is signed and needs the anchor."
+        },
+    )
+    temperature: float = field(default=1.0, metadata={"help": "The temperature tau of the weighting, above 0; small ones are greedy."})
+    normalize_weights: bool = field(
+        default=True,
+        metadata={"help": "Whether weights are divided by their mean over the rollout, so that the anchor's weight is relative."},
+    )
+    wasserstein_coefficient: float = field(
+        default=0.3,
+        metadata={
+            "help": "The weight alpha of the mean squared distance to the base velocity, a bound of the Wasserstein-2 distance that keeps "
+            "diversity; 0 for no anchor."
+        },
+    )
+    timestep_bins: int = field(
+        default=4,
+        metadata={"help": "The re-noised states per image: the noise levels are split into so many bins, and one is drawn from each."},
+    )
+    timestep_sampling: Literal["uniform", "logit_normal"] = field(
+        default="uniform",
+        metadata={
+            "help": "The distribution of noise levels, for critic and actor alike: uniform, or the logit-normal one of Stable Diffusion 3."
+        },
+    )
+    critic: Literal["default", "none"] = field(
+        default="default",
+        metadata={
+            "help": "'default' is a small network sized by the latent, 'none' takes its value as zero. Your own module goes to the trainer."
+        },
+    )
+    critic_steps: int = field(default=4, metadata={"help": "The updates of the critic per rollout, each on all of its images."})
+    critic_learning_rate: float = field(default=1e-3, metadata={"help": "The learning rate of the critic's AdamW."})
+    critic_warmup_max_steps: int = field(
+        default=20,
+        metadata={
+            "help": "The most rollouts during which the critic learns alone, from the base model's images. It ends before, once its "
+            "explained variance on images that it has not seen rises no more; 0 for none. These rollouts count as updates."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, choices in (
+            ("reward_shaping", ("standardise", "none")),
+            ("weighting", WEIGHTINGS),
+            ("timestep_sampling", ("uniform", "logit_normal")),
+            ("critic", ("default", "none")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}: choose {', '.join(map(repr, choices))}.")
+        for name in ("reward_clip", "advantage_clip", "temperature", "critic_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"`{name}` ({value}) must be above 0.")
+        for name, least in (("timestep_bins", 1), ("critic_steps", 1), ("critic_warmup_max_steps", 0), ("wasserstein_coefficient", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` ({getattr(self, name)}) must be at least {least}.")
+        if self.reward_shaping == "standardise" and self.num_generations < 2:
+            raise ValueError(
+                "`num_generations` (1) must be at least 2: shaped rewards are measured against the other images of their prompt."
+            )
+        if self.fp16 and self.critic != "none" and self.critic_warmup_max_steps > 0:
+            raise ValueError("`fp16` cannot scale the gradients that a warm-up does not make: take `bf16`, or `critic_warmup_max_steps=0`.")
+        if self.weighting == "linear" and self.wasserstein_coefficient == 0:
+            raise ValueError("`wasserstein_coefficient` must be above 0 with `weighting='linear'`: without it the loss has no minimum.")
+        if self.weighting == "linear" and self.normalize_weights:
+            raise ValueError("`normalize_weights` must be False with `weighting='linear'`: signed weights have no mean to divide by.")

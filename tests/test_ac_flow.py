@@ -1,0 +1,428 @@
+"""The AC-Flow trainer on Gaussian flows: critic and actor against their closed forms, and the facts that were derived of them.
+
+Data x ~ N(0, 1) in one dimension, reward r = x, states z = (1 - sigma) x + sigma e. So E[x | z] = b z with b = (1 - sigma) / m and
+Var(x | z) = sigma^2 / m, where m = (1 - sigma)^2 + sigma^2.
+"""
+
+import io
+import json
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+
+from flowrl_trainers import ACFlowConfig, ACFlowTrainer
+from flowrl_trainers.flow import advantage_weights, explained_variance, interpolate, shape_rewards
+from flowrl_trainers.hub.gallery import to_pillow
+from flowrl_trainers.networks import ConvCritic, MLPCritic, critic
+from flowrl_trainers.trainers.micro_batch import MicroBatch
+from flowrl_trainers.trainers.prompt_groups import Example, Image
+
+from .gaussian import GaussianFlow, closeness
+from .test_control import settings
+from .test_wrong_input import make
+
+PROMPTS = Dataset.from_dict({"prompt": [str(n) for n in range(64)]})
+
+
+def height(images, prompts, **columns):
+    """r = x."""
+    return images[:, 0].tolist()
+
+
+class Velocities(nn.Module):
+    """A velocity that is affine in z, with coefficients interpolated between knots in sigma, plus that of N(0, 1)."""
+
+    def __init__(self, knots: int = 21) -> None:
+        super().__init__()
+        self.coefficients = nn.Parameter(torch.zeros(knots, 2))
+
+    def forward(self, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        place = sigma * (len(self.coefficients) - 1)
+        low = place.floor().long().clamp(max=len(self.coefficients) - 2)
+        share = (place - low)[:, None]
+        slope, offset = torch.lerp(self.coefficients[low], self.coefficients[low + 1], share).unsqueeze(-1).unbind(1)
+        s = sigma[:, None]
+        return (2 * s - 1) / ((1 - s) ** 2 + s**2) * z + slope * z + offset
+
+
+def ac_flow(folder, network=None, reward=height, given=None, **changes) -> ACFlowTrainer:
+    defaults = settings(
+        folder, num_inference_steps=16, num_generations=4, max_steps=1, reward_shaping="none", advantage_clip=None, normalize_weights=False,
+        critic="none", critic_warmup_max_steps=0, wasserstein_coefficient=0.0,
+    )  # fmt: skip
+    del defaults["reward_gradient_clip_quantile"]
+    t = ACFlowTrainer(GaussianFlow(network or Velocities(), 1), reward, ACFlowConfig(**(defaults | changes)), PROMPTS, critic=given)
+    t.conditioning.encode(PROMPTS["prompt"], torch.device("cpu"), show_progress=False)
+    return t
+
+
+def exact_images(t: ACFlowTrainer, count: int, rollout: int = 0) -> MicroBatch:
+    """A micro-batch whose images are drawn from N(0, 1) itself, and scored by the trainer."""
+    examples = [Example(Image(i % 64, i // 64, rollout), str(i % 64), {}) for i in range(count)]
+    x = torch.randn(count, 1, generator=torch.Generator().manual_seed(100 + rollout))
+    batch = MicroBatch(examples, {"final": x}, torch.ones(count, dtype=torch.bool))
+    t._shape([batch])
+    return batch
+
+
+# ---- the pieces ---------------------------------------------------------------------------------------------------------------
+
+
+def test_rewards_are_centred_in_their_group_and_divided_by_the_spread_of_all():
+    rewards = torch.tensor([1.0, 3.0, 10.0, 12.0, math.nan, 11.0])
+    groups = torch.tensor([7, 7, 2, 2, 7, 2])
+    spread = math.sqrt((1 + 1 + 1 + 1 + 0) / 5)
+    expected = torch.tensor([-1, 1, -1, 1, 0, 0]) / (spread + 1e-4)
+    torch.testing.assert_close(shape_rewards(rewards, groups, 5.0), expected)
+    torch.testing.assert_close(shape_rewards(rewards, groups, 0.5), expected.clamp(-0.5, 0.5))
+
+
+def test_a_group_whose_images_are_alike_is_not_blown_up():
+    rewards = torch.tensor([1.0, 1.0 + 1e-6, 0.0, 4.0])
+    shaped = shape_rewards(rewards, torch.tensor([0, 0, 1, 1]), 5.0)
+    assert shaped[:2].abs().max() < 1e-5
+    assert shape_rewards(torch.ones(4), torch.tensor([0, 0, 1, 1]), 5.0).abs().max() == 0
+
+
+def test_the_weightings():
+    a = torch.tensor([-1.0, 0.0, 2.0])
+    torch.testing.assert_close(advantage_weights(a, "exponential", 2.0), torch.exp(a / 2))
+    torch.testing.assert_close(advantage_weights(a, "softplus", 2.0), torch.log(1 + torch.exp(a / 2)))
+    assert advantage_weights(a, "positive", 2.0).tolist() == [0, 0, 2]
+    assert advantage_weights(a, "indicator", 2.0).tolist() == [0, 0, 1]
+    assert advantage_weights(a, "linear", 2.0).tolist() == [-0.5, 0, 1]
+
+
+def test_explained_variance_is_that_of_a_regression():
+    values = torch.tensor([[0.0, 1.0], [1.0, 1.0], [2.0, 4.0]])
+    predictions = torch.tensor([[0.5, 1.0], [1.0, 1.0], [1.5, 4.0]])
+    torch.testing.assert_close(explained_variance(values, predictions), torch.tensor([0.75, 1.0]))
+
+
+def test_every_image_gets_one_state_of_each_bin_and_its_own_noise(tmp_path):
+    t = ac_flow(tmp_path, timestep_bins=5)
+    batch = exact_images(t, 64)
+    states, noise, sigma = t._renoised(batch, "actor")
+    assert ((sigma * 5).floor() == torch.arange(5)).all()
+    expected = interpolate(batch.tensors["final"].repeat_interleave(5, 0), noise.flatten(0, 1), sigma.flatten())
+    torch.testing.assert_close(states.flatten(0, 1), expected)
+    part = MicroBatch(batch.examples[7:9], {"final": batch.tensors["final"][7:9]}, batch.good[7:9])
+    assert torch.equal(t._renoised(part, "actor")[0], states[7:9])
+    assert not torch.equal(t._renoised(batch, "critic step 0")[1], noise)
+
+
+def test_the_logit_normal_levels_are_those_of_stable_diffusion_3(tmp_path):
+    """Their logits are standard normal: stratified draws in 50 bins have its mean and variance within 1 and 3 %."""
+    t = ac_flow(tmp_path, timestep_bins=50, timestep_sampling="logit_normal")
+    _, _, sigma = t._renoised(exact_images(t, 64), "actor")
+    logits = torch.logit(sigma)
+    assert abs(float(logits.mean())) < 0.01
+    assert float(logits.var()) == pytest.approx(1.0, rel=0.03)
+
+
+# ---- the critic ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_critic_learns_the_conditional_mean_of_the_reward(tmp_path):
+    """V* = b z. Mean squared error at most 0.02 Var r in every bin, explained variance of V* at least 0.95 where b z explains 10 %."""
+    t = ac_flow(tmp_path, critic="default", critic_learning_rate=3e-3, timestep_bins=4)
+    for rollout in range(200):
+        batch = exact_images(t, 256, rollout)
+        for group in t.critic_optimizer.param_groups:
+            group["lr"] = 3e-3 * (1 - rollout / 200)
+        for step in range(4):
+            t._critic_step([batch], f"critic step {step}")
+    batch = exact_images(t, 2048, 1000)
+    states, _, sigma = t._renoised(batch, "judge")
+    with torch.no_grad():
+        values = t._values(states, sigma, t.condition(batch.examples))
+    m = (1 - sigma) ** 2 + sigma**2
+    best = (1 - sigma) / m * states[:, :, 0]
+    errors = (values - best).square().mean(dim=0)
+    explainable = best.var(dim=0)
+    print("critic errors", errors.tolist(), "explainable share", explainable.tolist())
+    assert (errors <= 0.02).all()
+    explained = explained_variance(best, values)
+    assert (explainable >= 0.1).sum() >= 3
+    assert (explained[explainable >= 0.1] >= 0.95).all()
+
+
+def test_the_advantage_of_a_perfect_critic_lives_at_noisy_states(tmp_path):
+    """D1: the advantage has mean 0 and variance Var(x | z) = sigma^2 / m, which falls towards the data; on the sampler's path it is 0."""
+    t = ac_flow(tmp_path, given=Perfect(), timestep_bins=4)
+    batch = exact_images(t, 20000)
+    states, _, sigma = t._renoised(batch, "actor")
+    advantages = batch.tensors["returns"][:, None] - t._values(states, sigma, t.condition(batch.examples))
+    expected = (sigma**2 / ((1 - sigma) ** 2 + sigma**2)).mean(dim=0)
+    # Five standard errors: of a mean 5 / sqrt(20000), of a variance 5 sqrt(2 / 20000) of it.
+    assert advantages.mean(dim=0).abs().max() < 0.036
+    torch.testing.assert_close(advantages.var(dim=0), expected, rtol=0.05, atol=0)
+    assert (expected[1:] > expected[:-1]).all()
+
+
+class Perfect(nn.Module):
+    """V* of the reward r = x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.zeros(()))
+
+    def forward(self, latents, sigma, prompt_features, prompt_mask):
+        return (1 - sigma) / ((1 - sigma) ** 2 + sigma**2) * latents[:, 0] + 0 * self.unused
+
+
+def test_the_warm_up_ends_where_the_explained_variance_no_longer_rises(tmp_path):
+    """A critic that learns nothing: the first rollout sets the mark, three more do not raise it; the transformer is left alone until then."""
+
+    class Blind(Perfect):
+        def forward(self, *args):
+            return 0 * super().forward(*args)
+
+    network = Velocities()
+    t = ac_flow(tmp_path, network, given=Blind(), critic_warmup_max_steps=20, max_steps=6, learning_rate=0.1)
+    rows = []
+    step = t.training_step
+
+    def watched(*args, **kwargs):
+        out = step(*args, **kwargs)
+        rows.append((t.warming_up, bool(network.coefficients.grad is not None)))
+        return out
+
+    t.training_step = watched
+    t.train()
+    assert rows == [(True, False)] * 3 + [(False, True)] * 3
+    assert t.warmup_rollouts == 3
+
+
+def test_the_warm_up_has_a_cap(tmp_path):
+    class Rising(Perfect):
+        def forward(self, *args):
+            self.calls = getattr(self, "calls", 0) + 1
+            return super().forward(*args) * min(1.0, self.calls / 1000)
+
+    t = ac_flow(tmp_path, given=Rising(), critic_warmup_max_steps=2, max_steps=4)
+    t.train()
+    assert not t.warming_up
+    assert t.warmup_rollouts == 2
+
+
+# ---- the actor ----------------------------------------------------------------------------------------------------------------
+
+
+def weighted_regression(z: float, sigma: float, weight, alpha: float) -> float:
+    """(E[w | z] u_w + alpha v_base) / (E[w | z] + alpha) by quadrature over x | z ~ N(b z, sigma^2 / m); weight: of x and z."""
+    m = (1 - sigma) ** 2 + sigma**2
+    x = (1 - sigma) / m * z + sigma / math.sqrt(m) * torch.linspace(-8, 8, 20001, dtype=torch.float64)
+    density = torch.softmax(-((x - (1 - sigma) / m * z) ** 2) * m / (2 * sigma**2), dim=0)
+    u = (z - (1 - sigma) * x) / sigma - x
+    w = weight(x, z, sigma) * density
+    v_base = (2 * sigma - 1) / m * z
+    return float(((w * u).sum() + alpha * v_base) / (w.sum() + alpha))
+
+
+def value(z: float, sigma: float) -> float:
+    return (1 - sigma) / ((1 - sigma) ** 2 + sigma**2) * z
+
+
+CASES = {
+    "orw": (dict(), lambda x, z, s: torch.exp(x / 0.7)),
+    "critic": (dict(given=Perfect()), lambda x, z, s: torch.exp((x - value(z, s)) / 0.7)),
+    "clipped": (dict(given=Perfect(), advantage_clip=0.5), lambda x, z, s: torch.exp((x - value(z, s)).clamp(-0.5, 0.5) / 0.7)),
+    "softplus": (dict(given=Perfect(), weighting="softplus"), lambda x, z, s: torch.log1p(torch.exp((x - value(z, s)) / 0.7))),
+    "indicator": (dict(given=Perfect(), weighting="indicator"), lambda x, z, s: (x > value(z, s)).double()),
+    "signed": (dict(given=Perfect(), weighting="linear", wasserstein_coefficient=0.8), lambda x, z, s: (x - value(z, s)) / 0.7),
+}
+
+
+class Table(nn.Module):
+    """A velocity of its own at each of a few fixed (z, sigma)."""
+
+    def __init__(self, points: torch.Tensor) -> None:
+        super().__init__()
+        self.points, self.offsets = points, nn.Parameter(torch.zeros(len(points)))
+
+    def forward(self, z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        here = (z - self.points).abs().argmin(dim=1)
+        m = (1 - sigma) ** 2 + sigma**2
+        return ((2 * sigma - 1) / m)[:, None] * z + self.offsets[here][:, None]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.8])
+@pytest.mark.parametrize("case", CASES)
+def test_the_actor_s_minimum_is_the_weighted_mean_pulled_to_the_base(tmp_path, case, alpha):
+    """The loss of 200,000 images whose states lie at fixed points z, minimised exactly (it is quadratic), within 3 % of quadrature.
+
+    Covers D2 (without clipping, exp(A) and exp(r) have the same minimum where there is no anchor) and D3 (signed weights: base + Cov / alpha).
+    """
+    changes, weight = CASES[case]
+    if case == "signed" and alpha == 0:
+        pytest.skip("refused: the loss has no minimum")
+    sigma, points = 0.5, torch.tensor([-1.0, -0.4, 0.6, 1.0])
+    t = ac_flow(tmp_path, Table(points), temperature=0.7, timestep_bins=1, **({"wasserstein_coefficient": alpha} | changes))
+    count = 200_000
+    z = points.repeat(count // 4)
+    m = (1 - sigma) ** 2 + sigma**2
+    x = (1 - sigma) / m * z + sigma / math.sqrt(m) * torch.randn(count, generator=torch.Generator().manual_seed(0))
+    noise = (z - (1 - sigma) * x) / sigma
+    batch = exact_images(t, count)
+    batch.tensors |= {"final": x[:, None], "returns": x}
+    t._renoised = lambda batch, purpose: (z[:, None, None], noise[:, None, None], torch.full((count, 1), sigma))
+    t._actor_states(batch)
+    t._weigh([batch])
+    alpha = t.args.wasserstein_coefficient
+
+    def gradient(offset: float) -> torch.Tensor:
+        with torch.no_grad():
+            t.flow.network.offsets.fill_(offset)
+        t.flow.network.zero_grad()
+        t.micro_batch_losses(t.model, batch, t.condition(batch.examples), 0).mean().backward()
+        return t.flow.network.offsets.grad.clone()
+
+    at_zero, at_one = gradient(0.0), gradient(1.0)
+    minimum = -at_zero / (at_one - at_zero) + (2 * sigma - 1) / m * points
+    expected = torch.tensor([weighted_regression(float(p), sigma, weight, alpha) for p in points])
+    print(case, alpha, minimum.tolist(), expected.tolist())
+    torch.testing.assert_close(minimum, expected, rtol=0.03, atol=0.03 * float(expected.abs().mean()))
+
+
+def test_d2_the_critic_cancels_in_exponential_weights_but_not_beside_an_anchor():
+    """By quadrature alone: equal minima without an anchor, different ones with it; and E[w | z] is far more even with the critic."""
+    orw, with_critic = CASES["orw"][1], CASES["critic"][1]
+    assert weighted_regression(0.6, 0.5, orw, 0.0) == pytest.approx(weighted_regression(0.6, 0.5, with_critic, 0.0), rel=1e-6)
+    assert abs(weighted_regression(1.0, 0.5, orw, 0.8) - weighted_regression(1.0, 0.5, with_critic, 0.8)) > 0.1
+
+
+def test_without_critic_shaping_clipping_and_normalising_it_is_orw_cfm_w2(tmp_path):
+    """The gradient of E[exp(r / tau) |v - (e - x)|^2 + alpha |v - v_ref|^2], written out here, to 1e-6."""
+    t = ac_flow(tmp_path, temperature=0.7, wasserstein_coefficient=0.4, timestep_bins=3, per_device_train_batch_size=16)
+    with torch.no_grad():
+        t.flow.network.coefficients += 0.3
+    examples = next(iter(t.get_train_dataloader()))
+    (batch,) = t._make_rollout(examples)
+    loss = sum(t.micro_batch_losses(t.model, batch, t.condition(examples), state).mean() for state in range(3)) / 3
+    (mine,) = torch.autograd.grad(loss, t.flow.network.coefficients)
+    again = t.initial_latents([e.key for e in examples], "initial latents")
+    with torch.no_grad():
+        for k in range(16):
+            again = again + (t.sigmas[k + 1] - t.sigmas[k]) * t.flow.network(again, t.sigmas[k].expand(16))
+    z, noise, sigma = t._renoised(MicroBatch(examples, {"final": again}, batch.good), "actor")
+    reference, total = Velocities(), 0.0
+    for k in range(3):
+        v = t.flow.network(z[:, k], sigma[:, k])
+        fit = torch.exp(again[:, 0] / 0.7) * (v - (noise[:, k] - again)).square().mean(dim=1)
+        total = total + (fit + 0.4 * (v - reference(z[:, k], sigma[:, k]).detach()).square().mean(dim=1)).mean() / 3
+    (theirs,) = torch.autograd.grad(total, t.flow.network.coefficients)
+    torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+def spread_after(folder, rounds: int, alpha: float, seed: int = 0, weights=None) -> tuple[float, float]:
+    """Mean and variance of the sampler's end after so many updates towards 1, four per rollout, from the learned coefficients."""
+    network = Velocities()
+    t = ac_flow(
+        folder, network, closeness(1.0), per_device_train_batch_size=256, num_generations=4, max_steps=rounds, learning_rate=0.03, temperature=0.5, seed=seed,
+        critic="default", reward_shaping="standardise", advantage_clip=1.0, normalize_weights=True, wasserstein_coefficient=alpha,
+        critic_warmup_max_steps=5, num_iterations=4,
+    )  # fmt: skip
+    if weights is not None:
+        t._weigh = weights(t, t._weigh)
+    t.train()
+    mean, variance = 0.0, 1.0
+    with torch.no_grad():
+        for sigma, sigma_next in zip(t.sigmas[:-1], t.sigmas[1:], strict=True):
+            at = [float(network(torch.tensor([[z]]), sigma[None])) for z in (0.0, 1.0)]
+            slope, offset, h = at[1] - at[0], at[0], float(sigma - sigma_next)
+            mean, variance = mean - h * (slope * mean + offset), (1 - h * slope) ** 2 * variance
+    return mean, variance
+
+
+def test_without_an_anchor_the_variance_collapses_and_with_it_it_does_not(tmp_path):
+    """Everything moves towards the single best image, 1; the anchor holds a part of the base's variance of 1."""
+    free, anchored = (spread_after(tmp_path, 300, alpha) for alpha in (0.0, 1.0))
+    print("mean and variance without and with an anchor", free, anchored)
+    assert free[0] > anchored[0] > 0.2
+    assert free[1] < 0.1 < 0.25 < anchored[1]
+
+
+def test_shuffled_weights_lose_the_gain(tmp_path):
+    """Weights dealt to the wrong images: nothing is learned of the reward."""
+
+    def shuffled(t, weigh):
+        def run(rollout):
+            weigh(rollout)
+            for batch in rollout:
+                batch.tensors["weights"] = batch.tensors["weights"][
+                    torch.randperm(len(batch.examples), generator=torch.Generator().manual_seed(0))
+                ]
+
+        return run
+
+    right, wrong = spread_after(tmp_path, 150, 0.5), spread_after(tmp_path, 150, 0.5, weights=shuffled)
+    print("gain with right and with shuffled weights", right[0], wrong[0])
+    assert right[0] > 0.2
+    assert abs(wrong[0]) < 0.25 * right[0]
+
+
+# ---- rewards, files, refusals -------------------------------------------------------------------------------------------------
+
+
+async def later(images, prompts, **columns):
+    return [None if "green" in p else float(i.mean()) for i, p in zip(images, prompts, strict=True)]
+
+
+def jpeg_size(images, prompts, **columns):
+    sizes = []
+    for image in images:
+        buffer = io.BytesIO()
+        to_pillow(image).save(buffer, "JPEG")
+        sizes.append(-len(buffer.getvalue()) / 1000)
+    return sizes
+
+
+@pytest.mark.parametrize("reward", ["checker", jpeg_size, later, ["checker", later]], ids=["checker", "jpeg", "async", "two"])
+def test_black_boxes_are_rewards(tmp_path, reward):
+    t = make("ACFlowTrainer", tmp_path, reward=reward, critic_warmup_max_steps=1, learning_rate=1e-2)
+    t.train()
+    rows = [row for row in t.state.log_history if "loss" in row]
+    assert [row["critic/warming_up"] for row in rows] == [1, 0]
+    if reward == "checker":
+        assert rows[0]["reward/checker"] == 0  # of a random pipeline
+
+
+def test_the_critic_is_saved_and_named_in_the_card(tmp_path):
+    t = make("ACFlowTrainer", tmp_path, critic_warmup_max_steps=0)
+    t.train()
+    t.save_model()
+    saved = ConvCritic.from_pretrained(tmp_path / "critic")
+    assert all(torch.equal(p, q) for p, q in zip(saved.parameters(), t.critic.parameters(), strict=True))
+    assert json.loads((tmp_path / "critic" / "config.json").read_text())["_class_name"] == "ConvCritic"
+    card = (tmp_path / "README.md").read_text()
+    assert "as reconstructed from its abstract" in card
+    assert "ConvCritic" in card
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 4), (8, 8, 8), (16, 12, 20), (16, 64, 64)])
+def test_the_critic_follows_the_latent_and_starts_from_zero(shape):
+    network = critic(torch.Size(shape), 12)
+    values = network(torch.randn(2, *shape), torch.tensor([0.3, 0.9]), torch.randn(2, 3, 12), torch.ones(2, 3, dtype=torch.bool))
+    assert values.tolist() == [0, 0]
+    assert isinstance(critic(torch.Size((3,)), 12), MLPCritic)
+
+
+@pytest.mark.parametrize(("changes", "sentence"), [
+    ({"num_generations": 1}, r"`num_generations` \(1\) must be at least 2: shaped rewards"),
+    ({"weighting": "sigmoid"}, "`weighting` is 'sigmoid': choose 'exponential', 'softplus'"),
+    ({"weighting": "linear", "wasserstein_coefficient": 0.0}, "`wasserstein_coefficient` must be above 0 with `weighting='linear'`"),
+    ({"weighting": "linear"}, "`normalize_weights` must be False with `weighting='linear'`"),
+    ({"temperature": 0.0}, r"`temperature` \(0.0\) must be above 0"),
+    ({"advantage_clip": -1.0}, r"`advantage_clip` \(-1.0\) must be above 0"),
+    ({"critic_steps": 0}, r"`critic_steps` \(0\) must be at least 1"),
+    ({"critic": "unet"}, "`critic` is 'unet': choose 'default', 'none'"),
+    ({"reward_shaping": "rank"}, "`reward_shaping` is 'rank': choose 'standardise', 'none'"),
+    ({"timestep_sampling": "beta"}, "`timestep_sampling` is 'beta': choose 'uniform', 'logit_normal'"),
+])  # fmt: skip
+def test_a_wrong_configuration_is_refused(tmp_path, changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        ACFlowConfig(output_dir=str(tmp_path), per_device_train_batch_size=8, use_cpu=True, **changes)
