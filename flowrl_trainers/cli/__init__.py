@@ -13,7 +13,8 @@ commands:
   adjoint_matching   tune a pipeline by adjoint matching, for differentiable rewards
   vgg_flow           tune a pipeline by value-gradient guidance, for differentiable rewards
   ac_flow            tune a pipeline by actor-critic flow matching, for any reward
-  demo               tune the embedded pipeline, print base and tuned on held-out prompts, and write the adapter and pictures
+  demo               tune the embedded pipeline, print base and tuned on held-out prompts, and write the adapter and pictures;
+                     `--trainer adjoint_matching` (the default) or `--trainer vgg_flow`
   env                print the versions and devices that a bug report should have
 
 Every setting is a flag and a key of the YAML file, explained by `flowrl COMMAND --help`. `--accelerate_config ddp` (or a file that

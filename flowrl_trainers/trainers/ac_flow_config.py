@@ -83,21 +83,15 @@ class ACFlowConfig(FlowRLConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, choices in (
-            ("reward_shaping", ("standardise", "none")),
-            ("weighting", WEIGHTINGS),
-            ("timestep_sampling", ("uniform", "logit_normal")),
-            ("critic", ("default", "none")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}: choose {', '.join(map(repr, choices))}.")
-        for name in ("reward_clip", "advantage_clip", "temperature", "critic_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"`{name}` ({value}) must be above 0.")
-        for name, least in (("timestep_bins", 1), ("critic_steps", 1), ("critic_warmup_max_steps", 0), ("wasserstein_coefficient", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` ({getattr(self, name)}) must be at least {least}.")
+        self.refuse_unknown(
+            reward_shaping=("standardise", "none"),
+            weighting=WEIGHTINGS,
+            timestep_sampling=("uniform", "logit_normal"),
+            critic=("default", "none"),
+        )
+        self.refuse_not_positive("reward_clip", "advantage_clip", "temperature", "critic_learning_rate")
+        self.refuse_below(1, "timestep_bins", "critic_steps")
+        self.refuse_below(0, "critic_warmup_max_steps", "wasserstein_coefficient")
         if self.reward_shaping == "standardise" and self.num_generations < 2:
             raise ValueError(
                 "`num_generations` (1) must be at least 2: shaped rewards are measured against the other images of their prompt."

@@ -69,14 +69,12 @@ class AdjointMatchingConfig(RewardGradientConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.control_cost_order = str(self.control_cost_order)  # type: ignore[assignment]  # YAML reads 2 as a number
-        for name, choices in (
-            ("adjoint", ("lean", "full", "current")),
-            ("dynamics", ("ode", "memoryless")),
-            ("loss_type", ("regression", "hamiltonian")),
-            ("control_cost_order", ORDERS),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}: choose {', '.join(map(repr, choices))}.")
+        self.refuse_unknown(
+            adjoint=("lean", "full", "current"),
+            dynamics=("ode", "memoryless"),
+            loss_type=("regression", "hamiltonian"),
+            control_cost_order=ORDERS,
+        )
         if not 1 <= self.adjoint_steps <= self.num_inference_steps:
             raise ValueError(
                 f"`adjoint_steps` ({self.adjoint_steps}) must be between 1 and `num_inference_steps` ({self.num_inference_steps})."
@@ -88,8 +86,7 @@ class AdjointMatchingConfig(RewardGradientConfig):
             )
         if self.control_cost_weight == 0 and self.reward_scale is None:
             raise ValueError("`reward_scale` must be given where `control_cost_weight` is 0: no cost sets a control to measure it by.")
-        if self.memoryless_loss_clip is not None and self.memoryless_loss_clip <= 0:
-            raise ValueError(f"`memoryless_loss_clip` ({self.memoryless_loss_clip}) must be above 0.")
+        self.refuse_not_positive("memoryless_loss_clip")
         if self.dynamics == "memoryless":
             for name, allowed in (
                 ("adjoint", "lean"),

@@ -104,11 +104,28 @@ class FlowRLConfig(TrainingArguments):
         """The updates of one pass over a rollout."""
         return self.micro_steps_per_rollout // self.gradient_accumulation_steps
 
+    def refuse_unknown(self, **choices: tuple[str, ...]) -> None:
+        """Raises `ValueError` for a setting that is none of its choices."""
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}: choose {', '.join(map(repr, allowed))}.")
+
+    def refuse_below(self, least: float, *names: str) -> None:
+        """Raises `ValueError` for a setting below `least`."""
+        for name in names:
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` ({getattr(self, name)}) must be at least {least}.")
+
+    def refuse_not_positive(self, *names: str) -> None:
+        """Raises `ValueError` for a setting that is given and not above 0."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"`{name}` ({value}) must be above 0.")
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_inference_steps", "num_generations", "num_iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` ({getattr(self, name)}) must be at least 1.")
+        self.refuse_below(1, "num_inference_steps", "num_generations", "num_iterations")
         accumulation, images = self.gradient_accumulation_steps, self.images_per_update
         if images % self.num_generations:
             below = images // self.num_generations * self.num_generations
@@ -127,8 +144,7 @@ class FlowRLConfig(TrainingArguments):
             raise ValueError(f"`ema_decay` ({self.ema_decay}) must be between 0 and 1.")
         if not 0 <= self.max_bad_sample_share <= 1:
             raise ValueError(f"`max_bad_sample_share` ({self.max_bad_sample_share}) must be between 0 and 1.")
-        if self.log_images < 0:
-            raise ValueError(f"`log_images` ({self.log_images}) must be at least 0.")
+        self.refuse_below(0, "log_images")
         if self.n_gpu > 1:
             raise ValueError(
                 f"One process sees {self.n_gpu} GPUs, which would share each batch: start one process per GPU with `accelerate launch` or "

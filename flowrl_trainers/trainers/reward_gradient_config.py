@@ -33,10 +33,7 @@ class RewardGradientConfig(FlowRLConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("reward_scale", "control_to_velocity_ratio"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"`{name}` ({value}) must be above 0.")
+        self.refuse_not_positive("reward_scale", "control_to_velocity_ratio")
         quantile = self.reward_gradient_clip_quantile
         if quantile is not None and not 0 < quantile <= 1:
             raise ValueError(f"`reward_gradient_clip_quantile` ({quantile}) must be above 0 and at most 1.")

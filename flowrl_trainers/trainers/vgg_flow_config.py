@@ -59,14 +59,9 @@ class VGGFlowConfig(RewardGradientConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, choices in (("eta_schedule", ("quadratic", "linear", "constant")), ("value_network", ("unet", "none"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}: choose {', '.join(map(repr, choices))}.")
+        self.refuse_unknown(eta_schedule=("quadratic", "linear", "constant"), value_network=("unet", "none"))
         if not 1 <= self.timestep_bins <= self.num_inference_steps - 1:
             raise ValueError(
                 f"`timestep_bins` ({self.timestep_bins}) must be between 1 and `num_inference_steps` - 1 ({self.num_inference_steps - 1})."
             )
-        for name in ("boundary_coefficient", "finite_difference_step", "value_network_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"`{name}` ({value}) must be above 0.")
+        self.refuse_not_positive("boundary_coefficient", "finite_difference_step", "value_network_learning_rate")
