@@ -127,7 +127,7 @@ def test_the_adapter_is_on_again_and_trainable_after_a_rollout(tmp_path, tiny_pi
 
 
 def test_rollouts_are_guided_and_targets_are_not(tmp_path, tiny_pipeline):
-    """Guidance changes the states, but the regression is on the conditional branch, as the digest recommends."""
+    """Guidance changes the states, but the regression is on the conditional branch, which keeps the adjoint from blowing up."""
     guided = trainer(tmp_path, tiny_pipeline, guidance_scale=6.0, adjoint_steps=2, reward_scale=1e-9)
     examples, (batch,) = one_rollout(guided)
     conditional = guided.flow.velocity(

@@ -26,6 +26,24 @@ def test_the_probe_tries_the_rewards_of_the_evaluation_too(tmp_path, tiny_pipeli
         t.train()
 
 
+def test_what_a_reward_logs_stands_in_metrics_pictures_and_card(tmp_path, tiny_pipeline):
+    @differentiable
+    def talkative(images, prompts, log_metric, log_extra, **columns):
+        log_metric("brightness", float(images.detach().mean()))
+        log_extra("length", [len(prompt) for prompt in prompts])
+        return images.mean(dim=(1, 2, 3))
+
+    t = trainer(
+        tmp_path, tiny_pipeline, reward=talkative, eval_dataset=Dataset.from_dict({"prompt": ["a cat", "a dog, sitting"]}), max_steps=1
+    )
+    t.train()
+    assert "brightness" in next(row for row in t.state.log_history if "loss" in row)
+    assert "eval_brightness" in t.evaluate()
+    t.save_model()
+    assert "| brightness |" in (tmp_path / "README.md").read_text()
+    assert json.loads((tmp_path / "samples" / "step-000001.json").read_text())["extra"] == {"length": [5, 14]}
+
+
 def test_a_second_training_starts_with_a_rollout_of_its_own(tmp_path, tiny_pipeline):
     t = trainer(tmp_path, tiny_pipeline, num_iterations=2, max_steps=1)
     for _ in range(2):

@@ -104,6 +104,9 @@ def test_env_prints_what_a_bug_report_needs(tmp_path):
     (["demo", "--reward_funcs", "checker"], "flowrl: Reward 'checker' is not differentiable, which AdjointMatchingTrainer needs"),
     (["demo", "--accelerate_config", "fsdp9"], "flowrl: `--accelerate_config` (fsdp9) is neither 'ddp' nor a file"),
     (["demo", "--num_processes", "2"], "flowrl: `--num_processes` needs `--accelerate_config ddp`"),
+    (["demo", "--max_step", "3"], "flowrl: 'max_step' in the command line is no setting of `flowrl demo`"),
+    (["demo", "--trainer=ppo"], "flowrl: `--trainer` is 'ppo'"),
+    (["adjoint_matching", "--config"], "flowrl: `--config` needs the name of a YAML file."),
     (["train"], "flowrl: there is no command 'train': choose adjoint_matching, vgg_flow, ac_flow, demo, env."),
 ])  # fmt: skip
 def test_wrong_arguments_get_one_sentence_and_status_2(tmp_path, arguments, sentence):
@@ -121,6 +124,11 @@ def test_wrong_arguments_get_one_sentence_and_status_2(tmp_path, arguments, sent
     ({"reward_funcs": ["judges.taste"]}, "The reward 'judges.taste' cannot be imported"),
     ({"dataset": "no/such/data"}, "The prompts 'no/such/data', split 'train', cannot be loaded"),
     ({"reward_funcs": []}, "`reward_funcs` is empty: name at least one reward."),
+    ({"reward_funcs": "taste"}, "`reward_funcs` names 'taste', which is no known reward"),
+    ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size` (0) must be at least 1."),
+    ({"lora_target_modules": ["no_such_layer"]}, "`peft_config` does not fit the transformer"),
+    ({"eval_split": None, "eval_strategy": "steps", "eval_steps": 1}, "`eval_strategy` is 'steps', but there is no `eval_dataset`"),
+    ({"report_to": "notebook"}, "`report_to` names 'notebook', which is unknown or not installed"),
     ({"train_split": "validation"}, "have no split 'validation': choose 'train' or 'held_out'"),
 ])  # fmt: skip
 def test_a_wrong_yaml_file_gets_one_sentence_and_status_2(tmp_path, changes, sentence):
@@ -128,6 +136,25 @@ def test_a_wrong_yaml_file_gets_one_sentence_and_status_2(tmp_path, changes, sen
     assert result.returncode == 2
     assert sentence in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_file_that_is_no_yaml_gets_one_sentence(tmp_path):
+    (tmp_path / "run.yaml").write_text("model: [shapes\n")
+    result = flowrl(tmp_path, "adjoint_matching", "--config=run.yaml")
+    assert result.returncode == 2
+    assert "while parsing a flow sequence" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_fault_of_ours_keeps_its_traceback(tmp_path):
+    """Only what we raise ourselves is a sentence to the user."""
+    (tmp_path / "judges.py").write_text("def broken(images, prompts, **columns):\n    return [None + 1 for _ in prompts]\n")
+    result = flowrl(
+        tmp_path, "ac_flow", "--model", "shapes", "--dataset", "shapes", "--reward_funcs", "judges.broken", "--num_inference_steps", "2",
+        "--num_generations", "2", "--max_steps", "1", "--per_device_train_batch_size", "2", "--use_cpu", "true", "--output_dir", "out",
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
 
 
 def test_two_processes_from_the_command_line(tmp_path):

@@ -69,7 +69,9 @@ def test_a_short_demo_leaves_what_it_says(tmp_path, trainer):
     assert result.returncode == 0, result.stderr
     assert "checker_accuracy" in result.stdout
     report = json.loads((tmp_path / "metrics.json").read_text())
-    assert set(report["base"]) == set(report["tuned"]) == {"reward/shapes", "reward/checker", "checker_accuracy", "diversity"}
+    # Diversity is left out where the checker accepts no two pictures of any prompt, as may be after three sampler steps.
+    for row in ("base", "tuned"):
+        assert set(report[row]) | {"diversity"} == {"reward/shapes", "reward/checker", "checker_accuracy", "diversity"}
     assert set(report["seconds"]) == {"training", "evaluation"}
     for name in ("README.md", "config.yaml", "before_after.png", "reward_curve.png", "pytorch_lora_weights.safetensors"):
         assert (tmp_path / name).stat().st_size > 200

@@ -1,4 +1,4 @@
-"""What README and docs show is what runs."""
+"""What README and docs show is there, and what they show as code runs or can be built."""
 
 import re
 import subprocess
@@ -52,3 +52,28 @@ def test_the_pages_of_the_navigation_exist():
     pages = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.M)
     assert len(pages) >= 8
     assert all((ROOT / "docs" / page).exists() for page in pages)
+
+
+@pytest.mark.parametrize("page", ["adjoint_matching", "ac_flow"])
+def test_the_configurations_of_the_docs_are_accepted(tmp_path, page, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = python_blocks(ROOT / "docs" / f"{page}.md")
+    assert blocks
+    for block in blocks:
+        exec(f"from flowrl_trainers import ACFlowConfig, AdjointMatchingConfig\n{block}", {})
+
+
+def test_the_example_of_the_start_page_is_that_of_the_readme():
+    def calls(code: str) -> list[str]:
+        return [re.sub(r"\s*#.*", "", line) for line in code.splitlines()]
+
+    assert calls(python_blocks(ROOT / "docs" / "index.md")[0]) == calls(python_blocks(ROOT / "README.md")[0])
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")], ids=lambda p: p.name)
+def test_what_a_page_links_to_or_includes_exists(path):
+    text = path.read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", text):
+        assert (path.parent / target).exists(), target
+    for target in re.findall(r'--8<-- "([^"]+)"', text):
+        assert (ROOT / target).exists(), target

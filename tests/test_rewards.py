@@ -58,7 +58,8 @@ def test_gradient_of_the_clip_score_is_that_of_finite_differences():
     (gradient,) = torch.autograd.grad(reward(x, PROMPTS).sum(), x)
     with torch.no_grad():
         numeric = (reward(x + 1e-3 * direction, PROMPTS) - reward(x - 1e-3 * direction, PROMPTS)).sum() / 2e-3
-    assert float((gradient * direction).sum()) == pytest.approx(float(numeric), rel=0.02)  # float32 rounding over a step of 1e-3
+    # Rounding of the scores (1e-7 each) over a step of 1e-3, and the curvature over it.
+    assert float((gradient * direction).sum()) == pytest.approx(float(numeric), rel=0.02, abs=2e-3)
 
 
 def test_shapes_reward_prefers_the_right_caption():

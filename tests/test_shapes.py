@@ -97,10 +97,12 @@ def test_no_text_is_unknown_to_the_tokenizer():
 
 
 def test_the_readme_picture(shared_shapes):
-    """The stock call with stock defaults draws a picture of the right size."""
-    image = shared_shapes("a red circle", generator=torch.Generator().manual_seed(0)).images[0]
-    assert image.size == (32, 32)
-    assert check(torch.from_numpy(np.asarray(image)).permute(2, 0, 1)[None] / 255, ["a red circle"]) == [True]
+    """The stock call with stock defaults draws a red circle, in at least 6 of 8 cases: its words were never swapped."""
+    generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
+    images = shared_shapes(["a red circle"] * 8, generator=generators).images
+    assert {image.size for image in images} == {(32, 32)}
+    pictures = torch.stack([torch.from_numpy(np.asarray(image)).permute(2, 0, 1) / 255 for image in images])
+    assert sum(check(pictures, ["a red circle"] * 8)) >= 6
 
 
 def test_pictures_do_not_depend_on_the_number_of_empty_t5_tokens(shared_shapes):

@@ -31,7 +31,11 @@ def test_a_reduced_run_leaves_a_pipeline_of_the_shipped_layout(tmp_path):
     trained, shipped = load_pipeline(tmp_path), load_pipeline()
     configs = [{k: v for k, v in p.transformer.config.items() if k != "_name_or_path"} for p in (trained, shipped)]
     assert configs[0] == configs[1]
-    assert {n: p.shape for n, p in trained.vae.named_parameters()} == {n: p.shape for n, p in shipped.vae.named_parameters()}
+    for part in ("vae", "text_encoder"):
+        shapes = [{n: p.shape for n, p in getattr(p, part).named_parameters()} for p in (trained, shipped)]
+        assert shapes[0] == shapes[1]
+    assert trained.tokenizer.get_vocab() == shipped.tokenizer.get_vocab()
+    assert trained.tokenizer.model_max_length == shipped.tokenizer.model_max_length
 
 
 @pytest.mark.slow

@@ -213,7 +213,7 @@ def test_consistency_vanishes_on_the_exact_value_gradient_and_not_beside_it(tmp_
 
 
 def test_transformer_and_value_network_learn_from_their_own_losses(tmp_path, tiny_pipeline):
-    """The residual's gradient is the same whatever the transformer's velocity, and the other way round for the matching loss."""
+    """Moving the matching loss alone leaves the value network's gradient as it was and changes the transformer's."""
     t = trainer(tmp_path, tiny_pipeline)
     examples, (batch,) = one_rollout(t)
     heads = list(t.model.head.parameters())

@@ -40,6 +40,10 @@ def make(name: str, folder, pipeline=None, reward=redness, dataset=None, lora=Tr
 @pytest.mark.parametrize(("changes", "sentence"), [
     ({"dataset": Dataset.from_dict({"caption": ["a"], "url": ["b"]})}, r"has 'caption' and 'url' but no 'prompt': pass `train_dataset.rename_column\('caption', 'prompt'\)`"),
     ({"dataset": Dataset.from_dict({"prompt": []})}, "`train_dataset` is empty"),
+    ({"dataset": Dataset.from_dict({"prompt": ["a", None, "b", "c"]})}, r"`train_dataset` has a prompt that is no string in row 1 \(None\)"),
+    ({"per_device_train_batch_size": 0}, r"`per_device_train_batch_size` \(0\) must be at least 1"),
+    ({"decode_batch_size": 0}, r"`decode_batch_size` \(0\) must be above 0"),
+    ({"eval_strategy": "epoch"}, "`eval_strategy` is '.*', but there is no `eval_dataset`"),
     ({"dataset": ["a prompt"]}, "`train_dataset` is a list: pass a `datasets.Dataset`"),
     ({"dataset": Dataset.from_dict({"prompt": ["a"]})}, "`train_dataset` has 1 prompts but one rollout takes [24]"),
     ({"reward_weights": [1.0, 2.0]}, "`reward_weights` has 2 numbers for 1 rewards"),

@@ -25,6 +25,7 @@ Every setting is a flag and a key of the YAML file, explained by `flowrl COMMAND
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit status. A wrong input is answered by one sentence and status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--") else [a])]
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help"):
         print(USAGE)
@@ -43,8 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _is_ours(error: Exception) -> bool:
-    where = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(where).is_relative_to(Path(__file__).parent.parent)
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return Path(where.filename).is_relative_to(Path(__file__).parent.parent) and (where.line or "").startswith("raise ")
 
 
 def _run(command: str, arguments: list[str]) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import yaml
 from trl import TrlParser
 
 from ..trainers import ACFlowTrainer, AdjointMatchingTrainer, FlowRLConfig, FlowRLTrainer, VGGFlowTrainer
@@ -58,17 +59,22 @@ def parse(
     defaults: dict[str, Any],
 ) -> tuple[RunArguments, FlowRLConfig]:
     """Flags over the YAML file of `--config` over `defaults`. Raises `ValueError` for what neither class knows."""
-    usage = f"flowrl {command} [--config run.yaml] [--field value ...]"
-    parser = TrlParser([RunArguments, make_config], prog=f"flowrl {command}", usage=usage)
+    usage = f"flowrl {command} {'[--trainer METHOD] ' if command == 'demo' else ''}[--config run.yaml] [--field value ...]"
+    parser = TrlParser([RunArguments, make_config], prog=f"flowrl {command}", usage=usage, allow_abbrev=False)
     parser.set_defaults_with_config(**defaults)
     try:
         run, config, from_file, from_flags = parser.parse_args_and_config(
             arguments, return_remaining_strings=True, separate_remaining_strings=True
         )
-    except (ValueError, OSError) as error:
+    except IndexError as error:
+        raise ValueError("`--config` needs the name of a YAML file.") from error
+    except (ValueError, OSError, yaml.YAMLError) as error:
         raise ValueError(str(error)) from error
     for source, unknown in (("the YAML file", from_file), ("the command line", from_flags)):
         if unknown:
             name = unknown[0].removeprefix("--")
             raise ValueError(f"{name!r} in {source} is no setting of `flowrl {command}`: see `flowrl {command} --help`.")
+    for name in ("reward_funcs", "eval_reward_funcs", "lora_target_modules"):  # a single name in YAML is a string
+        if isinstance(getattr(run, name), str):
+            setattr(run, name, [getattr(run, name)])
     return run, config

@@ -4,6 +4,7 @@ import sys
 from importlib import import_module
 
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
 from peft import LoraConfig
 
 from ..hub.card import SHAPES
@@ -59,7 +60,7 @@ def load_prompts(told: RunArguments, split: str) -> Dataset:
     if told.dataset != "shapes":
         try:
             return load_dataset(told.dataset, told.dataset_config, split=split)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, DatasetsError) as error:
             raise ValueError(f"The prompts {told.dataset!r}, split {split!r}, cannot be loaded: {error}") from error
     if split not in ("train", "held_out"):
         raise ValueError(f"The prompts of shapes have no split {split!r}: choose 'train' or 'held_out'.")

@@ -60,9 +60,12 @@ def _summary(facts: CardFacts) -> str:
 
 
 def _table(facts: CardFacts) -> str:
-    names = list(facts.rows["tuned"])
+    names = list(facts.rows["tuned"] | facts.rows["base"])
     lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
-    lines += [f"| {label} | " + " | ".join(f"{facts.rows[label][name]:.3f}" for name in names) + " |" for label in ("base", "tuned")]
+    # Numbers that a reward logged are of the tuned model alone, and diversity needs two right pictures of a prompt.
+    for label in ("base", "tuned"):
+        row = facts.rows[label]
+        lines += [f"| {label} | " + " | ".join(f"{row[name]:.3f}" if name in row else "" for name in names) + " |"]
     sampling = ", ".join(f"{name} {value}" for name, value in facts.sampling.items())
     trained = ", ".join(f"`{name}`" for name in facts.rewards)
     note = f"Held-out prompts, the same seeds for both rows ({sampling}). Training saw {trained} alone; what else is listed, it never saw."

@@ -166,4 +166,4 @@ class FlowPipeline(ABC):
         """
         from . import families
 
-        return families.wrap(families.load(id_or_folder, dtype or torch.float32), settings)
+        return families.wrap(families.load(id_or_folder, dtype or torch.float32, settings), settings)

@@ -39,17 +39,22 @@ def wrap(pipeline: Any, settings: dict[str, Any]) -> FlowPipeline:
             f"The pipeline's scheduler is {type(scheduler).__name__}, which is not the Euler sampler of flow matching: set "
             "`pipeline.scheduler` to a `FlowMatchEulerDiscreteScheduler` if the model was trained by flow matching."
         )
-    settings = {name: value for name, value in settings.items() if value is not None}
-    unknown = sorted(set(settings) - set(family.default_settings))
+    return family(pipeline, **_known(settings, type(pipeline).__name__))
+
+
+def _known(settings: dict[str, Any], class_name: str) -> dict[str, Any]:
+    """The settings that are given; raises `ValueError` for one that the pipeline's family does not have."""
+    settings, defaults = {name: value for name, value in settings.items() if value is not None}, FAMILIES[class_name].default_settings
+    unknown = sorted(set(settings) - set(defaults))
     if unknown:
         raise ValueError(
-            f"{type(pipeline).__name__} has no setting {', '.join(f'`{name}`' for name in unknown)}: "
-            f"it takes {', '.join(f'`{name}`' for name in family.default_settings)}."
+            f"{class_name} has no setting {', '.join(f'`{name}`' for name in unknown)}: "
+            f"it takes {', '.join(f'`{name}`' for name in defaults)}."
         )
-    return family(pipeline, **settings)
+    return settings
 
 
-def load(id_or_folder: str | Path, dtype: torch.dtype) -> DiffusionPipeline:
+def load(id_or_folder: str | Path, dtype: torch.dtype, settings: dict[str, Any]) -> DiffusionPipeline:
     """`DiffusionPipeline.from_pretrained`, with one sentence for what can go wrong before anything large is downloaded."""
     name = str(id_or_folder)
     index = Path(name) / "model_index.json"
@@ -67,6 +72,7 @@ def load(id_or_folder: str | Path, dtype: torch.dtype) -> DiffusionPipeline:
         raise ValueError(f"{name!r} is no diffusers pipeline: pass a Hub id or a folder that holds a `model_index.json`.") from error
     if config["_class_name"] not in FAMILIES:
         raise ValueError(f"{name!r} holds a {config['_class_name']}, which is not a supported family ({', '.join(FAMILIES)}).")
+    _known(settings, config["_class_name"])
     # A pipeline saved without one of its text encoders loads only if it is told so again.
     absent = {part: None for part, value in config.items() if value == [None, None]}
     return DiffusionPipeline.from_pretrained(name, dtype=dtype, **absent)

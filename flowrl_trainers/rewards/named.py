@@ -35,6 +35,8 @@ def _as_reward(reward: RewardLike, argument: str) -> Reward:
                 f"`{argument}` names {reward!r}, which is no known reward: choose {', '.join(NAMED_REWARDS)} or pass a callable."
             )
         return NAMED_REWARDS[reward]()
+    if isinstance(reward, type):
+        raise TypeError(f"`{argument}` has the class {reward.__name__}: pass an instance of it.")
     if callable(reward):
         return FunctionReward(reward)
     raise TypeError(f"`{argument}` has a {type(reward).__name__}: pass a name, a callable, or a `Reward`.")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 
 @dataclass
@@ -125,7 +126,14 @@ class FlowRLConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.refuse_below(1, "num_inference_steps", "num_generations", "num_iterations")
+        self.refuse_below(1, "num_inference_steps", "num_generations", "num_iterations", "gradient_accumulation_steps")
+        self.refuse_below(1, "per_device_train_batch_size", "per_device_eval_batch_size")
+        self.refuse_not_positive("decode_batch_size", "eval_num_inference_steps")
+        for tracker in self.report_to:
+            if tracker not in (known := get_available_reporting_integrations()):
+                raise ValueError(
+                    f"`report_to` names {tracker!r}, which is unknown or not installed: install it, or choose {', '.join(known) or 'none'}."
+                )
         accumulation, images = self.gradient_accumulation_steps, self.images_per_update
         if images % self.num_generations:
             below = images // self.num_generations * self.num_generations

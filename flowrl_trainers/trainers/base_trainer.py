@@ -90,7 +90,10 @@ class FlowRLTrainer(RunFiles, Trainer):
         self.eval_rewards = as_rewards(eval_reward_funcs, "eval_reward_funcs") if eval_reward_funcs else []
         check_rewards(self.rewards, args, type(self).__name__ if self.needs_reward_gradient else None)
         train_dataset = check_dataset(train_dataset, "train_dataset", args)
-        eval_dataset = None if eval_dataset is None else check_dataset(eval_dataset, "eval_dataset")
+        if eval_dataset is not None:
+            check_dataset(eval_dataset, "eval_dataset")
+        elif args.eval_strategy != "no":
+            raise ValueError(f"`eval_strategy` is '{args.eval_strategy}', but there is no `eval_dataset`: pass held-out prompts.")
         self.flow = self._flow_pipeline(model, args)
         set_seed(args.seed)  # a LoRA starts from random numbers
         self.peft_config = self._add_adapter(peft_config)
@@ -224,7 +227,10 @@ class FlowRLTrainer(RunFiles, Trainer):
         peft_config = copy.deepcopy(peft_config)
         peft_config.target_modules = peft_config.target_modules or list(self.flow.lora_target_modules)
         transformer.requires_grad_(False)
-        transformer.add_adapter(peft_config)
+        try:
+            transformer.add_adapter(peft_config)
+        except ValueError as error:
+            raise ValueError(f"`peft_config` does not fit the transformer: {error}") from error
         cast_training_params(transformer, dtype=torch.float32)
         return peft_config
 

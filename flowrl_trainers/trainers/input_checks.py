@@ -27,7 +27,7 @@ def check_rewards(rewards: list[Reward], args: FlowRLConfig, needs_gradient: str
     for reward in rewards:
         if needs_gradient is not None and not reward.differentiable:
             raise ValueError(
-                f"Reward {reward.name!r} is not differentiable, which {needs_gradient} needs: mark it with "
+                f"Reward {reward.name!r} is not differentiable, which {needs_gradient} needs: take `ACFlowTrainer`, or mark it with "
                 "`@flowrl_trainers.rewards.differentiable` if gradients flow through it."
             )
     if args.reward_weights is not None and len(args.reward_weights) != len(rewards):
@@ -60,6 +60,11 @@ def check_dataset(dataset: Dataset | None, argument: str, args: FlowRLConfig | N
         raise ValueError(f"`{argument}` has a column {taken[0]!r}, which is what rewards are told under that name: rename it.")
     if len(dataset) == 0:
         raise ValueError(f"`{argument}` is empty: it needs at least one prompt.")
+    wrong = next((row for row, prompt in enumerate(dataset["prompt"]) if not isinstance(prompt, str)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"`{argument}` has a prompt that is no string in row {wrong} ({dataset['prompt'][wrong]!r}): make every prompt one."
+        )
     if args is not None:
         needed = args.images_per_update * args.updates_per_rollout // args.num_generations
         if len(dataset) < needed:
