@@ -100,6 +100,7 @@ def test_explained_variance_is_that_of_a_regression():
     values = torch.tensor([[0.0, 1.0], [1.0, 1.0], [2.0, 4.0]])
     predictions = torch.tensor([[0.5, 1.0], [1.0, 1.0], [1.5, 4.0]])
     torch.testing.assert_close(explained_variance(values, predictions), torch.tensor([0.75, 1.0]))
+    assert explained_variance(torch.ones(3, 1), torch.rand(3, 1)).isnan().all()
 
 
 def test_every_image_gets_one_state_of_each_bin_and_its_own_noise(tmp_path):
@@ -174,39 +175,57 @@ class Perfect(nn.Module):
         return (1 - sigma) / ((1 - sigma) ** 2 + sigma**2) * latents[:, 0] + 0 * self.unused
 
 
-def test_the_warm_up_ends_where_the_explained_variance_no_longer_rises(tmp_path):
-    """A critic that learns nothing: the first rollout sets the mark, three more do not raise it; the transformer is left alone until then."""
-
-    class Blind(Perfect):
-        def forward(self, *args):
-            return 0 * super().forward(*args)
-
-    network = Velocities()
-    t = ac_flow(tmp_path, network, given=Blind(), critic_warmup_max_steps=20, max_steps=6, learning_rate=0.1)
-    rows = []
+@pytest.mark.parametrize(("explained", "rollouts"), [
+    ([0.0, 0.0, 0.2, 0.205, 0.19, 0.2, 0.9], 5),  # waits for a beginning, then for three rollouts without a rise of 0.01
+    ([0.0] * 7, 6),  # the cap
+    ([math.nan] * 7, 6),  # rollouts whose rewards are all equal tell nothing
+])  # fmt: skip
+def test_the_warm_up_ends_where_the_explained_variance_no_longer_rises(tmp_path, monkeypatch, explained, rollouts):
+    """And the transformer is left alone until then."""
+    found = iter(explained)
+    monkeypatch.setattr(
+        "flowrl_trainers.trainers.ac_flow_trainer.explained_variance", lambda values, predictions: torch.tensor([next(found)])
+    )
+    network, rows = Velocities(), []
+    t = ac_flow(tmp_path, network, given=Perfect(), critic_warmup_max_steps=6, max_steps=7, learning_rate=0.1)
     step = t.training_step
 
     def watched(*args, **kwargs):
         out = step(*args, **kwargs)
-        rows.append((t.warming_up, bool(network.coefficients.grad is not None)))
+        rows.append((t.warming_up, network.coefficients.grad is not None))
         return out
 
     t.training_step = watched
     t.train()
-    assert rows == [(True, False)] * 3 + [(False, True)] * 3
-    assert t.warmup_rollouts == 3
+    assert t.warmup_rollouts == rollouts
+    assert rows == [(True, False)] * rollouts + [(False, True)] * (7 - rollouts)
 
 
-def test_the_warm_up_has_a_cap(tmp_path):
-    class Rising(Perfect):
-        def forward(self, *args):
-            self.calls = getattr(self, "calls", 0) + 1
-            return super().forward(*args) * min(1.0, self.calls / 1000)
+def test_a_run_that_ends_in_the_warm_up_says_so(tmp_path, caplog):
+    ac_flow(tmp_path, given=Perfect(), critic_warmup_max_steps=6, max_steps=2).train()
+    assert "The run ended while the critic still warmed up" in caplog.text
 
-    t = ac_flow(tmp_path, given=Rising(), critic_warmup_max_steps=2, max_steps=4)
-    t.train()
-    assert not t.warming_up
-    assert t.warmup_rollouts == 2
+
+def test_an_image_that_is_not_finite_does_not_stop_the_critic(tmp_path):
+    t = ac_flow(tmp_path, critic="default", max_bad_sample_share=0.5, reward=lambda images, prompts, **columns: [1.0] * len(images))
+    batch = exact_images(t, 64)
+    batch.tensors["final"][3] = math.nan
+    t._shape([batch])
+    assert not batch.good[3]
+    assert batch.good.sum() == 63
+    before = [p.detach().clone() for p in t.critic.parameters()]
+    t._critic_step([batch], "critic step 0")
+    assert any(not torch.equal(p, q) for p, q in zip(before, t.critic.parameters(), strict=True))
+    assert all(p.isfinite().all() for p in t.critic.parameters())
+
+
+def test_images_without_a_reward_have_no_part_in_the_mean_weight(tmp_path):
+    t = ac_flow(tmp_path, weighting="positive", normalize_weights=True, timestep_bins=1)
+    batch = exact_images(t, 64)
+    batch.good[::2] = False
+    batch.tensors["advantages"] = torch.where(batch.good, 2.0, 100.0)[:, None]
+    t._weigh([batch])
+    assert batch.tensors["weights"][1] == 1.0
 
 
 # ---- the actor ----------------------------------------------------------------------------------------------------------------

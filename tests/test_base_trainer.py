@@ -175,6 +175,20 @@ def test_the_moving_average_is_what_is_saved_and_evaluated(tmp_path, tiny_pipeli
     assert sorted(float(p.double().sum()) for p in stored) == pytest.approx(sorted(float(p.double().sum()) for p in averaged))
 
 
+def test_an_optimizer_of_ones_own_must_hold_what_is_trained(tmp_path, tiny_pipeline):
+    t = trainer(tmp_path, tiny_pipeline)
+    t.optimizer = torch.optim.SGD(t.trained_parameters()[1:], lr=0.1)
+    with pytest.raises(ValueError, match="`optimizers` has an optimizer without some of the trained parameters"):
+        t.train()
+
+
+def test_what_has_no_score_has_no_part_in_the_reward(tmp_path, tiny_pipeline):
+    t = trainer(tmp_path, tiny_pipeline)
+    t.log_rewards(torch.tensor([[-2.0], [math.nan], [-4.0], [math.inf]]))
+    assert t.rollout_reward == -3.0
+    assert t._metrics["reward/redness"] == [-3.0]
+
+
 def test_training_stops_at_the_target_reward(tmp_path, tiny_pipeline):
     t = trainer(tmp_path, tiny_pipeline, target_reward=-1e9, max_steps=5)
     t.train()

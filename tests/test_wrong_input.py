@@ -44,6 +44,8 @@ def make(name: str, folder, pipeline=None, reward=redness, dataset=None, lora=Tr
     ({"per_device_train_batch_size": 0}, r"`per_device_train_batch_size` \(0\) must be at least 1"),
     ({"decode_batch_size": 0}, r"`decode_batch_size` \(0\) must be above 0"),
     ({"eval_strategy": "epoch"}, "`eval_strategy` is '.*', but there is no `eval_dataset`"),
+    ({"ignore_data_skip": True}, "`ignore_data_skip` must be False"),
+    ({"optim": "schedule_free_adamw"}, r"`optim` \(.*\) must be told when"),
     ({"dataset": ["a prompt"]}, "`train_dataset` is a list: pass a `datasets.Dataset`"),
     ({"dataset": Dataset.from_dict({"prompt": ["a"]})}, "`train_dataset` has 1 prompts but one rollout takes [24]"),
     ({"reward_weights": [1.0, 2.0]}, "`reward_weights` has 2 numbers for 1 rewards"),

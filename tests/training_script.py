@@ -74,6 +74,7 @@ def main() -> None:
             {
                 "weights": {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad},
                 "optimizer": trainer.optimizer.state_dict(),
+                "state": {"algorithm": trainer.algorithm_state(), "ema": trainer.ema.state_dict() if trainer.ema else None},
                 "history": history,
                 "world_size": config.world_size,
                 "wrapper": type(trainer.model_wrapped).__name__,

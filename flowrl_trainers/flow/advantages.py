@@ -47,5 +47,9 @@ def advantage_weights(advantages: torch.Tensor, weighting: Weighting, temperatur
 
 
 def explained_variance(values: torch.Tensor, predictions: torch.Tensor) -> torch.Tensor:
-    """1 - Var(values - predictions) / Var(values) over the first dimension: 1 is perfect, 0 no better than a constant. (M, ...) each."""
-    return 1 - (values - predictions).var(dim=0, correction=0) / values.var(dim=0, correction=0).clamp(min=1e-12)
+    """1 - Var(values - predictions) / Var(values) over the first dimension: 1 is perfect, 0 no better than a constant. (M, ...) each.
+
+    NaN where the values are all equal, and there is nothing to explain.
+    """
+    spread = values.var(dim=0, correction=0)
+    return torch.where(spread > 0, 1 - (values - predictions).var(dim=0, correction=0) / spread, torch.nan)

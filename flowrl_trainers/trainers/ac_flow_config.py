@@ -77,7 +77,7 @@ class ACFlowConfig(FlowRLConfig):
         default=20,
         metadata={
             "help": "The most rollouts during which the critic learns alone, from the base model's images. It ends before, once its "
-            "explained variance on images that it has not seen rises no more; 0 for none. These rollouts count as updates."
+            "explained variance on images that it has not seen rises no more; 0 for none. All updates of these rollouts count."
         },
     )
 
@@ -96,8 +96,6 @@ class ACFlowConfig(FlowRLConfig):
             raise ValueError(
                 "`num_generations` (1) must be at least 2: shaped rewards are measured against the other images of their prompt."
             )
-        if self.fp16 and self.critic != "none" and self.critic_warmup_max_steps > 0:
-            raise ValueError("`fp16` cannot scale the gradients that a warm-up does not make: take `bf16`, or `critic_warmup_max_steps=0`.")
         if self.weighting == "linear" and self.wasserstein_coefficient == 0:
             raise ValueError("`wasserstein_coefficient` must be above 0 with `weighting='linear'`: without it the loss has no minimum.")
         if self.weighting == "linear" and self.normalize_weights:

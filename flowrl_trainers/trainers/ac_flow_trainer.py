@@ -20,6 +20,7 @@ as the Wasserstein term, as in ORW-CFM-W2; the guided velocity throughout, so th
 The paper runs t = 1 - sigma with v_paper = -v; squares do not see the sign.
 """
 
+import logging
 import math
 from collections.abc import Iterator
 from itertools import pairwise
@@ -27,6 +28,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers.trainer_utils import TrainOutput
 
 from ..flow import advantage_weights, euler_step, explained_variance, interpolate, shape_rewards, velocity_between
 from ..networks import critic
@@ -36,6 +38,8 @@ from .base_trainer import FlowRLTrainer
 from .draws import keyed_generator
 from .micro_batch import MicroBatch
 from .prompt_groups import Image
+
+logger = logging.getLogger(__name__)
 
 RISE = 0.01  # of the explained variance: what counts as rising
 PATIENCE = 3  # rollouts without a rise
@@ -60,7 +64,8 @@ class ACFlowTrainer(FlowRLTrainer):
     config_class = ACFlowConfig
 
     replayed_settings = (
-        *FlowRLTrainer.replayed_settings, "timestep_bins", "timestep_sampling", "critic", "critic_steps", "critic_warmup_max_steps",
+        *FlowRLTrainer.replayed_settings, "timestep_bins", "timestep_sampling", "critic", "critic_steps", "critic_learning_rate",
+        "critic_warmup_max_steps",
     )  # fmt: skip
 
     args: ACFlowConfig
@@ -69,13 +74,23 @@ class ACFlowTrainer(FlowRLTrainer):
         self.given_critic = critic
         super().__init__(*args, **kwargs)
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """See `FlowRLTrainer.train`; says so where the run ended before the critic's warm-up did."""
+        output = super().train(*args, **kwargs)
+        if self.warming_up:
+            logger.warning("The run ended while the critic still warmed up: the model is as it was. Raise `max_steps`.")
+        return output
+
     def set_up(self) -> None:
         """The critic and its optimizer. They are no part of the model that Trainer sees, as they take steps of their own."""
         self.num_trained_states = self.args.timestep_bins
         self.critic = self._make_critic()
         self.warming_up = self.critic is not None and self.args.critic_warmup_max_steps > 0
+        if self.warming_up and self.args.fp16:
+            raise ValueError("`fp16` cannot scale the gradients that a warm-up does not make: take `bf16`, or `critic_warmup_max_steps=0`.")
         self.warmup_rollouts, self.best_explained, self.rollouts_without_rise = 0, -math.inf, 0
         if self.critic is not None:
+            self.same_on_all_processes(self.critic)
             self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=self.args.critic_learning_rate)
 
     def _make_critic(self) -> nn.Module | None:
@@ -122,7 +137,8 @@ class ACFlowTrainer(FlowRLTrainer):
         """(1), over the images of all processes; leaves `returns` (B,)."""
         own = torch.cat([self.score(batch.tensors["final"], batch.examples) for batch in rollout])
         self.log_rewards(own)
-        bad, absent = own.isinf().any(dim=1), own.isnan().all(dim=1)
+        final = torch.cat([batch.tensors["final"] for batch in rollout])
+        bad, absent = own.isinf().any(dim=1) | ~final.flatten(1).isfinite().all(dim=1), own.isnan().all(dim=1)
         scores = torch.where(own.isinf(), torch.nan, own)
         if self.args.reward_shaping == "standardise":
             rows = torch.tensor([e.key.row for batch in rollout for e in batch.examples], device=own.device)
@@ -136,6 +152,7 @@ class ACFlowTrainer(FlowRLTrainer):
             count = len(batch.examples)
             batch.good &= ~(bad | absent)[start : start + count]
             batch.tensors["returns"] = returns[start : start + count]
+            batch.leave_out_what_is_not_finite()
             start += count
         self.count_bad_samples("reward", bad)
 
@@ -196,16 +213,19 @@ class ACFlowTrainer(FlowRLTrainer):
         for batch in rollout:
             states, _, sigma = self._renoised(batch, "judge")
             found.append(self._values(states, sigma, self.condition(batch.examples)))
-        values = self.accelerator.gather(torch.cat(found))
-        returns = self.accelerator.gather(torch.cat([batch.tensors["returns"] for batch in rollout]))
+        good = self.accelerator.gather(torch.cat([batch.good for batch in rollout]))
+        values = self.accelerator.gather(torch.cat(found))[good]
+        returns = self.accelerator.gather(torch.cat([batch.tensors["returns"] for batch in rollout]))[good]
         explained = explained_variance(returns[:, None].expand_as(values), values)
-        for number, value in enumerate(explained.tolist()):
-            self.log_metric(f"critic/explained_variance_{number}", value)
+        if explained.isfinite().all():  # else all rewards were equal, which tells nothing of the critic
+            for number, value in enumerate(explained.tolist()):
+                self.log_metric(f"critic/explained_variance_{number}", value)
+            rose = float(explained.mean()) > self.best_explained + RISE
+            self.best_explained = max(float(explained.mean()), self.best_explained)
+            # A critic that explains nothing yet has not stopped rising: it has not begun.
+            self.rollouts_without_rise = 0 if rose or self.best_explained <= RISE else self.rollouts_without_rise + 1
         if not self.warming_up:
             return
-        mean = float(explained.mean())
-        rose = mean > self.best_explained + RISE
-        self.best_explained, self.rollouts_without_rise = max(mean, self.best_explained), 0 if rose else self.rollouts_without_rise + 1
         if self.rollouts_without_rise >= PATIENCE or self.warmup_rollouts >= self.args.critic_warmup_max_steps:
             self.warming_up = False
         else:
@@ -234,13 +254,12 @@ class ACFlowTrainer(FlowRLTrainer):
         clip = self.args.advantage_clip
         clipped = advantages if clip is None else advantages.clamp(-clip, clip)
         weights = advantage_weights(clipped, self.args.weighting, self.args.temperature)
-        everyone = self.accelerator.gather(weights)
-        good = everyone.isfinite()
-        mean = torch.where(good, everyone, 0.0).sum() / good.sum().clamp(min=1)
+        good = self.accelerator.gather(torch.cat([batch.good for batch in rollout]))
+        everyone = self.accelerator.gather(weights)[good]
         if self.args.normalize_weights:
-            weights = weights / mean.clamp(min=1e-12)
+            weights = weights / everyone[everyone.isfinite()].mean().clamp(min=1e-12)
         share = 0.0 if clip is None else self.accelerator.gather((advantages.abs() > clip).float()).mean()
-        spread = self.accelerator.gather(advantages).std(dim=0, correction=0)
+        spread = self.accelerator.gather(advantages)[good].std(dim=0, correction=0)
         self.log_metric("advantage_clipped_share", share)
         for number, value in enumerate(spread.tolist()):
             self.log_metric(f"advantage_std_{number}", value)

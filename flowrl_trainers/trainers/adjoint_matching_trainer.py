@@ -55,7 +55,6 @@ from ..flow import (
 )
 from ..pipelines import Conditioning
 from .adjoint_matching_config import AdjointMatchingConfig
-from .base_trainer import FlowRLTrainer
 from .draws import keyed_generator
 from .micro_batch import MicroBatch
 from .prompt_groups import Image
@@ -80,7 +79,7 @@ class AdjointMatchingTrainer(RewardGradientTrainer):
     config_class = AdjointMatchingConfig
 
     replayed_settings = (
-        *FlowRLTrainer.replayed_settings, "adjoint_steps", "adjoint", "control_cost_order", "control_cost_weight", "dynamics",
+        *RewardGradientTrainer.replayed_settings, "adjoint_steps", "adjoint", "control_cost_order", "control_cost_weight", "dynamics",
     )  # fmt: skip
 
     args: AdjointMatchingConfig

@@ -163,5 +163,15 @@ class FlowRLConfig(TrainingArguments):
                 raise ValueError(f"`{name}` is not supported: the network must be whole, and in place before training starts.")
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be False: the other columns of the dataset are passed to the rewards.")
+        if self.ignore_data_skip:
+            raise ValueError("`ignore_data_skip` must be False: a resumed run goes on with the prompts where it stopped.")
+        if "schedule_free" in str(self.optim).lower():
+            raise ValueError(
+                f"`optim` ({self.optim}) must be told when training and evaluation take turns, which is not supported: take AdamW."
+            )
+        if self.save_only_model and self.ema_decay is not None and self.load_best_model_at_end:
+            raise ValueError(
+                "`load_best_model_at_end` needs the moving average of a checkpoint, which `save_only_model` leaves out: choose one."
+            )
         if self.auto_find_batch_size:
             raise ValueError("`auto_find_batch_size` must be False: it would change the images per update during training.")

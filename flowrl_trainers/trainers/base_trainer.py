@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import broadcast
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from diffusers.loaders import PeftAdapterMixin
@@ -132,7 +133,7 @@ class FlowRLTrainer(RunFiles, Trainer):
         self.conditioning = ConditioningCache(self.flow)
         self._encode_prompts(train_dataset, eval_dataset)
         head = self.make_head()
-        self.model.head = None if head is None else head.to(args.device)
+        self.model.head = None if head is None else self.same_on_all_processes(head.to(args.device))
         self.ema = EMAModel(self.trained_parameters(), decay=args.ema_decay) if args.ema_decay is not None else None
         self.settings = self.run_settings()
         self.set_up()
@@ -271,10 +272,22 @@ class FlowRLTrainer(RunFiles, Trainer):
         """The parameters that training changes."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    def same_on_all_processes(self, network: nn.Module) -> nn.Module:
+        """A network with the parameters that the first process has; those that a user passes may differ."""
+        with torch.no_grad():
+            for tensor in [*network.parameters(), *network.buffers()]:
+                tensor.copy_(broadcast(tensor.detach().clone()))
+        return network
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """That of Trainer, with parameter groups of its own for the head."""
         given = self.optimizer is not None
         optimizer = super().create_optimizer(model)
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if any(id(p) not in held for p in self.trained_parameters()):
+            raise ValueError(
+                "`optimizers` has an optimizer without some of the trained parameters: make it of `trainer.trained_parameters()`."
+            )
         if self.model.head is not None and not given:
             heads = {id(p) for p in self.model.head.parameters()}
             for group in list(optimizer.param_groups):
@@ -336,7 +349,7 @@ class FlowRLTrainer(RunFiles, Trainer):
                 judged = call_rewards(self.eval_rewards, self.flow.images(latents), asked, **self.reward_context())
             scores = torch.cat([scores, judged], dim=1)
         for reward, column in zip([*self.rewards, *self.eval_rewards], scores.unbind(dim=1), strict=True):
-            if not column.isfinite().any():
+            if column.isinf().any() and not column.isfinite().any():  # None, which is NaN here, is no fault
                 raise ValueError(
                     f"Reward {reward.name!r} gave no finite score to {PROBE} probe pictures ({column.tolist()}): call it on two pictures "
                     "of the model to see why."
@@ -423,13 +436,15 @@ class FlowRLTrainer(RunFiles, Trainer):
     def log_rewards(self, scores: torch.Tensor) -> None:
         """Note mean and standard deviation of each reward, and the mean weighted sum, over the whole rollout of all processes."""
         scores = self.accelerator.gather(scores)
-        scores = torch.where(scores.isfinite(), scores, torch.nan)
-        for reward, column in zip(self.rewards, scores.unbind(dim=1), strict=True):
-            column = column[~column.isnan()]
-            self.log_metric(f"reward/{reward.name}", column.mean())
-            self.log_metric(f"reward_std/{reward.name}", column.std(correction=0))
-        self.rollout_reward = float((scores.nan_to_num(0.0) * self.reward_weights).sum(dim=1).mean())
-        self.log_metric("reward", self.rollout_reward)
+        total = 0.0
+        for reward, weight, column in zip(self.rewards, self.reward_weights.tolist(), scores.unbind(dim=1), strict=True):
+            column = column[column.isfinite()]
+            if len(column):
+                self.log_metric(f"reward/{reward.name}", column.mean())
+                self.log_metric(f"reward_std/{reward.name}", column.std(correction=0))
+                total += weight * float(column.mean())
+        self.rollout_reward = total
+        self.log_metric("reward", total)
 
     def count_bad_samples(self, what: str, bad: torch.Tensor) -> None:
         """Note the share of bad samples (B,), 0 or 1 each, over all processes; too large a share ends the run."""

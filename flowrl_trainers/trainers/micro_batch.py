@@ -22,6 +22,6 @@ class MicroBatch:
     def leave_out_what_is_not_finite(self) -> None:
         """Mark images with anything that is not finite, and zero them, as zero times infinity would still reach the weights."""
         for value in self.tensors.values():
-            self.good &= value.flatten(1).isfinite().all(dim=1)
+            self.good &= value.reshape(len(value), -1).isfinite().all(dim=1)
         for name, value in self.tensors.items():
             self.tensors[name] = torch.where(expand_like(self.good, value), value, 0.0)

@@ -15,6 +15,8 @@ class RewardGradientTrainer(FlowRLTrainer):
     config_class = RewardGradientConfig
     needs_reward_gradient = True
 
+    replayed_settings = (*FlowRLTrainer.replayed_settings, "reward_scale", "control_to_velocity_ratio", "reward_gradient_clip_quantile")
+
     args: RewardGradientConfig
     reward_scale: float | None
 
@@ -32,8 +34,8 @@ class RewardGradientTrainer(FlowRLTrainer):
         """The quantile of the norms (M,) of this process's reward gradients and those of all others; None without clipping."""
         everyone = self.accelerator.gather(norms)
         self.log_metric("reward_gradient_norm", everyone.mean())
-        quantile = self.args.reward_gradient_clip_quantile
-        return None if quantile is None else torch.quantile(everyone, quantile)
+        quantile, moving = self.args.reward_gradient_clip_quantile, everyone[everyone > 0]  # zeros would clip all others away
+        return None if quantile is None or not len(moving) else torch.quantile(moving, quantile)
 
     @staticmethod
     def clip(gradient: torch.Tensor, threshold: torch.Tensor | None) -> torch.Tensor:

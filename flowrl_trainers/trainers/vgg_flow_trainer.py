@@ -27,10 +27,9 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..flow import clean_estimate, euler_step, expand_like, vector_jacobian_product
+from ..flow import clean_estimate, euler_step, expand_like, root_mean_square, vector_jacobian_product
 from ..networks import value_network
 from ..pipelines import Conditioning
-from .base_trainer import FlowRLTrainer
 from .draws import keyed_generator
 from .micro_batch import MicroBatch
 from .prompt_groups import Example, Image
@@ -53,7 +52,7 @@ class VGGFlowTrainer(RewardGradientTrainer):
     head_name = "value_network"
 
     replayed_settings = (
-        *FlowRLTrainer.replayed_settings, "eta_schedule", "timestep_bins", "value_network", "finite_difference_step",
+        *RewardGradientTrainer.replayed_settings, "eta_schedule", "timestep_bins", "value_network", "finite_difference_step",
     )  # fmt: skip
 
     args: VGGFlowConfig
@@ -113,17 +112,19 @@ class VGGFlowTrainer(RewardGradientTrainer):
                     0, batch.tensors["sigmas"].shape
                 )
                 del batch.tensors["sampled"]
-            gradients = [batch.tensors["gradients"].flatten(0, 1) for batch in rollout]
-            threshold = self.clip_threshold(torch.cat([g.flatten(1).norm(dim=1) for g in gradients]))
+            norms = torch.cat([batch.tensors["gradients"].flatten(0, 1).flatten(1).norm(dim=1) for batch in rollout])
+            threshold = self.clip_threshold(norms)
+            for batch in rollout:
+                gradients = batch.tensors["gradients"]
+                batch.tensors["gradients"] = self.clip(gradients.flatten(0, 1), threshold).unflatten(0, gradients.shape[:2])
         self.count_bad_samples("reward_gradient", ~torch.cat([batch.good for batch in rollout]))
         with self.timed("base"):
             for batch in rollout:
                 self._base_velocities(batch)
             if self.reward_scale is None:
-                self.reward_scale = self._find_reward_scale(rollout, gradients)
+                self.reward_scale = self._find_reward_scale(rollout)
             for batch in rollout:
-                gradient = self.clip(batch.tensors.pop("gradients").flatten(0, 1), threshold).unflatten(0, batch.tensors["sigmas"].shape)
-                batch.tensors["pulls"] = self._pull(gradient, batch.tensors["sigmas"])
+                batch.tensors["pulls"] = self._pull(batch.tensors.pop("gradients"), batch.tensors["sigmas"])
         if self.model.head is not None:
             with self.timed("consistency"):
                 for batch in rollout:
@@ -155,8 +156,9 @@ class VGGFlowTrainer(RewardGradientTrainer):
         with self.model.reference():
             batch.tensors["velocities"] = torch.stack([self.model(x, s, conditioning, guidance=True) for x, s in states], dim=1)
 
-    def _find_reward_scale(self, rollout: list[MicroBatch], gradients: list[torch.Tensor]) -> float:
-        """The beta for which RMS(beta eta R) / RMS(base velocity) is `control_to_velocity_ratio` on this rollout, before clipping."""
+    def _find_reward_scale(self, rollout: list[MicroBatch]) -> float:
+        """The beta for which RMS(beta eta R) / RMS(base velocity) is `control_to_velocity_ratio` on this rollout."""
+        gradients = [batch.tensors["gradients"].flatten(0, 1) for batch in rollout]
         self.refuse_zero_gradient(gradients)
         eta = [expand_like(self.eta(batch.tensors["sigmas"]).flatten(), g) for batch, g in zip(rollout, gradients, strict=True)]
         pull = self.mean_square([e * g for e, g in zip(eta, gradients, strict=True)])
@@ -206,7 +208,7 @@ class VGGFlowTrainer(RewardGradientTrainer):
             return matching + consistency
         boundary = residuals[2].flatten(1).square().mean(dim=1)
         self._log_loss("boundary", boundary)
-        self.log_metric("residual_rms", math.sqrt(self.mean_square([residuals[0].detach()])))
+        self.log_metric("residual_rms", self.accelerator.gather(root_mean_square(residuals[0].detach())).mean())
         # The base takes the mean over states, so what counts once is multiplied by their number.
         return matching + consistency + self.num_trained_states * self.args.boundary_coefficient * boundary
 
