@@ -9,6 +9,9 @@ import shutil
 import sys
 from pathlib import Path
 
+from flowrl_trainers.cli.demo import PICTURES_PER_PROMPT
+from flowrl_trainers.shapes import prompts
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -24,7 +27,8 @@ def main() -> None:
         rows += [f"| {label} | {row['reward/shapes']:.3f} | {100 * row['checker_accuracy']:.1f} % | {row['diversity']:.3f} |"]
     seconds = " and ".join(f"{value:.0f} s of {phase}" for phase, value in report["seconds"].items())
     picture = "![Held-out prompts before and after tuning](docs/images/before_after.png)"
-    note = f"512 pictures of held-out prompts, the same seeds, no guidance; one run, seed 42, {seconds} on two CPU cores."
+    pictures = len(prompts("held_out")) * PICTURES_PER_PROMPT
+    note = f"{pictures} pictures of held-out prompts, the same seeds, no guidance; one run, seed 42, {seconds} on two CPU cores."
     block = "\n\n".join([picture, "\n".join(rows), note])
     readme = ROOT / "README.md"
     text = re.sub(r"(<!-- demo:begin -->\n).*(<!-- demo:end -->)", lambda m: f"{m[1]}{block}\n{m[2]}", readme.read_text(), flags=re.S)
