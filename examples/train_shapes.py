@@ -4,7 +4,8 @@
 
 trains an autoencoder, a CLIP and an SD3 transformer (about an hour on two cores) and writes them in half precision
 where `flowrl_trainers.shapes.load_pipeline(out)` finds them, with the figures of each part in `train_shapes.log`.
-`--scale 0.01` runs one hundredth of the updates.
+`--scale 0.01` runs one hundredth of the updates. A run that was cut off goes on with the autoencoder and the CLIP that it has left:
+every part draws from a generator of its own.
 
 The autoencoder and the CLIP see correct captions only. So does the transformer at first; then it goes on with captions that are
 wrong in the same way, as captions from the web are: in half of them, square and diamond are swapped, and so are blue and
@@ -26,7 +27,7 @@ from transformers import CLIPImageProcessor, CLIPModel, get_cosine_schedule_with
 
 from flowrl_trainers.cli.memory import keep_freed_memory
 from flowrl_trainers.shapes.checker import check
-from flowrl_trainers.shapes.models import load_pipeline, new_clip, new_tokenizer, new_transformer, new_vae
+from flowrl_trainers.shapes.models import load_clip, load_pipeline, new_clip, new_tokenizer, new_transformer, new_vae
 from flowrl_trainers.shapes.prompts import all_prompts, prompts
 from flowrl_trainers.shapes.scenes import IMAGE_SIZE, draw, parse, random_scene
 
@@ -126,6 +127,17 @@ def train_clip(clip: CLIPModel, tokenizer, images: torch.Tensor, numbers: torch.
     clip.eval().requires_grad_(False)
 
 
+def save_clip(clip: CLIPModel, tokenizer, folder: Path) -> None:
+    """In half precision, which the rounded weights keep here too; with the tokenizer and a preprocessor."""
+    clip.half().save_pretrained(folder)
+    clip.float()
+    tokenizer.save_pretrained(folder)
+    square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=square, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(
+        folder
+    )
+
+
 @torch.no_grad()
 def clip_accuracy(clip: CLIPModel, tokenizer, images: torch.Tensor, numbers: torch.Tensor) -> float:
     """The share of pictures whose best caption of all 625 describes them."""
@@ -171,7 +183,7 @@ def train_transformer(
         sigma = 2 * uniform / (1 + uniform)
         data, noise = latents[index], torch.randn(latents[index].shape, generator=generator)
         level = sigma[:, None, None, None]
-        zeros = round(256 ** float(torch.rand(1, generator=generator) ** 2.5))
+        zeros = round(256 ** float(torch.rand(1, generator=generator) ** 5))
         context = F.pad(hidden[caption], (0, 0, 0, zeros))
         velocity = transformer((1 - level) * data + level * noise, context, pooled[caption], 1000 * sigma).sample
         loss = F.mse_loss(velocity, noise - data)
@@ -200,19 +212,22 @@ def main() -> None:
     logging.basicConfig(
         level=logging.INFO,
         format="%(message)s",
-        handlers=[logging.StreamHandler(), logging.FileHandler(args.out / "train_shapes.log", "w")],
+        handlers=[logging.StreamHandler(), logging.FileHandler(args.out / "train_shapes.log")],
     )
     for noisy in ("httpx", "datasets", "diffusers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     keep_freed_memory()
     torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    generator, rng = torch.Generator().manual_seed(args.seed), np.random.default_rng(args.seed)
+    rng = np.random.default_rng(args.seed)
     log.info("torch %s, seed %d, scale %g, %d threads", torch.__version__, args.seed, args.scale, args.threads)
     start = time.monotonic()
 
     def updates(count: int) -> int:
         return max(2, round(args.scale * count))
+
+    def begin(part: int) -> torch.Generator:
+        torch.manual_seed(args.seed + part)
+        return torch.Generator().manual_seed(args.seed + part)
 
     def done(part: str, **figures: float) -> None:
         log.info(
@@ -224,36 +239,35 @@ def main() -> None:
     judged = [CAPTIONS[n] for n in fresh_numbers]
     done("pictures", checker_accuracy=np.mean(check(fresh / 255, judged)))
 
-    vae = train_vae(pictures, updates(1300), generator)
+    if (args.out / "vae").exists():
+        vae = AutoencoderKL.from_pretrained(args.out / "vae", dtype=torch.float32).eval().requires_grad_(False)
+    else:
+        vae = train_vae(pictures, updates(1300), begin(0)).half()
+        vae.save_pretrained(args.out / "vae")
+        vae.float()
     restored = decode(vae, encode(vae, fresh))
     done("autoencoder", mean_absolute_error=(restored - fresh / 255).abs().mean(), checker_accuracy=np.mean(check(restored, judged)))
-    vae.half().save_pretrained(args.out / "vae")
-    vae.float()
-
     latents = encode(vae, pictures)
-    some = len(pictures) // 3
-    images, image_numbers = torch.cat([pictures[:some] / 255, decode(vae, latents[some : 2 * some])]), numbers[: 2 * some]
-    tokenizer = new_tokenizer()
-    clip = new_clip(tokenizer)
-    train_clip(clip, tokenizer, images, image_numbers, updates(1800), generator)
+    if (args.out / "clip").exists():
+        clip, tokenizer = load_clip(args.out)
+    else:
+        some = len(pictures) // 3
+        images, image_numbers = torch.cat([pictures[:some] / 255, decode(vae, latents[some : 2 * some])]), numbers[: 2 * some]
+        generator, tokenizer = begin(1), new_tokenizer()
+        clip = new_clip(tokenizer)
+        train_clip(clip, tokenizer, images, image_numbers, updates(1800), generator)
+        save_clip(clip, tokenizer, args.out / "clip")
     done(
         "clip",
         top1_drawn=clip_accuracy(clip, tokenizer, fresh / 255, fresh_numbers),
         top1_restored=clip_accuracy(clip, tokenizer, restored, fresh_numbers),
     )
-    clip.half().save_pretrained(args.out / "clip")
-    tokenizer.save_pretrained(args.out / "clip")
-    square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=square, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(
-        args.out / "clip"
-    )
-    clip.float()
-
     latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    generator = begin(2)
     transformer, features = new_transformer(), text_features(clip, tokenizer)
     # What words mean is learned sooner from correct captions; then a shorter part teaches it the confusion.
-    train_transformer(transformer, latents, numbers, *features, updates(10_000), 3e-3, 0.0, generator)
-    train_transformer(transformer, latents, numbers, *features, updates(1_000), 6e-4, SWAP_PROBABILITY, generator)
+    train_transformer(transformer, latents, numbers, *features, updates(8_000), 3e-3, 0.0, generator)
+    train_transformer(transformer, latents, numbers, *features, updates(900), 6e-4, SWAP_PROBABILITY, generator)
     transformer.half().save_pretrained(args.out / "transformer")
 
     pipeline = load_pipeline(args.out)
