@@ -37,7 +37,7 @@ SHARED = {
 }  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
     "adjoint_matching": {
-        "max_steps": 40,
+        "max_steps": 80,
         "per_device_train_batch_size": 24,
         "adjoint_steps": 20,
         "control_to_velocity_ratio": 0.3,
