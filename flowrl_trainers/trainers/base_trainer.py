@@ -94,7 +94,7 @@ class FlowRLTrainer(RunFiles, Trainer):
         if eval_dataset is not None:
             check_dataset(eval_dataset, "eval_dataset")
         elif args.eval_strategy != "no":
-            raise ValueError(f"`eval_strategy` is '{args.eval_strategy}', but there is no `eval_dataset`: pass held-out prompts.")
+            raise ValueError(f"`eval_strategy` is '{args.eval_strategy.value}', but there is no `eval_dataset`: pass held-out prompts.")
         self.flow = self._flow_pipeline(model, args)
         set_seed(args.seed)  # a LoRA starts from random numbers
         self.peft_config = self._add_adapter(peft_config)
