@@ -17,8 +17,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,docs,tensorboard]'
 	touch $@
 
+# Two processes of one thread each.
 test: install
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
