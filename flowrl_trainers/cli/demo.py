@@ -44,8 +44,9 @@ METHODS: dict[str, dict[str, Any]] = {
         "reward_gradient_clip_quantile": 0.9,
     },
     "vgg_flow": {
-        "max_steps": 60,
+        "max_steps": 40,
         "per_device_train_batch_size": 24,
+        "value_network": "none",  # on this base it does not settle yet; see docs/vgg_flow.md
         "eta_schedule": "linear",
         "control_to_velocity_ratio": 1.0,
     },
