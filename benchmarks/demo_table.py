@@ -38,7 +38,7 @@ def main() -> None:
     pictures = len(prompts("held_out")) * PICTURES_PER_PROMPT
     lines += [
         "",
-        f"{pictures} pictures of held-out prompts, the same seeds, no guidance; one run each, two CPU cores, torch {torch.__version__}.",
+        f"{pictures} pictures of held-out prompts, the same seeds, no guidance; one run each, on a CPU, torch {torch.__version__}.",
     ]
     print("\n".join(lines))
     if args.out is not None:

@@ -38,7 +38,7 @@ class VGGFlowConfig(RewardGradientConfig):
         default="unet",
         metadata={
             "help": "The network of the residual of the value gradient: 'unet', sized by the latent (an MLP for vectors), "
-            "or 'none', which trusts the scaled reward gradient alone and takes about half the time. A module of your own is passed to the "
+            "or 'none', which trusts the scaled reward gradient alone. A module of your own is passed to the "
             "trainer."
         },
     )
