@@ -13,6 +13,8 @@ if TYPE_CHECKING:
         AdjointMatchingTrainer,
         FlowRLConfig,
         FlowRLTrainer,
+        TAFSGRPOConfig,
+        TAFSGRPOTrainer,
         VGGFlowConfig,
         VGGFlowTrainer,
     )
@@ -26,6 +28,8 @@ _HOMES = {
     "FlowPipeline": ".pipelines",
     "FlowRLConfig": ".trainers",
     "FlowRLTrainer": ".trainers",
+    "TAFSGRPOConfig": ".trainers",
+    "TAFSGRPOTrainer": ".trainers",
     "VGGFlowConfig": ".trainers",
     "VGGFlowTrainer": ".trainers",
 }
@@ -39,6 +43,8 @@ __all__ = [
     "FlowPipeline",
     "FlowRLConfig",
     "FlowRLTrainer",
+    "TAFSGRPOConfig",
+    "TAFSGRPOTrainer",
     "VGGFlowConfig",
     "VGGFlowTrainer",
 ]

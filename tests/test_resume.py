@@ -17,7 +17,9 @@ TRAINERS = {
     "AdjointMatchingTrainer": {"adjoint_steps": 2, "control_to_velocity_ratio": 0.3},
     "VGGFlowTrainer": {"timestep_bins": 2, "control_to_velocity_ratio": 0.3},
     "ACFlowTrainer": {"num_generations": 2, "critic_warmup_max_steps": 1},
+    "TAFSGRPOTrainer": {"num_generations": 2},
 }
+NO_DROPOUT = {"TAFSGRPOTrainer": {"lora_dropout": 0.0}}  # which it refuses
 
 # Two updates per rollout, each rollout used twice: a window of four updates, two rollouts of four prompts an epoch.
 WINDOW = {
@@ -30,7 +32,7 @@ def run(folder: Path, trainer: str, config: dict, kill_at: int | None = None, re
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "trainer": trainer,
-        "config": TRAINERS[trainer] | config | {"output_dir": str(folder)},
+        "config": TRAINERS[trainer] | NO_DROPOUT.get(trainer, {}) | config | {"output_dir": str(folder)},
         "kill_at": kill_at,
         "resume": resume,
     }

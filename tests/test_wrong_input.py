@@ -130,7 +130,10 @@ def blind_to_green(images, prompts, **columns):
     return redness(images=images, prompts=prompts) + bad
 
 
-ONE_IMAGE = {"ACFlowTrainer": {"num_generations": 1, "reward_shaping": "none"}}  # of each prompt
+ONE_IMAGE = {  # of each prompt, where that can be
+    "ACFlowTrainer": {"num_generations": 1, "reward_shaping": "none"},
+    "TAFSGRPOTrainer": {"num_generations": 2, "per_device_train_batch_size": 8},
+}
 
 
 @pytest.mark.parametrize("name", TRAINERS)

@@ -4,7 +4,7 @@ import sys
 import traceback
 from pathlib import Path
 
-METHODS = ("adjoint_matching", "vgg_flow", "ac_flow")
+METHODS = ("adjoint_matching", "vgg_flow", "ac_flow", "tafs_grpo")
 COMMANDS = (*METHODS, "demo", "env")
 
 USAGE = """usage: flowrl COMMAND [--config run.yaml] [--field value ...] [--help]
@@ -13,8 +13,9 @@ commands:
   adjoint_matching   tune a pipeline by adjoint matching, for differentiable rewards
   vgg_flow           tune a pipeline by value-gradient guidance, for differentiable rewards
   ac_flow            tune a pipeline by actor-critic flow matching, for any reward
+  tafs_grpo          tune a pipeline as a few-step generator by policy gradients on its sampler's draws, for any reward
   demo               tune the embedded pipeline, print base and tuned on held-out prompts, and write the adapter and pictures;
-                     `--trainer adjoint_matching` (the default) or `--trainer vgg_flow`
+                     `--trainer METHOD` takes another of the four than `adjoint_matching`
   env                print the versions and devices that a bug report should have
 
 Every setting is a flag and a key of the YAML file, explained by `flowrl COMMAND --help`. `--accelerate_config ddp` (or a file that

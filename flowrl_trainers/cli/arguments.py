@@ -7,12 +7,13 @@ from typing import Any
 import yaml
 from trl import TrlParser
 
-from ..trainers import ACFlowTrainer, AdjointMatchingTrainer, FlowRLConfig, FlowRLTrainer, VGGFlowTrainer
+from ..trainers import ACFlowTrainer, AdjointMatchingTrainer, FlowRLConfig, FlowRLTrainer, TAFSGRPOTrainer, VGGFlowTrainer
 
 TRAINERS: dict[str, type[FlowRLTrainer]] = {
     "adjoint_matching": AdjointMatchingTrainer,
     "vgg_flow": VGGFlowTrainer,
     "ac_flow": ACFlowTrainer,
+    "tafs_grpo": TAFSGRPOTrainer,
 }
 
 

@@ -50,6 +50,22 @@ METHODS: dict[str, dict[str, Any]] = {
         "eta_schedule": "linear",
         "control_to_velocity_ratio": 1.0,
     },
+    "ac_flow": {
+        "max_steps": 60,
+        "per_device_train_batch_size": 64,
+        "num_generations": 8,
+        "num_inference_steps": 10,
+        "eval_num_inference_steps": 20,
+        "critic_warmup_max_steps": 4,
+        "temperature": 0.5,
+        "wasserstein_coefficient": 0.15,
+    },
+    "tafs_grpo": {
+        "max_steps": 40,
+        "per_device_train_batch_size": 192,
+        "num_generations": 16,
+        "beta": 0.02,
+    },
 }
 PICTURES_PER_PROMPT = 4
 SHOWN = 8
@@ -84,12 +100,13 @@ def _take_method(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def _table(trainer: FlowRLTrainer, pictures: int) -> str:
-    names = [name for name in trainer.rows["base"] if name != "reward/checker"]
+    names = [name for name in trainer.rows["base"] if name.startswith("reward/") or name in ("checker_accuracy", "diversity")]
+    names.remove("reward/checker")
     scale = trainer.args.guidance_scale
     sampling = "no guidance" if scale is not None and scale <= 1 else f"guidance scale {scale}"
     lines = ["", f"{pictures} pictures of held-out prompts, same seeds, {sampling}", ""]
-    lines += [f"{'':8}" + "".join(f"{name:>20}" for name in names)]
-    lines += [f"{label:8}" + "".join(f"{row.get(name, float('nan')):20.3f}" for name in names) for label, row in trainer.rows.items()]
+    lines += [f"{'':12}" + "".join(f"{name:>20}" for name in names)]
+    lines += [f"{label:12}" + "".join(f"{row.get(name, float('nan')):20.3f}" for name in names) for label, row in trainer.rows.items()]
     return "\n".join([*lines, "", "seconds: " + ", ".join(f"{phase} {value:.0f}" for phase, value in trainer.seconds.items()), ""])
 
 

@@ -8,12 +8,12 @@ Papers that run t from noise to data are converted by t = 1 - sigma and v_paper 
 """
 
 from .adjoint import carry_adjoint, lean_adjoint, memoryless_adjoint, vector_jacobian_product
-from .advantages import advantage_weights, explained_variance, shape_rewards
+from .advantages import advantage_weights, compare_within_groups, explained_variance, shape_rewards, step_advantages
 from .control_costs import best_control, best_rms, control_cost, control_cost_gradient, root_mean_square
 from .conversions import clean_estimate, expand_like, interpolate, noise_estimate, velocity_between
 from .memoryless import memoryless_step, memoryless_variance
 from .sigmas import shift_sigmas, uniform_sigmas
-from .steps import euler_step, log_probability, renoise
+from .steps import euler_step, flow_grpo_step, log_probability, renoise
 
 __all__ = [
     "advantage_weights",
@@ -21,11 +21,13 @@ __all__ = [
     "best_rms",
     "carry_adjoint",
     "clean_estimate",
+    "compare_within_groups",
     "control_cost",
     "control_cost_gradient",
     "euler_step",
     "expand_like",
     "explained_variance",
+    "flow_grpo_step",
     "interpolate",
     "lean_adjoint",
     "log_probability",
@@ -37,6 +39,7 @@ __all__ = [
     "root_mean_square",
     "shape_rewards",
     "shift_sigmas",
+    "step_advantages",
     "uniform_sigmas",
     "vector_jacobian_product",
     "velocity_between",

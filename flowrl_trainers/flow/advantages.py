@@ -1,4 +1,4 @@
-"""From rewards to weights: shaping, explained variance, and the weighting functions of reward-weighted flow matching."""
+"""From rewards to weights: shaping, explained variance, weighting functions, and the credit of a sampler's steps."""
 
 from typing import Literal
 
@@ -7,6 +7,10 @@ import torch.nn.functional as F
 
 Weighting = Literal["exponential", "softplus", "positive", "indicator", "linear"]
 WEIGHTINGS: tuple[Weighting, ...] = ("exponential", "softplus", "positive", "indicator", "linear")
+Scale = Literal["batch", "group", "none"]
+SCALES: tuple[Scale, ...] = ("batch", "group", "none")
+CreditRule = Literal["mixed", "final", "level", "gain", "return"]
+CREDIT_RULES: tuple[CreditRule, ...] = ("mixed", "final", "level", "gain", "return")
 SMALLEST_SPREAD = 1e-4
 
 
@@ -53,3 +57,58 @@ def explained_variance(values: torch.Tensor, predictions: torch.Tensor) -> torch
     """
     spread = values.var(dim=0, correction=0)
     return torch.where(spread > 0, 1 - (values - predictions).var(dim=0, correction=0) / spread, torch.nan)
+
+
+def compare_within_groups(rewards: torch.Tensor, groups: torch.Tensor, scale: Scale) -> torch.Tensor:
+    """Rewards minus the mean of their group, column by column, over a standard deviation of the rewards: the advantages of GRPO.
+
+    rewards: (M, J), NaN where an image has none, which gets 0. groups: (M,), equal numbers for images of one prompt. scale: "batch" divides
+    by the standard deviation of the column, "group" by that of the group in the column, "none" by nothing (the words of TRL).
+    Columns are never mixed: rewards rise over the steps, and a common mean would blame every early step.
+    """
+    present = ~rewards.isnan()
+    _, number = groups.unique(return_inverse=True)
+    zeros = rewards.new_zeros(int(number.max()) + 1, rewards.shape[1])
+    counts = zeros.index_add(0, number, present.to(rewards.dtype)).clamp(min=1)
+    means = zeros.index_add(0, number, rewards.nan_to_num(0.0)) / counts
+    centred = torch.where(present, rewards - means[number], 0.0)
+    match scale:
+        case "batch":
+            total = present.sum(dim=0).clamp(min=1)
+            distance = torch.where(present, rewards - rewards.nansum(dim=0) / total, 0.0)
+            return centred / ((distance.square().sum(dim=0) / total).sqrt() + SMALLEST_SPREAD)
+        case "group":
+            return centred / ((zeros.index_add(0, number, centred.square()) / counts).sqrt()[number] + SMALLEST_SPREAD)
+        case "none":
+            return centred
+
+
+def step_advantages(
+    rewards: torch.Tensor, groups: torch.Tensor, rule: CreditRule, scale: Scale, mix: float = 0.5, discount: float = 0.9
+) -> torch.Tensor:
+    """The advantage of every draw of an N-step sampler from the rewards of its N clean estimates: (M, N) to (M, N - 1).
+
+    Draw k makes the state of step k + 1, so it had a hand in the rewards of columns k + 1 and later alone; column k was settled before it,
+    and its expected policy gradient is zero. With a_j the advantages of column j (`compare_within_groups`):
+
+        final    a_{N-1}                                  level    a_{k+1}
+        gain     the advantages of R_{k+1} - R_k          return   sum_{j > k} discount^(j-k-1) a_j
+        mixed    mix a_{N-1} + (1 - mix) a_{k+1}
+
+    rewards: NaN where there are none. mix, discount: in [0, 1]. Our choice throughout: the rule of arXiv 2602.01591 could not be read.
+    """
+    if rule == "gain":
+        return compare_within_groups(rewards[:, 1:] - rewards[:, :-1], groups, scale)
+    levels = compare_within_groups(rewards[:, 1:], groups, scale)
+    final = levels[:, -1:].expand_as(levels)
+    match rule:
+        case "final":
+            return final
+        case "level":
+            return levels
+        case "mixed":
+            return mix * final + (1 - mix) * levels
+        case "return":
+            powers = discount ** torch.arange(levels.shape[1], dtype=levels.dtype, device=levels.device)
+            later = [(levels[:, k:] * powers[: levels.shape[1] - k]).sum(dim=1) for k in range(levels.shape[1])]
+            return torch.stack(later, dim=1)

@@ -33,6 +33,24 @@ def renoise(
     return (1 - level) * data + level * math.cos(angle) * noise, level * math.sin(angle)
 
 
+def flow_grpo_step(
+    x: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor, eta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of one Euler-Maruyama step of Flow-GRPO (arXiv 2505.05470, in our time direction).
+
+        g = eta sqrt(sigma / (1 - sigma)),   with sigma' in place of the second sigma where sigma = 1,   dt = sigma' - sigma
+        mean = (1 + g^2 dt / (2 sigma)) x + (1 + g^2 (1 - sigma) / (2 sigma)) dt velocity,    std = g sqrt(-dt)
+
+    eta: the noise level a of the paper, 0.7 there; 0 is the Euler step. With few steps the noise of the next state exceeds sigma'. Shapes,
+    units and return values as in `renoise`; sigma above 0.
+    """
+    level, step = expand_like(sigma, x), expand_like(sigma_next - sigma, x)
+    room = 1 - expand_like(torch.where(sigma == 1, sigma_next, sigma), x)
+    g = eta * (level / room).sqrt()
+    mean = (1 + g**2 * step / (2 * level)) * x + (1 + g**2 * (1 - level) / (2 * level)) * step * velocity
+    return mean, g * (-step).sqrt()
+
+
 def log_probability(
     x_next: torch.Tensor,
     mean: torch.Tensor,

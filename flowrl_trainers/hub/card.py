@@ -15,7 +15,8 @@ class CardFacts:
     """What a card says, all of it taken from the run.
 
     base_model: a Hub id, `flowrl_trainers.shapes`, or None if it is known under no name others could load. rows: `base` and `tuned`
-    of the last evaluation, empty if there was none. picture: the path of a sheet beside the card.
+    of the last evaluation, empty if there was none. sampling: the arguments of the pipeline's call; sampling_note: what they leave unsaid;
+    renoises: whether its sampler draws all noise afresh at every step. picture: the path of a sheet beside the card.
     """
 
     name: str
@@ -31,6 +32,8 @@ class CardFacts:
     picture: str | None = None
     repository: str | None = None
     dataset: str | None = None
+    sampling_note: str = ""
+    renoises: bool = False
 
 
 def model_card(facts: CardFacts) -> str:
@@ -60,15 +63,15 @@ def _summary(facts: CardFacts) -> str:
 
 
 def _table(facts: CardFacts) -> str:
-    names = list(facts.rows["tuned"] | facts.rows["base"])
+    names = list({name: None for row in facts.rows.values() for name in row})
     lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     # Numbers that a reward logged are of the tuned model alone, and diversity needs two right pictures of a prompt.
-    for label in ("base", "tuned"):
-        row = facts.rows[label]
+    for label, row in facts.rows.items():
         lines += [f"| {label} | " + " | ".join(f"{row[name]:.3f}" if name in row else "" for name in names) + " |"]
     sampling = ", ".join(f"{name} {value}" for name, value in facts.sampling.items())
     trained = ", ".join(f"`{name}`" for name in facts.rewards)
-    note = f"Held-out prompts, the same seeds for both rows ({sampling}). Training saw {trained} alone; what else is listed, it never saw."
+    sampling += f"; {facts.sampling_note}" if facts.sampling_note else ""
+    note = f"Held-out prompts, the same seeds for all rows ({sampling}). Training saw {trained} alone; what else is listed, it never saw."
     return "\n".join([*lines, "", note])
 
 
@@ -83,6 +86,8 @@ def _usage(facts: CardFacts) -> str:
         load += f'\npipe.load_lora_weights("{here}")'
     else:
         load += f'\npipe.transformer = type(pipe.transformer).from_pretrained("{here}", subfolder="transformer")'
+    if facts.renoises:
+        load += "\npipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, stochastic_sampling=True)"
     arguments = ", ".join(f"{name}={value!r}" for name, value in facts.sampling.items())
     return f'```python\n{load}\nimage = pipe("your prompt", {arguments}).images[0]\n```'
 

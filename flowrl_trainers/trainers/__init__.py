@@ -9,6 +9,8 @@ from .base_trainer import FlowRLTrainer
 from .micro_batch import MicroBatch
 from .reward_gradient_config import RewardGradientConfig
 from .reward_gradient_trainer import RewardGradientTrainer
+from .tafs_grpo_config import TAFSGRPOConfig
+from .tafs_grpo_trainer import TAFSGRPOTrainer
 from .vgg_flow_config import VGGFlowConfig
 from .vgg_flow_trainer import VGGFlowTrainer
 
@@ -22,6 +24,8 @@ __all__ = [
     "MicroBatch",
     "RewardGradientConfig",
     "RewardGradientTrainer",
+    "TAFSGRPOConfig",
+    "TAFSGRPOTrainer",
     "VGGFlowConfig",
     "VGGFlowTrainer",
 ]

@@ -1,11 +1,13 @@
 """`FlowRLTrainer`: what the four methods share around their own rollout, targets and loss."""
 
 import copy
+import math
 import time
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,13 +24,14 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, set_seed
 from transformers.trainer_utils import TrainOutput
 
+from ..flow import euler_step
 from ..pipelines import Conditioning, FlowPipeline
 from ..rewards import as_rewards
 from ..rewards.named import RewardLike
 from .base_config import FlowRLConfig
 from .conditioning import ConditioningCache
 from .draws import keyed_generator
-from .evaluation import Pictures, draw_rows, evaluation_row
+from .evaluation import Pictures, Sampler, draw_rows, evaluation_row, picture_seed
 from .flow_model import FlowModel
 from .input_checks import check_dataset, check_lora, check_output_dir, check_rewards
 from .loop_callback import LoopCallback
@@ -44,6 +47,7 @@ def _ignore(name: str, value: float) -> None:
 
 SETTINGS = ("height", "width", "guidance_scale", "negative_prompt", "max_sequence_length")
 PROBE = 2
+VELOCITY_ROWS = 8  # of an evaluation, on which the distance to the base is measured
 
 
 class FlowRLTrainer(RunFiles, Trainer):
@@ -180,6 +184,18 @@ class FlowRLTrainer(RunFiles, Trainer):
     def learns(self) -> bool:
         """Whether the transformer learns from the present rollout; not while an algorithm warms up."""
         return True
+
+    def reason_to_stop(self) -> str | None:
+        """Why training should end after this update, if it should."""
+        target, reward = self.args.target_reward, self.rollout_reward
+        if target is not None and reward is not None and reward >= target:
+            return f"the mean reward of a rollout, {reward:.4g}, reached `target_reward` ({target})"
+        return None
+
+    def evaluation_samplers(self) -> dict[str, Sampler]:
+        """How evaluation draws, by the names of its rows. Pictures are drawn by the first, whose name is empty. The ODE by default."""
+        steps = self.args.eval_num_inference_steps or self.args.num_inference_steps
+        return {"": self.ode_sampler(self.flow.sigmas(steps).to(self.args.device))}
 
     def algorithm_state(self) -> dict[str, Any]:
         """What a checkpoint has to keep of the algorithm beside weights and rollout: tensors, numbers, strings."""
@@ -487,10 +503,12 @@ class FlowRLTrainer(RunFiles, Trainer):
     def evaluate(
         self, eval_dataset: Dataset | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Draw one picture per row by the ODE, with seeds that are the row's own, and score it with all rewards.
+        """Draw one picture per row, with seeds that are the row's own, and score it with all rewards.
 
-        Returns and logs, with the prefix, `reward/<name>` (means over all rows) and `diversity`, and the same of the base model with
-        the same seeds under `base_reward/<name>` and `base_diversity`. Writes a sheet of `log_images` pictures into `samples/`. Raises
+        Returns and logs, with the prefix, what `evaluation_row` finds (`reward/<name>`, the mean over all rows, `diversity`, statistics
+        that betray a hacked reward), the same of the base model with the same seeds under `base_reward/<name>` and so on, and
+        `velocity_distance`, how far the velocity has moved from the base's, relative to it. Further samplers of an algorithm have rows of
+        their own, such as `ode_reward/<name>` and `base_ode_reward/<name>`. Writes a sheet of `log_images` pictures into `samples/`. Raises
         `ValueError` without a dataset.
         """
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
@@ -499,38 +517,76 @@ class FlowRLTrainer(RunFiles, Trainer):
         check_dataset(dataset, "eval_dataset")
         self.conditioning.encode(list(dataset["prompt"]), self.args.device, show_progress=False)
         start, known = time.perf_counter(), dataset._fingerprint
-        noted: dict[str, list[float]] = defaultdict(list)
-        with self.averaged_weights():
-            tuned = self._evaluation_row(dataset, "tuned", lambda name, value: noted[name].append(float(value)))
-        tuned |= {name: sum(values) / len(values) for name, values in noted.items()}
-        if known not in self._base_rows:
-            with self.model.reference():
-                self._base_rows[known] = self._evaluation_row(dataset, "base", _ignore)
-        self.rows = {"base": self._base_rows[known], "tuned": tuned}
+        self.rows = {}
+        for name, sampler in self.evaluation_samplers().items():
+            suffix = f"_{name}" if name else ""
+            noted: dict[str, list[float]] = defaultdict(list)
+            with self.averaged_weights():
+                tuned = self._evaluation_row(dataset, sampler, f"tuned{suffix}", noted)
+                if not name:
+                    tuned["velocity_distance"] = self._velocity_distance(dataset)
+            if known + suffix not in self._base_rows:
+                with self.model.reference():
+                    self._base_rows[known + suffix] = self._evaluation_row(dataset, sampler, f"base{suffix}", defaultdict(list))
+            self.rows |= {f"base{suffix}": self._base_rows[known + suffix], f"tuned{suffix}": tuned}
         if self.args.log_images and self.is_world_process_zero():
             base_pictures, tuned_pictures = self.pictures(dataset, self.args.log_images)
             if base_pictures.images.dim() == 4:  # a model of vectors has nothing to show
                 self.write_sheet(base_pictures, tuned_pictures)
         self.seconds["evaluation"] = self.seconds.get("evaluation", 0.0) + time.perf_counter() - start
-        base = {f"base_{name}": value for name, value in self._base_rows[known].items()}
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in (tuned | base).items()}
+        metrics: dict[str, float] = {}
+        for label, row in self.rows.items():
+            prefix = "_".join(part for part in (metric_key_prefix, *label.removeprefix("tuned").split("_")) if part)
+            metrics |= {f"{prefix}_{name}": value for name, value in row.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _evaluation_row(self, dataset: Dataset, label: str, log_metric: Callable[[str, float], None]) -> dict[str, float]:
+    def ode_sampler(self, sigmas: torch.Tensor) -> Sampler:
+        """The Euler ODE with guidance on a grid from 1 to 0."""
+
+        def sample(
+            transformer: nn.Module, latents: torch.Tensor, conditioning: Conditioning, generators: list[torch.Generator]
+        ) -> torch.Tensor:
+            return self.flow.sample_latents(transformer, conditioning, latents, sigmas)
+
+        return sample
+
+    def _evaluation_row(self, dataset: Dataset, sampler: Sampler, label: str, noted: dict[str, list[float]]) -> dict[str, float]:
+        """With the means of what rewards noted by `log_metric`."""
         self.model.eval()
-        return evaluation_row(
+        row = evaluation_row(
             self.flow,
             self.model.active_transformer,
             self.conditioning,
             dataset,
             [*self.rewards, *self.eval_rewards],
+            sampler,
             self.args,
             self.accelerator,
             label,
-            self.reward_context(log_metric),
+            self.reward_context(lambda name, value: noted[name].append(float(value))),
         )
+        return row | {name: sum(values) / len(values) for name, values in noted.items()}
+
+    @torch.no_grad()
+    def _velocity_distance(self, dataset: Dataset) -> float:
+        """Root mean square of the distance to the base velocity, relative to that, on ODE paths of the tuned model from a few rows."""
+        rows = range(min(VELOCITY_ROWS, len(dataset)))
+        conditioning = self.conditioning([dataset[row]["prompt"] for row in rows], self.args.device)
+        generators = [torch.Generator().manual_seed(picture_seed(self.args.seed, row)) for row in rows]
+        x = self.flow.initial_latents(len(rows), generators).to(self.args.device)
+        moved = length = 0.0
+        self.model.eval()
+        with self.accelerator.autocast():
+            for sigma, sigma_next in pairwise(self.sigmas):
+                level = sigma.expand(len(x))
+                velocity = self.flow.velocity(self.model.active_transformer, x, level, conditioning)
+                with self.model.reference():
+                    base = self.flow.velocity(self.model.active_transformer, x, level, conditioning)
+                moved, length = moved + float((velocity - base).square().sum()), length + float(base.square().sum())
+                x = euler_step(x, velocity, sigma, sigma_next)
+        return math.sqrt(moved / length) if length else math.nan
 
     def pictures(self, dataset: Dataset, count: int) -> tuple[Pictures, Pictures]:
         """Base and tuned pictures of `count` evenly spaced rows of a dataset with different prompts, of this process alone."""
@@ -540,7 +596,10 @@ class FlowRLTrainer(RunFiles, Trainer):
         def draw() -> Pictures:
             rewards, context = [*self.rewards, *self.eval_rewards], self.reward_context(_ignore)
             transformer = self.model.active_transformer
-            return draw_rows(self.flow, transformer, self.conditioning, dataset, count, rewards, self.args, self.accelerator, context)
+            sampler = next(iter(self.evaluation_samplers().values()))
+            return draw_rows(
+                self.flow, transformer, self.conditioning, dataset, count, rewards, sampler, self.args, self.accelerator, context
+            )
 
         if key not in self._base_pictures:
             with self.model.reference():

@@ -1,7 +1,7 @@
-"""Held-out prompts, fixed seeds, the ODE sampler: what a model is worth."""
+"""Held-out prompts and fixed seeds: what a model is worth."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,14 +12,17 @@ from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
 
-from ..metrics import diversity_by_prompt
-from ..pipelines import FlowPipeline
+from ..metrics import colour_entropy, diversity_by_prompt, edge_density
+from ..pipelines import Conditioning, FlowPipeline
 from ..rewards import CheckerReward, Reward
 from .base_config import FlowRLConfig
 from .conditioning import ConditioningCache
 from .draws import keyed_seed
 from .prompt_groups import Example, Image, PromptDataset
 from .scoring import call_rewards
+
+Sampler = Callable[[nn.Module, torch.Tensor, Conditioning, list[torch.Generator]], torch.Tensor]
+"""Called with a transformer, initial latents (B, ...), their conditioning and one generator per image; returns final latents (B, ...)."""
 
 
 def picture_seed(seed: int, row: int) -> int:
@@ -52,12 +55,12 @@ def _draw(
     transformer: nn.Module,
     conditioning: ConditioningCache,
     examples: list[Example],
+    sampler: Sampler,
     args: FlowRLConfig,
     accelerator: Accelerator,
     label: str | None,
 ) -> Iterator[tuple[list[Example], torch.Tensor]]:
     """The pictures (B, 3, H, W) in [0, 1] of evaluation rows, batch by batch; label: of the progress bar, None for none."""
-    sigmas = flow.sigmas(args.eval_num_inference_steps or args.num_inference_steps).to(args.device)
     size = args.per_device_eval_batch_size
     hidden = args.disable_tqdm or label is None or not accelerator.is_main_process
     for start in tqdm(range(0, len(examples), size), desc=f"Drawing with the {label} model", disable=hidden):
@@ -65,7 +68,7 @@ def _draw(
         generators = [torch.Generator().manual_seed(picture_seed(args.seed, e.key.row)) for e in part]
         latents = flow.initial_latents(len(part), generators).to(args.device)
         with accelerator.autocast():
-            latents = flow.sample_latents(transformer, conditioning([e.prompt for e in part], args.device), latents, sigmas)
+            latents = sampler(transformer, latents, conditioning([e.prompt for e in part], args.device), generators)
         decoded = args.decode_batch_size or len(part)
         for first in range(0, len(part), decoded):
             yield part[first : first + decoded], flow.images(latents[first : first + decoded])
@@ -84,6 +87,7 @@ def draw_rows(
     dataset: Dataset,
     count: int,
     rewards: list[Reward],
+    sampler: Sampler,
     args: FlowRLConfig,
     accelerator: Accelerator,
     context: dict[str, Any],
@@ -94,7 +98,7 @@ def draw_rows(
     shown = [first[i * len(first) // count] for i in range(count)]
     extra: dict[str, Any] = {}
     context = context | {"log_extra": lambda name, values: extra.setdefault(name, []).extend(values)}
-    drawn = _draw(flow, transformer, conditioning, shown, args, accelerator, None)
+    drawn = _draw(flow, transformer, conditioning, shown, sampler, args, accelerator, None)
     parts = [(images.cpu(), call_rewards(rewards, images, part, **context)) for part, images in drawn]
     images, scores = torch.cat([images for images, _ in parts]), torch.cat([values for _, values in parts])
     return Pictures(
@@ -113,15 +117,17 @@ def evaluation_row(
     conditioning: ConditioningCache,
     dataset: Dataset,
     rewards: list[Reward],
+    sampler: Sampler,
     args: FlowRLConfig,
     accelerator: Accelerator,
     label: str,
     context: dict[str, Any],
 ) -> dict[str, float]:
-    """`reward/<name>`, the mean over all rows of the dataset, and `diversity`, over all processes.
+    """`reward/<name>`, the mean over all rows of the dataset, `diversity`, and of pictures `edge_density` and `colour_entropy`.
 
-    Every process draws the rows of its own prompts. Diversity counts the pictures that the checker accepts where it is among the
-    rewards, else all; without two such pictures of any prompt it is left out. The checker's mean also stands as `checker_accuracy`.
+    Over all processes, each of which draws the rows of its own prompts. Diversity counts the pictures that the checker accepts where it
+    is among the rewards, else all; without two such pictures of any prompt it is left out. The checker's mean also stands as
+    `checker_accuracy`.
     """
     examples = _examples(dataset)
     owner = {prompt: i % accelerator.num_processes for i, prompt in enumerate(dict.fromkeys(e.prompt for e in examples))}
@@ -129,17 +135,23 @@ def evaluation_row(
     often = {prompt for prompt, count in Counter(e.prompt for e in own).items() if count > 1}
     checker = next((i for i, reward in enumerate(rewards) if isinstance(reward, CheckerReward)), None)
     scores: list[list[float]] = []
+    statistics: list[list[float]] = []
     kept: list[tuple[torch.Tensor, str]] = []  # only what diversity compares
-    for part, images in _draw(flow, transformer, conditioning, own, args, accelerator, label):
+    for part, images in _draw(flow, transformer, conditioning, own, sampler, args, accelerator, label):
         values = call_rewards(rewards, images, part, **context).tolist()
         accepted = [e.prompt in often and (checker is None or v[checker] == 1) for e, v in zip(part, values, strict=True)]
         kept += [(image, e.prompt) for image, e, good in zip(images.cpu(), part, accepted, strict=True) if good]
         scores += values
+        if images.dim() == 4:  # a model of vectors has no edges
+            statistics += torch.stack([edge_density(images), colour_entropy(images)], dim=1).tolist()
     distances = diversity_by_prompt(torch.stack([image for image, _ in kept]), [prompt for _, prompt in kept]) if kept else {}
     everything = torch.tensor(gather_object(scores), dtype=torch.float64)
     everything = torch.where(everything.isfinite(), everything, torch.nan)
     row = {f"reward/{r.name}": float(c.nanmean()) for r, c in zip(rewards, everything.unbind(dim=1), strict=True)}
     if checker is not None:
         row["checker_accuracy"] = row[f"reward/{rewards[checker].name}"]
+    found = gather_object(statistics)
+    if found:
+        row["edge_density"], row["colour_entropy"] = (sum(column) / len(column) for column in zip(*found, strict=True))
     values = gather_object(list(distances.values()))
     return row | ({"diversity": sum(values) / len(values)} if values else {})

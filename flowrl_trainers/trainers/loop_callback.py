@@ -1,5 +1,6 @@
 """What has to happen between the steps of Trainer's loop."""
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,9 +9,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 if TYPE_CHECKING:
     from .base_trainer import FlowRLTrainer
 
+logger = logging.getLogger(__name__)
+
 
 class LoopCallback(TrainerCallback):
-    """Sets the sampler's epoch, skips updates whose gradient is not finite, keeps the moving average, stops at the target."""
+    """Sets the sampler's epoch, skips updates whose gradient is not finite, keeps the moving average, stops where there is a reason."""
 
     def __init__(self, trainer: "FlowRLTrainer") -> None:
         self.trainer = trainer
@@ -31,6 +34,7 @@ class LoopCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer.ema is not None:
             self.trainer.ema.step(self.trainer.trained_parameters())
-        target, reward = self.trainer.args.target_reward, self.trainer.rollout_reward
-        if target is not None and reward is not None and reward >= target:
+        reason = self.trainer.reason_to_stop()
+        if reason is not None:
+            logger.warning("Training stops after %d updates: %s.", state.global_step, reason)
             control.should_training_stop = True

@@ -142,6 +142,7 @@ class RunFiles(Trainer):
         sheet = next((s for s in sheets if s.exists()), None)
         args = self.args
         adapter = {} if self.peft_config is None else {"LoRA rank, alpha": f"{self.peft_config.r}, {self.peft_config.lora_alpha}"}
+        sampling = self.flow.call_arguments() | {"num_inference_steps": args.eval_num_inference_steps or args.num_inference_steps}
         facts = CardFacts(
             name=args.hub_model_id.split("/")[-1] if args.hub_model_id else output.resolve().name,
             method=self._name,
@@ -154,13 +155,17 @@ class RunFiles(Trainer):
             | {"learning rate": args.learning_rate, "seed": args.seed}
             | adapter
             | self.card_settings(),
-            sampling=self.flow.call_arguments() | {"num_inference_steps": args.eval_num_inference_steps or args.num_inference_steps},
+            **({"sampling": sampling} | self.card_sampling()),
             rows=self.rows,
             picture=sheet.relative_to(output).as_posix() if sheet else None,
             repository=self.hub_model_id if args.push_to_hub else None,
             dataset=self.dataset_name,
         )
         (folder / "README.md").write_text(model_card(facts))
+
+    def card_sampling(self) -> dict[str, Any]:
+        """The facts of `CardFacts` about sampling, where an algorithm does not draw by the ODE on the stock grid."""
+        return {}
 
     def card_settings(self) -> dict[str, Any]:
         """The settings of the algorithm that its card shows."""
