@@ -54,13 +54,13 @@ def test_the_pages_of_the_navigation_exist():
     assert all((ROOT / "docs" / page).exists() for page in pages)
 
 
-@pytest.mark.parametrize("page", ["adjoint_matching", "ac_flow"])
+@pytest.mark.parametrize("page", ["adjoint_matching", "ac_flow", "tafs_grpo"])
 def test_the_configurations_of_the_docs_are_accepted(tmp_path, page, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = python_blocks(ROOT / "docs" / f"{page}.md")
     assert blocks
     for block in blocks:
-        exec(f"from flowrl_trainers import ACFlowConfig, AdjointMatchingConfig\n{block}", {})
+        exec(f"from flowrl_trainers import ACFlowConfig, AdjointMatchingConfig, TAFSGRPOConfig\n{block}", {})
 
 
 def test_the_example_of_the_start_page_is_that_of_the_readme():
