@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -16,9 +16,24 @@ from huggingface_hub.errors import (
 )
 
 from .base import FlowPipeline
+from .diffusers_pipeline import DiffusersFlowPipeline
+from .flux import FluxFlowPipeline
+from .flux_2 import Flux2FlowPipeline, Flux2KleinFlowPipeline
+from .qwen_image import QwenImageFlowPipeline
+from .sana import SanaFlowPipeline
 from .stable_diffusion_3 import StableDiffusion3FlowPipeline
+from .z_image import ZImageFlowPipeline
 
-FAMILIES: dict[str, type[StableDiffusion3FlowPipeline]] = {"StableDiffusion3Pipeline": StableDiffusion3FlowPipeline}
+FAMILIES: dict[str, type[DiffusersFlowPipeline]] = {
+    "StableDiffusion3Pipeline": StableDiffusion3FlowPipeline,
+    "FluxPipeline": FluxFlowPipeline,
+    "Flux2Pipeline": Flux2FlowPipeline,
+    "Flux2KleinPipeline": Flux2KleinFlowPipeline,
+    "QwenImagePipeline": QwenImageFlowPipeline,
+    "ZImagePipeline": ZImageFlowPipeline,
+    "SanaPipeline": SanaFlowPipeline,
+}
+SUPPORTED = f"{', '.join(FAMILIES)}; video is not"
 
 
 def wrap(pipeline: Any, settings: dict[str, Any]) -> FlowPipeline:
@@ -30,16 +45,21 @@ def wrap(pipeline: Any, settings: dict[str, Any]) -> FlowPipeline:
     family = FAMILIES.get(type(pipeline).__name__)
     if family is None:
         raise ValueError(
-            f"{type(pipeline).__name__} is not a supported family ({', '.join(FAMILIES)}): for a flow-matching model of your own, "
+            f"{type(pipeline).__name__} is not a supported family ({SUPPORTED}): for a flow-matching model of your own, "
             "subclass `FlowPipeline`."
         )
     scheduler = pipeline.components["scheduler"]
-    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not _is_sanas(scheduler):
         raise ValueError(
             f"The pipeline's scheduler is {type(scheduler).__name__}, which is not the Euler sampler of flow matching: set "
             "`pipeline.scheduler` to a `FlowMatchEulerDiscreteScheduler` if the model was trained by flow matching."
         )
     return family(pipeline, **_known(settings, type(pipeline).__name__))
+
+
+def _is_sanas(scheduler: Any) -> bool:
+    """The solver that Sana ships with: it integrates the same flow."""
+    return isinstance(scheduler, DPMSolverMultistepScheduler) and scheduler.config.prediction_type == "flow_prediction"
 
 
 def _known(settings: dict[str, Any], class_name: str) -> dict[str, Any]:
@@ -71,7 +91,7 @@ def load(id_or_folder: str | Path, dtype: torch.dtype, settings: dict[str, Any])
     except (FileNotFoundError, EntryNotFoundError, HFValidationError) as error:
         raise ValueError(f"{name!r} is no diffusers pipeline: pass a Hub id or a folder that holds a `model_index.json`.") from error
     if config["_class_name"] not in FAMILIES:
-        raise ValueError(f"{name!r} holds a {config['_class_name']}, which is not a supported family ({', '.join(FAMILIES)}).")
+        raise ValueError(f"{name!r} holds a {config['_class_name']}, which is not a supported family ({SUPPORTED}).")
     _known(settings, config["_class_name"])
     # A pipeline saved without one of its text encoders loads only if it is told so again.
     absent = {part: None for part, value in config.items() if value == [None, None]}

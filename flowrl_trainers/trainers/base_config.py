@@ -34,7 +34,8 @@ class FlowRLConfig(TrainingArguments):
         default=None, metadata={"help": "The number of sampler steps of an evaluation. Default: `num_inference_steps`."}
     )
     guidance_scale: float | None = field(
-        default=None, metadata={"help": "The guidance scale of rollouts and evaluations; 1 is off. Default: the pipeline's own."}
+        default=None,
+        metadata={"help": "The guidance scale of rollouts and evaluations; 1 is off, 0 for Z-Image. Default: the pipeline's own."},
     )
     negative_prompt: str | None = field(
         default=None, metadata={"help": "What guidance leads away from. Default: the pipeline's own, mostly the empty prompt."}

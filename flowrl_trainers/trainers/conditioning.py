@@ -34,4 +34,11 @@ class ConditioningCache:
     def __call__(self, prompts: list[str], device: torch.device) -> Conditioning:
         """The conditioning of prompts that `encode` has seen, on a device."""
         rows = [self.index[p] for p in prompts]
-        return {name: torch.stack([values[r] for r in rows]).to(device) for name, values in self.stored.items()}
+        return {name: self._together([values[r] for r in rows]).to(device) for name, values in self.stored.items()}
+
+    @staticmethod
+    def _together(rows: list[torch.Tensor]) -> torch.Tensor:
+        """Prompts that were encoded in different batches may be padded to different lengths; masks come with them."""
+        if all(row.shape == rows[0].shape for row in rows):
+            return torch.stack(rows)
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

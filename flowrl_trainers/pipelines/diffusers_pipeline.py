@@ -1,0 +1,197 @@
+"""What the families of diffusers share around their own encoding, packing and decoding."""
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from peft import get_peft_model_state_dict
+from torch import nn
+
+from .base import Conditioning, FlowPipeline, Generators
+
+NEGATIVE = "negative_"
+
+
+class DiffusersFlowPipeline(FlowPipeline):
+    """A pipeline of diffusers as a velocity field; settings and defaults are those of its `__call__`.
+
+    A family says how prompts are encoded (`_encode`), how the network is called (`_branch`), how latents are drawn and decoded, and how
+    the stock pipeline spaces its noise levels (`_spacing` and `_mu`).
+    """
+
+    most_tokens: ClassVar[int] = 512
+    """The largest `max_sequence_length` that the stock pipeline takes."""
+
+    def __init__(self, pipeline: Any, **settings: Any) -> None:
+        self.pipeline = pipeline
+        size = self.default_size()
+        self.settings = self.default_settings | {"height": size, "width": size} | settings
+        unit, largest = self.pixels_per_token(), self.largest_size()
+        for name in ("height", "width"):
+            value = self.settings[name]
+            if value % unit or value <= 0 or (largest is not None and value > largest):
+                bound = "" if largest is None else f" and at most {largest} for this model"
+                raise ValueError(f"`{name}` ({value}) must be a multiple of {unit} pixels{bound}.")
+        length = self.settings["max_sequence_length"]
+        if not 0 < length <= self.most_tokens:
+            raise ValueError(f"`max_sequence_length` ({length}) must be between 1 and {self.most_tokens} tokens for this family.")
+
+    # ---- what a family says ----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _encode(self, prompts: list[str], negative: bool) -> Conditioning:
+        """The conditioning of prompts, or of negative prompts, under the names that `_branch` reads."""
+
+    @abstractmethod
+    def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        """The float32 velocity of one branch: spatial latents in, spatial velocity out."""
+
+    def _guide(self, velocity: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+        """The pipeline's guidance formula."""
+        return negative + self.settings["guidance_scale"] * (velocity - negative)
+
+    def _spacing(self, num_inference_steps: int) -> list[float] | None:
+        """The levels that the stock pipeline gives its scheduler; None where the scheduler spaces them itself."""
+        return torch.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
+
+    def _mu(self, num_inference_steps: int) -> float | None:
+        """The exponent of the dynamic shift."""
+        config = self.scheduler().config
+        height, width = (self.settings[name] // self.pixels_per_token() for name in ("height", "width"))
+        return calculate_shift(height * width, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
+
+    def default_size(self) -> int:
+        """The height and width in pixels unless told otherwise."""
+        return self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
+
+    def pixels_per_token(self) -> int:
+        """What height and width must be multiples of."""
+        return 2 * self.pipeline.vae_scale_factor
+
+    def largest_size(self) -> int | None:
+        """The largest height and width in pixels, None for any."""
+        return None
+
+    @property
+    def guided(self) -> bool:
+        """Whether `velocity` needs a negative branch."""
+        return self.settings["guidance_scale"] > 1
+
+    # ---- what follows ----------------------------------------------------------------------------------------------------
+
+    @property
+    def transformer(self) -> Any:
+        return self.pipeline.transformer
+
+    @property
+    def name(self) -> str | None:
+        name = self.pipeline.config.get("_name_or_path")
+        return name if name and not Path(name).exists() else None
+
+    def call_arguments(self) -> dict[str, Any]:
+        return {name: value for name, value in self.settings.items() if value not in ("", None)}
+
+    def text_encoders(self) -> list[nn.Module]:
+        parts = self.pipeline.components
+        return [parts[name] for name in sorted(parts) if name.startswith("text_encoder") and parts[name] is not None]
+
+    def decoders(self) -> list[nn.Module]:
+        return [self.pipeline.vae]
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        conditioning = self._encode(list(prompts), negative=False)
+        if self.guided:
+            negative = self._encode([self.settings.get("negative_prompt", "")] * len(prompts), negative=True)
+            conditioning |= {f"{NEGATIVE}{name}": value for name, value in negative.items()}
+        return conditioning
+
+    def prompt_features(self, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
+        embeds = conditioning["prompt_embeds"]
+        everywhere = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        return embeds, conditioning.get("prompt_embeds_mask", everywhere).bool()
+
+    def initial_latents(self, batch_size: int, generator: Generators = None) -> torch.Tensor:
+        channels, height, width = self.transformer.config.in_channels, self.settings["height"], self.settings["width"]
+        return self.pipeline.prepare_latents(batch_size, channels, height, width, torch.float32, self.device, generator)
+
+    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        """A scheduler of its own, as the pipeline's must stay as it is."""
+        return FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
+
+    def sigmas(self, num_inference_steps: int, spacing: Literal["pipeline", "uniform"] = "pipeline") -> torch.Tensor:
+        scheduler = self.scheduler()
+        mu = self._mu(num_inference_steps) if scheduler.config.use_dynamic_shifting else None
+        uniform = torch.linspace(1, 0, num_inference_steps + 1)[:-1].tolist()
+        match spacing:
+            case "pipeline":
+                levels = self._spacing(num_inference_steps)
+            case "uniform":
+                levels = uniform
+            case _:
+                raise ValueError(f"`spacing` is {spacing!r}: choose 'pipeline' or 'uniform'.")
+        if levels is None:
+            scheduler.set_timesteps(num_inference_steps, mu=mu)
+        else:
+            scheduler.set_timesteps(sigmas=levels, mu=mu)
+        return scheduler.sigmas.float()
+
+    def velocity(
+        self,
+        transformer: nn.Module,
+        latents: torch.Tensor,
+        sigma: torch.Tensor,
+        conditioning: Conditioning,
+        guidance: bool = True,
+    ) -> torch.Tensor:
+        own = {name: value for name, value in conditioning.items() if not name.startswith(NEGATIVE)}
+        v = self._branch(transformer, latents, sigma, own)
+        if guidance and self.guided:
+            other = {name.removeprefix(NEGATIVE): value for name, value in conditioning.items() if name.startswith(NEGATIVE)}
+            with torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad):
+                negative = self._branch(transformer, latents, sigma, other)
+            v = self._guide(v, negative)
+        return v
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        vae = self.pipeline.vae
+        shift = vae.config.shift_factor or 0.0
+        return self._decoded(latents / vae.config.scaling_factor + shift)
+
+    def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
+        """The pictures of latents in the autoencoder's own units."""
+        vae = self.pipeline.vae
+        return vae.decode(latents.to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5
+
+    def save_lora(self, directory: str | Path) -> None:
+        (name,) = self.transformer.active_adapters()
+        config = self.transformer.peft_config[name].to_dict()
+        type(self.pipeline).save_lora_weights(
+            str(directory),
+            transformer_lora_layers=get_peft_model_state_dict(self.transformer, adapter_name=name),
+            # Without it the loader takes lora_alpha = r.
+            transformer_lora_adapter_metadata={k: sorted(v) if isinstance(v, set) else v for k, v in config.items()},
+        )
+
+    def save_transformer(self, directory: str | Path) -> None:
+        self.transformer.save_pretrained(directory)
+
+
+def dtype_of(transformer: nn.Module) -> torch.dtype:
+    """The precision that a network's input must have."""
+    return next(transformer.parameters()).dtype
+
+
+def rounded_sigma(sigma: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Levels as pipelines that round `1000 sigma` to the network's precision pass it on."""
+    return (1000 * sigma).to(dtype) / 1000
+
+
+def pad_prompts(embeds: list[torch.Tensor]) -> Conditioning:
+    """Ragged prompt embeddings (L_i, D) as (B, L, D) with their mask (B, L), True where there is a token."""
+    mask = [torch.ones(len(row), dtype=torch.bool, device=row.device) for row in embeds]
+    pad = nn.utils.rnn.pad_sequence
+    return {"prompt_embeds": pad(embeds, batch_first=True), "prompt_embeds_mask": pad(mask, batch_first=True)}

@@ -1,0 +1,82 @@
+"""Qwen-Image.
+
+Latents are `(B, 16, h, w)`, packed into tokens of 2 x 2 for the network, which takes sigma and predicts the velocity as it is. The guided
+velocity has, token by token, the length of the unguided one. Prompts are ragged.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+
+from .base import Conditioning, Generators
+from .diffusers_pipeline import DiffusersFlowPipeline, dtype_of, rounded_sigma
+
+
+class QwenImageFlowPipeline(DiffusersFlowPipeline):
+    """`QwenImagePipeline` as a velocity field. `guidance_scale` is what its `__call__` names `true_cfg_scale`.
+
+    The stock pipeline guides only where it is given a negative prompt; the default here is the one that Qwen-Image's card gives, a space.
+    """
+
+    lora_target_modules: ClassVar[list[str]] = [
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+    ]  # fmt: skip
+    default_settings: ClassVar[dict[str, Any]] = {
+        "height": None,
+        "width": None,
+        "guidance_scale": 4.0,
+        "negative_prompt": " ",
+        "max_sequence_length": 512,
+    }
+    most_tokens: ClassVar[int] = 1024
+
+    def call_arguments(self) -> dict[str, Any]:
+        arguments = super().call_arguments()
+        return arguments | {"true_cfg_scale": arguments.pop("guidance_scale")}
+
+    def _encode(self, prompts: list[str], negative: bool) -> Conditioning:
+        embeds, mask = self.pipeline.encode_prompt(
+            prompts, device=self.text_encoders()[0].device, max_sequence_length=self.settings["max_sequence_length"]
+        )
+        full = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        return {"prompt_embeds": embeds, "prompt_embeds_mask": full if mask is None else mask.bool()}
+
+    def initial_latents(self, batch_size: int, generator: Generators = None) -> torch.Tensor:
+        pipe, height, width = self.pipeline, self.settings["height"], self.settings["width"]
+        channels = self.transformer.config.in_channels // 4
+        packed = pipe.prepare_latents(batch_size, channels, height, width, torch.float32, self.device, generator)
+        return self._unpacked(packed)
+
+    def _packed(self, latents: torch.Tensor) -> torch.Tensor:
+        # A private helper of the pipeline, but there is no other.
+        return self.pipeline._pack_latents(latents, *latents.shape)
+
+    def _unpacked(self, packed: torch.Tensor) -> torch.Tensor:
+        return self.pipeline._unpack_latents(packed, self.settings["height"], self.settings["width"], self.pipeline.vae_scale_factor)[
+            :, :, 0
+        ]
+
+    def _guide(self, velocity: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+        own, guided = self._packed(velocity), self._packed(super()._guide(velocity, negative))
+        return self._unpacked(guided * (own.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)))
+
+    def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        dtype = dtype_of(transformer)
+        mask = conditioning["prompt_embeds_mask"]
+        longest = int(mask.sum(dim=1).max())  # what is cached may be padded further than this batch needs
+        _, _, height, width = latents.shape
+        packed = transformer(
+            hidden_states=self._packed(latents).to(dtype),
+            timestep=rounded_sigma(sigma, dtype),
+            encoder_hidden_states=conditioning["prompt_embeds"][:, :longest].to(dtype),
+            encoder_hidden_states_mask=None if mask[:, :longest].all() else mask[:, :longest],
+            img_shapes=[[(1, height // 2, width // 2)]] * len(latents),
+            return_dict=False,
+        )[0]
+        return self._unpacked(packed.float())
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        config = self.pipeline.vae.config
+        mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std))
+        return self._decoded((latents * std + mean)[:, :, None])[:, :, 0]

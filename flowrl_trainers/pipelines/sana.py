@@ -1,0 +1,82 @@
+"""Sana.
+
+Latents are `(B, 32, h, w)`, not packed. The network takes `1000 sigma` times its own scale and predicts the velocity as it is. The
+checkpoints ship with a DPM-Solver on flow sigmas; here the Euler sampler takes its place, with the shift that the solver had.
+"""
+
+import inspect
+import logging
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SanaPipeline
+
+from .base import Conditioning
+from .diffusers_pipeline import DiffusersFlowPipeline, dtype_of
+
+logger = logging.getLogger(__name__)
+
+# What the stock pipeline puts before every prompt unless told otherwise.
+INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+
+
+class SanaFlowPipeline(DiffusersFlowPipeline):
+    """`SanaPipeline` as a velocity field, without its resolution binning: pictures have the size that is asked for."""
+
+    lora_target_modules: ClassVar[list[str]] = ["to_q", "to_k", "to_v", "to_out.0"]
+    default_settings: ClassVar[dict[str, Any]] = {
+        "height": None,
+        "width": None,
+        "guidance_scale": 4.5,
+        "negative_prompt": "",
+        "max_sequence_length": 300,
+    }
+
+    def __init__(self, pipeline: Any, **settings: Any) -> None:
+        super().__init__(pipeline, **settings)
+        if isinstance(pipeline.scheduler, DPMSolverMultistepScheduler):
+            shift = pipeline.scheduler.config.flow_shift
+            logger.warning("Sana's DPM-Solver is replaced by the Euler sampler of flow matching with its shift, %g.", shift)
+
+    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        if isinstance(self.pipeline.scheduler, DPMSolverMultistepScheduler):
+            return FlowMatchEulerDiscreteScheduler(shift=self.pipeline.scheduler.config.flow_shift)
+        return super().scheduler()
+
+    def default_size(self) -> int:
+        return self.transformer.config.sample_size * self.pipeline.vae_scale_factor
+
+    def pixels_per_token(self) -> int:
+        return 32
+
+    def _encode(self, prompts: list[str], negative: bool) -> Conditioning:
+        device, length = self.text_encoders()[0].device, self.settings["max_sequence_length"]
+        embeds, mask, negative_embeds, negative_mask = self.pipeline.encode_prompt(
+            prompts,
+            negative,
+            negative_prompt=prompts if negative else "",
+            device=device,
+            max_sequence_length=length,
+            complex_human_instruction=INSTRUCTION,
+        )
+        if negative:
+            embeds, mask = negative_embeds, negative_mask
+        return {"prompt_embeds": embeds, "prompt_embeds_mask": mask.bool()}
+
+    def _spacing(self, num_inference_steps: int) -> None:
+        return None
+
+    def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        dtype, config = dtype_of(transformer), self.transformer.config
+        out = transformer(
+            latents.to(dtype),
+            encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
+            encoder_attention_mask=conditioning["prompt_embeds_mask"].to(dtype),
+            timestep=1000 * sigma * config.timestep_scale,
+            return_dict=False,
+        )[0].float()
+        # Some checkpoints also predict a variance, which flow matching has no use for.
+        return out.chunk(2, dim=1)[0] if config.out_channels == 2 * config.in_channels else out
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self._decoded(latents / self.pipeline.vae.config.scaling_factor)

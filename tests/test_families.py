@@ -1,0 +1,186 @@
+"""Every family draws what its stock pipeline draws, and trains."""
+
+import pytest
+import torch
+from datasets import Dataset
+from diffusers import DPMSolverMultistepScheduler, WanPipeline
+from peft import LoraConfig
+
+import flowrl_trainers
+from flowrl_trainers import FlowPipeline
+from flowrl_trainers.trainers.conditioning import ConditioningCache
+
+from .test_resume import TRAINERS
+from .test_wrong_input import redness
+from .tiny_families import FAMILIES, tiny, tiny_flux, tiny_flux_2_klein, tiny_sana
+
+PROMPTS = ["a red circle", "a green square and a blue triangle"]
+# Guidance off, and at another value than the default; those without a choice have one case.
+GUIDANCE = {
+    "flux": [{"guidance_scale": 2.0}, {"guidance_scale": 2.0, "true_cfg_scale": 3.0, "negative_prompt": "a cross"}],
+    "flux schnell": [{}],
+    "flux 2": [{"guidance_scale": 2.0}],
+    "flux 2 klein": [{"guidance_scale": 1.0}, {"guidance_scale": 3.0}],
+    "flux 2 klein distilled": [{}],
+    "qwen image": [{"guidance_scale": 1.0}, {"guidance_scale": 3.0, "negative_prompt": "a cross"}],
+    "z image": [{"guidance_scale": 0.0}, {"guidance_scale": 3.0, "negative_prompt": "a cross"}],
+    "sana": [{"guidance_scale": 1.0}, {"guidance_scale": 3.0, "negative_prompt": "a cross"}],
+}
+SIZES = {"square": {"height": 32, "width": 32}, "not square": {"height": 32, "width": 64}}
+
+
+def seeds(count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(100 + i) for i in range(count)]
+
+
+def stock(family: str, pipeline, flow: FlowPipeline, steps: int = 4) -> torch.Tensor:
+    """The pictures of the pipeline's own `__call__`, with the arguments that a card would show."""
+    arguments = flow.call_arguments()
+    if family == "sana":  # pictures of the size asked for
+        arguments |= {"use_resolution_binning": False}
+    elif "negative_prompt" in arguments:
+        arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(PROMPTS)
+    return pipeline(prompt=list(PROMPTS), num_inference_steps=steps, generator=seeds(2), output_type="pt", **arguments).images
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize(("family", "guidance"), [(f, g) for f, cases in GUIDANCE.items() for g in cases])
+def test_parity_with_the_stock_pipeline(family, guidance, size):
+    pipeline = tiny(family)
+    flow = FlowPipeline.from_pipeline(pipeline, **FAMILIES[family][1], **guidance, **size)
+    ours, theirs = flow.sample(PROMPTS, 4, generator=seeds(2)), stock(family, pipeline, flow)
+    assert ours.shape == (2, 3, size["height"], size["width"])
+    assert theirs.std() > 0.05  # there is something to compare
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", [f for f, cases in GUIDANCE.items() if len(cases) == 2])
+def test_guidance_makes_a_difference(family):
+    pipeline, (first, second) = tiny(family), GUIDANCE[family]
+    drawn = [
+        FlowPipeline.from_pipeline(pipeline, height=32, width=32, **FAMILIES[family][1], **g).sample(PROMPTS, 4, generator=seeds(2))
+        for g in (first, second)
+    ]
+    assert (drawn[0] - drawn[1]).abs().max() > 1e-5  # parity is held to 1e-4, but rounding is below 1e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_of_different_length_get_the_velocities_of_each_alone(family):
+    """Also where they were encoded apart, as the cache of a run may do."""
+    flow = FlowPipeline.from_pipeline(tiny(family), height=32, width=32, **FAMILIES[family][1], **GUIDANCE[family][-1])
+    latents, sigma = flow.initial_latents(2, seeds(2)), torch.tensor([0.8, 0.3])
+    alone = [flow.velocity(flow.transformer, latents[i : i + 1], sigma[i : i + 1], flow.encode_prompts([PROMPTS[i]])) for i in range(2)]
+    cache = ConditioningCache(flow, batch_size=1)
+    cache.encode(PROMPTS, torch.device("cpu"), show_progress=False)
+    assert any((first != second).any() for first, second in cache(PROMPTS, torch.device("cpu")).values())
+    for conditioning in (flow.encode_prompts(PROMPTS), cache(PROMPTS, torch.device("cpu"))):
+        together = flow.velocity(flow.transformer, latents, sigma, conditioning)
+        torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
+    features, mask = flow.prompt_features(conditioning)
+    assert features.shape[:2] == mask.shape
+    assert mask.dtype == torch.bool
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_reach_the_latents_through_decode(family):
+    """The derivative along the gradient, where single precision of the output matters least, against a central difference."""
+    pipeline = tiny(family)
+    flow = FlowPipeline.from_pipeline(pipeline, height=32, width=64, **FAMILIES[family][1])
+    pipeline.vae.double()
+    x = flow.initial_latents(1, seeds(1)).double().requires_grad_()
+
+    def brightness(latents: torch.Tensor) -> torch.Tensor:
+        return flow.decode(latents).double().square().sum()
+
+    (gradient,) = torch.autograd.grad(brightness(x), x)
+    direction = gradient / gradient.norm()
+    with torch.no_grad():
+        numeric = (brightness(x + 1e-3 * direction) - brightness(x - 1e-3 * direction)) / 2e-3
+    assert float((gradient * direction).sum()) == pytest.approx(float(numeric), rel=5e-3)
+    assert gradient.abs().amin() > 0 or (gradient != 0).float().mean() > 0.99  # every part of the packing is reached
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_grids_leave_the_pipeline_alone_and_end_well(family):
+    pipeline = tiny(family)
+    flow, before = FlowPipeline.from_pipeline(pipeline, **FAMILIES[family][1]), pipeline.scheduler.sigmas.clone()
+    for spacing in ("pipeline", "uniform"):
+        grid = flow.sigmas(5, spacing)
+        assert grid[0] == 1
+        assert grid[-1] == 0
+        assert (grid.diff() < 0).all()
+    assert grid[-2] > 0.05
+    assert torch.equal(pipeline.scheduler.sigmas, before)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_update_changes_the_adapter_alone_and_the_stock_loader_reads_it(tmp_path, family, trainer):
+    pipeline = tiny(family)
+    before = {name: value.clone() for name, value in pipeline.transformer.state_dict().items()}
+    cls = getattr(flowrl_trainers, trainer)
+    config = cls.config_class(
+        **{
+            "output_dir": str(tmp_path), "max_steps": 2 if trainer == "ACFlowTrainer" else 1, "per_device_train_batch_size": 4,
+            "num_inference_steps": 3, "height": 32, "width": 32, "learning_rate": 0.05, "save_strategy": "no", "report_to": "none",
+            "use_cpu": True, "disable_tqdm": True,
+        } | TRAINERS[trainer] | FAMILIES[family][1]
+    )  # fmt: skip
+    prompts = Dataset.from_dict({"prompt": [*PROMPTS, "a blue cross", "a red diamond"]})
+    t = cls(pipeline, redness, config, prompts, peft_config=LoraConfig(r=2, lora_alpha=6))
+    t.train()
+    assert all(torch.equal(before[name], value) for name, value in _base(t.flow.transformer).items() if name in before)
+    assert any(p.abs().max() > 0 for name, p in t.model.named_parameters() if "lora_B" in name)
+    t.save_model()
+    fresh = tiny(family)
+    base = stock(family, fresh, t.flow)
+    fresh.load_lora_weights(str(tmp_path))
+    loaded = stock(family, fresh, t.flow)
+    assert (loaded - base).abs().max() > 1e-4
+    tuned = t.flow.sample(PROMPTS, 4, generator=seeds(2))
+    torch.testing.assert_close(loaded, tuned, atol=1e-4, rtol=0)
+
+
+def _base(transformer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights without the adapter, under their names before it came."""
+    return {n.replace(".base_layer", ""): v for n, v in transformer.state_dict().items() if "lora_" not in n}
+
+
+# ---- rules of checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("make", "sentence"), [
+    (lambda: tiny_flux(guidance_embeds=False), r"`guidance_scale` \(3.0\) has no effect on this model"),
+    (lambda: tiny_flux_2_klein(is_distilled=True), r"`guidance_scale` \(3.0\) has no effect on a distilled model"),
+])  # fmt: skip
+def test_guidance_that_would_be_ignored_is_refused(make, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        FlowPipeline.from_pipeline(make(), guidance_scale=3.0)
+
+
+def test_sanas_solver_is_replaced_with_its_own_shift(caplog):
+    pipeline = tiny_sana()
+    euler = FlowPipeline.from_pipeline(pipeline, height=32, width=32).sigmas(6)
+    solver = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    pipeline.register_modules(scheduler=solver)
+    assert torch.equal(FlowPipeline.from_pipeline(pipeline, height=32, width=32).sigmas(6), euler)
+    assert pipeline.scheduler is solver
+    assert "Sana's DPM-Solver is replaced by the Euler sampler of flow matching with its shift, 3" in caplog.text
+
+
+def test_video_is_refused():
+    class Pipeline(WanPipeline):
+        def __init__(self) -> None:
+            pass
+
+    Pipeline.__name__ = "WanPipeline"
+    with pytest.raises(ValueError, match=r"WanPipeline is not a supported family .*SanaPipeline; video is not"):
+        FlowPipeline.from_pipeline(Pipeline())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sizes_that_do_not_fit_are_refused(family):
+    with pytest.raises(ValueError, match=r"`width` \(33\) must be a multiple of"):
+        FlowPipeline.from_pipeline(tiny(family), width=33)
+    with pytest.raises(ValueError, match=r"`max_sequence_length` \(0\) must be between 1 and"):
+        FlowPipeline.from_pipeline(tiny(family), max_sequence_length=0)
