@@ -1,5 +1,7 @@
 """Every family draws what its stock pipeline draws, and trains."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset
@@ -8,6 +10,7 @@ from peft import LoraConfig
 
 import flowrl_trainers
 from flowrl_trainers import FlowPipeline
+from flowrl_trainers.pipelines.checkpoints import CHECKPOINTS, table
 from flowrl_trainers.trainers.conditioning import ConditioningCache
 
 from .test_resume import TRAINERS
@@ -156,6 +159,26 @@ def _base(transformer: torch.nn.Module) -> dict[str, torch.Tensor]:
 def test_guidance_that_would_be_ignored_is_refused(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         FlowPipeline.from_pipeline(make(), guidance_scale=3.0)
+
+
+def test_a_known_checkpoint_is_advised_on(tmp_path, caplog):
+    pipeline = tiny_flux_2_klein(is_distilled=True)
+    pipeline.register_to_config(_name_or_path="black-forest-labs/FLUX.2-klein-4B")
+    flow = FlowPipeline.from_pipeline(pipeline, height=32, width=32, max_sequence_length=64)
+    assert flow.advice(4) == []
+    (sentence,) = flow.advice(20)
+    assert sentence.startswith("black-forest-labs/FLUX.2-klein-4B is distilled to 4 steps, but `num_inference_steps` is 20")
+    config = flowrl_trainers.ACFlowConfig(output_dir=str(tmp_path), num_inference_steps=20, report_to="none", use_cpu=True)
+    flowrl_trainers.ACFlowTrainer(flow, redness, config, Dataset.from_dict({"prompt": PROMPTS * 4}))
+    assert sentence in caplog.text
+    base = CHECKPOINTS["stabilityai/stable-diffusion-3.5-medium"]
+    assert base.advice(20, 4.5) == []
+    assert "its card advises 40 steps: with 4" in base.advice(4, 4.5)[0]
+    assert "set 1" in CHECKPOINTS["black-forest-labs/FLUX.1-schnell"].advice(4, 3.5)[0]
+
+
+def test_the_table_of_the_docs_is_the_one_that_warns():
+    assert table() in (Path(__file__).parent.parent / "docs" / "models.md").read_text()
 
 
 def test_sanas_solver_is_replaced_with_its_own_shift(caplog):

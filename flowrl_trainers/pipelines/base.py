@@ -86,6 +86,10 @@ class FlowPipeline(ABC):
         """The settings that somebody who calls the stock pipeline has to pass, for cards."""
         return {}
 
+    def advice(self, num_inference_steps: int) -> list[str]:
+        """Sentences about settings that do not suit the model, which a trainer logs as warnings."""
+        return []
+
     def text_encoders(self) -> list[nn.Module]:
         """The networks that `encode_prompts` needs and nothing else does; a trainer sends them away once prompts are encoded."""
         return []

@@ -11,6 +11,7 @@ from peft import get_peft_model_state_dict
 from torch import nn
 
 from .base import Conditioning, FlowPipeline, Generators
+from .checkpoints import CHECKPOINTS
 
 NEGATIVE = "negative_"
 
@@ -93,6 +94,10 @@ class DiffusersFlowPipeline(FlowPipeline):
 
     def call_arguments(self) -> dict[str, Any]:
         return {name: value for name, value in self.settings.items() if value not in ("", None)}
+
+    def advice(self, num_inference_steps: int) -> list[str]:
+        known = CHECKPOINTS.get(self.name or "")
+        return [] if known is None else known.advice(num_inference_steps, self.settings["guidance_scale"])
 
     def text_encoders(self) -> list[nn.Module]:
         parts = self.pipeline.components

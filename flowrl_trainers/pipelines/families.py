@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from .base import FlowPipeline
+from .checkpoints import CHECKPOINTS
 from .diffusers_pipeline import DiffusersFlowPipeline
 from .flux import FluxFlowPipeline
 from .flux_2 import Flux2FlowPipeline, Flux2KleinFlowPipeline
@@ -83,8 +84,9 @@ def load(id_or_folder: str | Path, dtype: torch.dtype, settings: dict[str, Any])
             index = Path(hf_hub_download(name, "model_index.json"))
         config = json.loads(index.read_text())
     except (GatedRepoError, RepositoryNotFoundError) as error:
+        licence = f"the {CHECKPOINTS[name].licence} licence" if name in CHECKPOINTS else "the licence"
         raise ValueError(
-            f"{name!r} is missing on the Hub or gated: check the name, accept the licence on its page, and log in with `hf auth login`."
+            f"{name!r} is missing on the Hub or gated: check the name, accept {licence} on its page, and log in with `hf auth login`."
         ) from error
     except LocalEntryNotFoundError as error:
         raise ValueError(f"{name!r} is no folder, and the Hub cannot be reached: check the name and the connection.") from error

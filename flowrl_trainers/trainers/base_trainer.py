@@ -1,6 +1,7 @@
 """`FlowRLTrainer`: what the four methods share around their own rollout, targets and loss."""
 
 import copy
+import logging
 import math
 import time
 from abc import abstractmethod
@@ -44,6 +45,8 @@ from .scoring import call_rewards, score_with_gradient
 def _ignore(name: str, value: float) -> None:
     """For calls of rewards whose numbers nobody logs."""
 
+
+logger = logging.getLogger(__name__)
 
 SETTINGS = ("height", "width", "guidance_scale", "negative_prompt", "max_sequence_length")
 PROBE = 2
@@ -100,6 +103,8 @@ class FlowRLTrainer(RunFiles, Trainer):
         elif args.eval_strategy != "no":
             raise ValueError(f"`eval_strategy` is '{args.eval_strategy.value}', but there is no `eval_dataset`: pass held-out prompts.")
         self.flow = self._flow_pipeline(model, args)
+        for sentence in self.flow.advice(args.num_inference_steps):
+            logger.warning(sentence)
         set_seed(args.seed)  # a LoRA starts from random numbers
         self.peft_config = self._add_adapter(peft_config)
         super().__init__(

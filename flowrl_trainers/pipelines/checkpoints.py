@@ -1,0 +1,68 @@
+"""What is known of published checkpoints: the table that docs and warnings share."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The rules of one Hub checkpoint, after its model card.
+
+    steps: the sampler steps that its card advises. guidance: the scale that its card advises; what is off is 1 (0 for Z-Image).
+    distilled: whether it was distilled to few steps, where a guidance scale has no use. gated: whether the Hub asks to accept a licence.
+    """
+
+    id: str
+    distilled: bool
+    steps: int
+    guidance: float
+    licence: str
+    gated: bool
+
+    def advice(self, num_inference_steps: int, guidance_scale: float) -> list[str]:
+        """Sentences about settings that do not suit the checkpoint."""
+        said = []
+        if self.distilled and num_inference_steps > 2 * self.steps:
+            said.append(
+                f"{self.id} is distilled to {self.steps} steps, but `num_inference_steps` is {num_inference_steps}: take about {self.steps}, or "
+                "an undistilled checkpoint."
+            )
+        if not self.distilled and num_inference_steps < self.steps // 4:
+            said.append(
+                f"{self.id} is not distilled, and its card advises {self.steps} steps: with {num_inference_steps} its pictures are blurred "
+                "before tuning."
+            )
+        if self.distilled and guidance_scale > 1:
+            said.append(f"{self.id} is distilled, but `guidance_scale` is {guidance_scale}: set {self.guidance:g}.")
+        return said
+
+
+def _checkpoints(*rows: Checkpoint) -> dict[str, Checkpoint]:
+    return {row.id: row for row in rows}
+
+
+CHECKPOINTS = _checkpoints(
+    Checkpoint("stabilityai/stable-diffusion-3-medium-diffusers", False, 28, 7.0, "Stability AI Community", True),
+    Checkpoint("stabilityai/stable-diffusion-3.5-medium", False, 40, 4.5, "Stability AI Community", True),
+    Checkpoint("stabilityai/stable-diffusion-3.5-large", False, 28, 3.5, "Stability AI Community", True),
+    Checkpoint("stabilityai/stable-diffusion-3.5-large-turbo", True, 4, 1.0, "Stability AI Community", True),
+    Checkpoint("black-forest-labs/FLUX.1-dev", False, 50, 3.5, "FLUX non-commercial", True),
+    Checkpoint("black-forest-labs/FLUX.1-schnell", True, 4, 1.0, "Apache-2.0", True),
+    Checkpoint("black-forest-labs/FLUX.2-dev", False, 50, 4.0, "FLUX non-commercial", True),
+    Checkpoint("black-forest-labs/FLUX.2-klein-4B", True, 4, 1.0, "Apache-2.0", False),
+    Checkpoint("black-forest-labs/FLUX.2-klein-base-4B", False, 50, 4.0, "Apache-2.0", False),
+    Checkpoint("black-forest-labs/FLUX.2-klein-9B", True, 4, 1.0, "FLUX non-commercial", True),
+    Checkpoint("black-forest-labs/FLUX.2-klein-base-9B", False, 50, 4.0, "FLUX non-commercial", True),
+    Checkpoint("Qwen/Qwen-Image", False, 50, 4.0, "Apache-2.0", False),
+    Checkpoint("Tongyi-MAI/Z-Image", False, 50, 4.0, "Apache-2.0", False),
+    Checkpoint("Tongyi-MAI/Z-Image-Turbo", True, 9, 0.0, "Apache-2.0", False),
+    Checkpoint("Efficient-Large-Model/Sana_1600M_1024px_diffusers", False, 20, 4.5, "NVIDIA non-commercial", False),
+)
+
+
+def table() -> str:
+    """The checkpoints in Markdown."""
+    lines = ["| checkpoint | kind | steps | guidance scale | licence | gated |", "|---|---|---:|---:|---|---|"]
+    for c in CHECKPOINTS.values():
+        kind, gated = "distilled" if c.distilled else "base", "yes" if c.gated else "no"
+        lines.append(f"| `{c.id}` | {kind} | {c.steps} | {c.guidance:g} | {c.licence} | {gated} |")
+    return "\n".join(lines)

@@ -1,0 +1,68 @@
+"""What users are shown as a start works as it stands: a model of their own, and an algorithm of their own."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from flowrl_trainers import FlowRLConfig, FlowRLTrainer
+from flowrl_trainers.flow import euler_step
+
+from .gaussian import GaussianFlow
+from .test_tafs_grpo import PROMPTS, Shifted, height
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "custom_model.py"
+
+
+def test_a_model_of_ones_own_is_tuned_by_all_four_trainers(tmp_path):
+    assert len([line for line in EXAMPLE.read_text().splitlines() if line.strip()]) < 60
+    done = subprocess.run([sys.executable, EXAMPLE], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(\w+)  base (\S+)  tuned (\S+)", done.stdout, flags=re.M)
+    assert [name for name, _, _ in rows] == ["AdjointMatching", "VGGFlow", "ACFlow", "TAFSGRPO"]
+    assert all(float(tuned) > float(base) + 0.3 for _, base, tuned in rows)
+
+
+class BestOfGroupTrainer(FlowRLTrainer):
+    """An algorithm in three methods: flow matching on the best image of each prompt."""
+
+    _name = "Best of group"
+    _tag_names = ["best-of-group"]  # noqa: RUF012
+    _paper = {"title": "none", "id": "0000.00000"}  # noqa: RUF012
+    num_trained_states = 2
+
+    def rollout(self, latents, conditioning, keys):
+        for sigma, sigma_next in zip(self.sigmas, self.sigmas[1:], strict=False):
+            velocity = self.model(latents, sigma.expand(len(latents)), conditioning, guidance=True)
+            latents = euler_step(latents, velocity, sigma, sigma_next)
+        return {"images": latents}
+
+    def prepare(self, rollout):
+        for batch in rollout:
+            scores = self.score(batch.tensors["images"], batch.examples)
+            self.log_rewards(scores)
+            groups = scores.sum(dim=1).unflatten(0, (-1, self.args.num_generations))
+            batch.tensors["weights"] = (groups == groups.amax(dim=1, keepdim=True)).float().flatten()
+
+    def micro_batch_losses(self, model, batch, conditioning, state):
+        data = batch.tensors["images"]
+        noise, sigma = torch.randn_like(data), torch.rand(len(data))
+        x = (1 - sigma[:, None]) * data + sigma[:, None] * noise
+        error = (model(x, sigma, conditioning) - (noise - data)).square().mean(dim=1)
+        return batch.tensors["weights"] * error
+
+
+def test_an_algorithm_of_ones_own_is_three_methods(tmp_path):
+    config = FlowRLConfig(
+        output_dir=str(tmp_path), max_steps=30, per_device_train_batch_size=64, num_generations=8, learning_rate=0.05, report_to="none",
+        save_steps=10, use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    t = BestOfGroupTrainer(GaussianFlow(Shifted(), 1), height, config, PROMPTS, eval_dataset=PROMPTS)
+    t.train()
+    t.evaluate()
+    assert t.rows["tuned"]["reward/height"] > t.rows["base"]["reward/height"] + 0.5
+    t.save_model()
+    assert "Method: Best of group" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "checkpoint-30" / "manifest.json").exists()
