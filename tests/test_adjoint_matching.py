@@ -116,6 +116,18 @@ def test_reward_gradients_are_clipped_at_the_quantile_of_their_rollout(tmp_path,
     torch.testing.assert_close(norms[0], norms[1].clamp(max=median), rtol=1e-3, atol=0)
 
 
+def test_adjoints_are_clipped_at_the_quantile_of_every_step(tmp_path):
+    settings = {"per_device_train_batch_size": 4, "adjoint_steps": 3, "reward_scale": 1.0}
+    plain, clipped = (
+        one_rollout(trainer(tmp_path, tiny_sd3(), adjoint_clip_quantile=quantile, **settings))[1][0].tensors["adjoints"]
+        for quantile in (None, 0.5)
+    )
+    norms = plain.flatten(2).norm(dim=2)
+    bound = norms.quantile(0.5, dim=0)
+    torch.testing.assert_close(clipped, plain * (bound / norms).clamp(max=1)[..., None, None, None])
+    assert (norms > bound).sum() == 6
+
+
 def test_the_adapter_is_on_again_and_trainable_after_a_rollout(tmp_path, tiny_pipeline):
     """A leak of the reference mode would give silently zero control."""
     t = trainer(tmp_path, tiny_pipeline)
@@ -277,6 +289,7 @@ def shrink(images, prompts, **columns):
     ({"max_bad_sample_share": 2.0}, r"`max_bad_sample_share` \(2.0\) must be between 0 and 1"),
     ({"log_images": -1}, r"`log_images` \(-1\) must be at least 0"),
     ({"control_to_velocity_ratio": 0.0}, r"`control_to_velocity_ratio` \(0.0\) must be above 0"),
+    ({"adjoint_clip_quantile": 0.0}, r"`adjoint_clip_quantile` \(0.0\) must be above 0 and at most 1"),
     ({"reward_gradient_clip_quantile": 1.5}, r"`reward_gradient_clip_quantile` \(1.5\) must be above 0 and at most 1"),
     ({"num_inference_steps": 0}, r"`num_inference_steps` \(0\) must be at least 1"),
     ({"remove_unused_columns": True}, "`remove_unused_columns` must be False"),

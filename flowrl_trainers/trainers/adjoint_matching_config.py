@@ -31,6 +31,13 @@ class AdjointMatchingConfig(RewardGradientConfig):
             "'current' the current model's alone (biased towards too little control)."
         },
     )
+    adjoint_clip_quantile: float | None = field(
+        default=None,
+        metadata={
+            "help": "At every trained step, adjoints whose L2 norm exceeds this quantile of the rollout's norms are scaled down to it: "
+            "over many steps an adjoint may grow without bound. Above 0 and at most 1. Default: no clipping."
+        },
+    )
     dynamics: Literal["ode", "memoryless"] = field(
         default="ode",
         metadata={
@@ -87,6 +94,8 @@ class AdjointMatchingConfig(RewardGradientConfig):
         if self.control_cost_weight == 0 and self.reward_scale is None:
             raise ValueError("`reward_scale` must be given where `control_cost_weight` is 0: no cost sets a control to measure it by.")
         self.refuse_not_positive("memoryless_loss_clip")
+        if self.adjoint_clip_quantile is not None and not 0 < self.adjoint_clip_quantile <= 1:
+            raise ValueError(f"`adjoint_clip_quantile` ({self.adjoint_clip_quantile}) must be above 0 and at most 1.")
         if self.dynamics == "memoryless":
             for name, allowed in (
                 ("adjoint", "lean"),

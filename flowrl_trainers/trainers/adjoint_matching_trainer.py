@@ -80,6 +80,7 @@ class AdjointMatchingTrainer(RewardGradientTrainer):
 
     replayed_settings = (
         *RewardGradientTrainer.replayed_settings, "adjoint_steps", "adjoint", "control_cost_order", "control_cost_weight", "dynamics",
+        "adjoint_clip_quantile",
     )  # fmt: skip
 
     args: AdjointMatchingConfig
@@ -146,6 +147,8 @@ class AdjointMatchingTrainer(RewardGradientTrainer):
                     batch.tensors[name] = table[states].expand(len(batch.examples), -1)
                 batch.leave_out_what_is_not_finite()
         self.count_bad_samples("adjoint", ~torch.cat([batch.good for batch in rollout]))
+        if self.args.adjoint_clip_quantile is not None:
+            self._clip_adjoints(rollout, self.args.adjoint_clip_quantile)
         self.log_metric("reward_scale", self.reward_scale)
         if self.args.control_cost_weight > 0:
             controls = [self._target_control(batch.tensors["adjoints"], batch.tensors["gains"]).flatten(0, 1) for batch in rollout]
@@ -174,6 +177,20 @@ class AdjointMatchingTrainer(RewardGradientTrainer):
         threshold = self.clip_threshold(torch.cat([batch.tensors["reward_gradient"].flatten(1).norm(dim=1) for batch in rollout]))
         for batch in rollout:
             batch.tensors["reward_gradient"] = self.clip(batch.tensors["reward_gradient"], threshold)
+
+    def _clip_adjoints(self, rollout: list[MicroBatch], quantile: float) -> None:
+        """Step by step, scale adjoints down to the quantile of their norms over the images of all processes."""
+        adjoints = torch.cat([batch.tensors["adjoints"] for batch in rollout])
+        norms, good = (
+            self.accelerator.gather(adjoints.flatten(2).norm(dim=2)),
+            self.accelerator.gather(torch.cat([b.good for b in rollout])),
+        )
+        if not good.any():
+            return
+        thresholds = torch.quantile(norms[good], quantile, dim=0)
+        for batch in rollout:
+            columns = zip(batch.tensors["adjoints"].unbind(dim=1), thresholds, strict=True)
+            batch.tensors["adjoints"] = torch.stack([self.clip(adjoint, threshold) for adjoint, threshold in columns], dim=1)
 
     def _adjoints(self, batch: MicroBatch, kind: str, reward_scale: float) -> torch.Tensor:
         """(B, K, ...): g_{k+1} for every trained state; also leaves the base velocities in the batch."""
