@@ -11,13 +11,14 @@ ROOT = Path(flowrl_trainers.__file__).parent
 ALLOWED = {
     "flow": set(),
     "shapes": set(),
-    "pipelines": {"flow"},
+    "sit": set(),
+    "pipelines": {"flow", "sit"},
     "networks": {"flow"},
     "rewards": {"flow", "shapes"},
     "metrics": {"flow", "shapes"},
     "hub": {"flow"},
     "trainers": {"flow", "pipelines", "rewards", "networks", "metrics", "hub"},
-    "cli": {"trainers", "pipelines", "rewards", "networks", "metrics", "hub", "flow", "shapes"},
+    "cli": {"trainers", "pipelines", "rewards", "networks", "metrics", "hub", "flow", "shapes", "sit"},
     "__init__": {"trainers", "pipelines"},
 }
 

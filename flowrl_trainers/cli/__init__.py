@@ -5,7 +5,7 @@ import traceback
 from pathlib import Path
 
 METHODS = ("adjoint_matching", "vgg_flow", "ac_flow", "tafs_grpo")
-COMMANDS = (*METHODS, "demo", "env")
+COMMANDS = (*METHODS, "demo", "convert_sit", "env")
 
 USAGE = """usage: flowrl COMMAND [--config run.yaml] [--field value ...] [--help]
 
@@ -16,6 +16,7 @@ commands:
   tafs_grpo          tune a pipeline as a few-step generator by policy gradients on its sampler's draws, for any reward
   demo               tune the embedded pipeline, print base and tuned on held-out prompts, and write the adapter and pictures;
                      `--trainer METHOD` takes another of the four than `adjoint_matching`
+  convert_sit        turn a checkpoint of SiT's original code into a pipeline folder: `flowrl convert_sit CHECKPOINT OUT`
   env                print the versions and devices that a bug report should have
 
 Every setting is a flag and a key of the YAML file, explained by `flowrl COMMAND --help`. `--accelerate_config ddp` (or a file that
@@ -66,6 +67,10 @@ def _run(command: str, arguments: list[str]) -> int:
             from .env import print_environment
 
             print_environment()
+        case "convert_sit":
+            from .convert_sit import convert_sit
+
+            convert_sit(arguments)
         case "demo":
             from .demo import demo
 

@@ -15,8 +15,9 @@ class CardFacts:
     """What a card says, all of it taken from the run.
 
     base_model: a Hub id, `flowrl_trainers.shapes`, or None if it is known under no name others could load. rows: `base` and `tuned`
-    of the last evaluation, empty if there was none. sampling: the arguments of the pipeline's call; sampling_note: what they leave unsaid;
-    renoises: whether its sampler draws all noise afresh at every step. picture: the path of a sheet beside the card.
+    of the last evaluation, empty if there was none. sampling: the arguments of the pipeline's call; sampling_note: what they leave
+    unsaid; renoises: whether its sampler draws all noise afresh at every step. loader: module and class that load the base model.
+    picture: the path of a sheet beside the card.
     """
 
     name: str
@@ -34,6 +35,7 @@ class CardFacts:
     dataset: str | None = None
     sampling_note: str = ""
     renoises: bool = False
+    loader: tuple[str, str] = ("diffusers", "DiffusionPipeline")
 
 
 def model_card(facts: CardFacts) -> str:
@@ -81,7 +83,8 @@ def _usage(facts: CardFacts) -> str:
         load = "from flowrl_trainers.shapes import load_pipeline\n\npipe = load_pipeline()"
     else:
         base = facts.base_model or "path/to/the/base/model"
-        load = f'from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{base}")'
+        module, loader = facts.loader
+        load = f'from {module} import {loader}\n\npipe = {loader}.from_pretrained("{base}")'
     if facts.has_adapter:
         load += f'\npipe.load_lora_weights("{here}")'
     else:

@@ -6,6 +6,7 @@ from .flux import FluxFlowPipeline
 from .flux_2 import Flux2FlowPipeline, Flux2KleinFlowPipeline
 from .qwen_image import QwenImageFlowPipeline
 from .sana import SanaFlowPipeline
+from .sit import SiTFlowPipeline
 from .stable_diffusion_3 import StableDiffusion3FlowPipeline
 from .z_image import ZImageFlowPipeline
 
@@ -18,6 +19,7 @@ __all__ = [
     "FluxFlowPipeline",
     "QwenImageFlowPipeline",
     "SanaFlowPipeline",
+    "SiTFlowPipeline",
     "StableDiffusion3FlowPipeline",
     "ZImageFlowPipeline",
 ]

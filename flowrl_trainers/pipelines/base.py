@@ -86,6 +86,10 @@ class FlowPipeline(ABC):
         """The settings that somebody who calls the stock pipeline has to pass, for cards."""
         return {}
 
+    def loader(self) -> tuple[str, str]:
+        """Module and class that load the pipeline, for cards."""
+        return "diffusers", "DiffusionPipeline"
+
     def advice(self, num_inference_steps: int) -> list[str]:
         """Sentences about settings that do not suit the model, which a trainer logs as warnings."""
         return []

@@ -23,8 +23,8 @@ class Checkpoint:
         said = []
         if self.distilled and num_inference_steps > 2 * self.steps:
             said.append(
-                f"{self.id} is distilled to {self.steps} steps, but `num_inference_steps` is {num_inference_steps}: take about {self.steps}, or "
-                "an undistilled checkpoint."
+                f"{self.id} is distilled to {self.steps} steps, but `num_inference_steps` is {num_inference_steps}: take about "
+                f"{self.steps}, or an undistilled checkpoint."
             )
         if not self.distilled and num_inference_steps < self.steps // 4:
             said.append(

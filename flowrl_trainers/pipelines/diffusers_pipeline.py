@@ -30,6 +30,10 @@ class DiffusersFlowPipeline(FlowPipeline):
         self.pipeline = pipeline
         size = self.default_size()
         self.settings = self.default_settings | {"height": size, "width": size} | settings
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        """Raises `ValueError` for a size or a length that the pipeline does not take."""
         unit, largest = self.pixels_per_token(), self.largest_size()
         for name in ("height", "width"):
             value = self.settings[name]

@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from ..sit import SiTPipeline
 from .base import FlowPipeline
 from .checkpoints import CHECKPOINTS
 from .diffusers_pipeline import DiffusersFlowPipeline
@@ -22,6 +23,7 @@ from .flux import FluxFlowPipeline
 from .flux_2 import Flux2FlowPipeline, Flux2KleinFlowPipeline
 from .qwen_image import QwenImageFlowPipeline
 from .sana import SanaFlowPipeline
+from .sit import SiTFlowPipeline
 from .stable_diffusion_3 import StableDiffusion3FlowPipeline
 from .z_image import ZImageFlowPipeline
 
@@ -33,6 +35,7 @@ FAMILIES: dict[str, type[DiffusersFlowPipeline]] = {
     "QwenImagePipeline": QwenImageFlowPipeline,
     "ZImagePipeline": ZImageFlowPipeline,
     "SanaPipeline": SanaFlowPipeline,
+    "SiTPipeline": SiTFlowPipeline,
 }
 SUPPORTED = f"{', '.join(FAMILIES)}; video is not"
 
@@ -97,4 +100,6 @@ def load(id_or_folder: str | Path, dtype: torch.dtype, settings: dict[str, Any])
     _known(settings, config["_class_name"])
     # A pipeline saved without one of its text encoders loads only if it is told so again.
     absent = {part: None for part, value in config.items() if value == [None, None]}
-    return DiffusionPipeline.from_pretrained(name, dtype=dtype, **absent)
+    # diffusers looks a pipeline's class up among its own.
+    loader = SiTPipeline if config["_class_name"] == "SiTPipeline" else DiffusionPipeline
+    return loader.from_pretrained(name, dtype=dtype, **absent)

@@ -149,6 +149,7 @@ class RunFiles(Trainer):
             paper=self._paper,
             tags=self._tag_names,
             base_model=self.flow.name,
+            loader=self.flow.loader(),
             has_adapter=self.peft_config is not None,
             rewards=dict(zip([r.name for r in self.rewards], self.reward_weights.tolist(), strict=True)),
             settings={"updates": self.state.global_step, "images per update": args.images_per_update}

@@ -1,0 +1,41 @@
+"""`flowrl convert_sit CHECKPOINT OUT`: a checkpoint of SiT's original code becomes a pipeline folder."""
+
+import argparse
+from pathlib import Path
+
+from ..sit.convert import VAE, convert_checkpoint
+
+
+def convert_sit(arguments: list[str]) -> None:
+    """Convert and say what was found. Raises `ValueError` for what cannot be converted."""
+    told = _parser().parse_args(arguments)
+    names = _lines(told.class_names) if told.class_names is not None else None
+    pipeline = convert_checkpoint(told.checkpoint, told.out, told.vae, names, told.num_attention_heads)
+    config = pipeline.transformer.config
+    size = config.sample_size * pipeline.vae_scale_factor
+    print(
+        f"{told.out}/: SiT of {config.num_layers} blocks, width {config.num_attention_heads * config.attention_head_dim}, "
+        f"patches of {config.patch_size}, {config.num_classes} classes, pictures of {size} x {size} pixels.\n"
+        f'Load it by `FlowPipeline.from_pretrained("{told.out}")` or `SiTPipeline.from_pretrained("{told.out}")`.'
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("flowrl convert_sit", description=__doc__.split(": ", 1)[1], allow_abbrev=False)
+    parser.add_argument(
+        "checkpoint", help="A `.pt` or `.safetensors` file of github.com/willisma/SiT: a state dict, or what training saved."
+    )
+    parser.add_argument("out", help="The folder to write.")
+    parser.add_argument("--vae", default=VAE, help="The autoencoder, a folder or a Hub id. Default: %(default)s.")
+    parser.add_argument(
+        "--class_names", help="A text file with the name of a class on each line, by number. Default: classes have numbers."
+    )
+    parser.add_argument("--num_attention_heads", type=int, help="Needed only where the width is none of the official sizes S, B, L and XL.")
+    return parser
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"`--class_names` {path!r} cannot be read: pass a text file with one name a line.") from error

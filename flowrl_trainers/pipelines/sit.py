@@ -1,0 +1,46 @@
+"""SiT, which draws classes instead of prompts.
+
+A prompt is the name of a class, or its number as a string. Latents are `(B, 4, h, w)`, the network takes `1000 sigma` as its timestep and
+predicts the velocity as it is: `SiTTransformer2DModel` converts the time and the sign of the original code. Guidance is
+`v_null + scale (v - v_null)` on all channels for a scale above 1, where null is the class of no class; the original sampler guides the
+first three channels only.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+
+from .base import Conditioning
+from .diffusers_pipeline import DiffusersFlowPipeline, dtype_of
+
+
+class SiTFlowPipeline(DiffusersFlowPipeline):
+    """`SiTPipeline` as a velocity field; settings and defaults are those of its `__call__`."""
+
+    lora_target_modules: ClassVar[list[str]] = ["to_q", "to_k", "to_v", "to_out.0"]
+    default_settings: ClassVar[dict[str, Any]] = {"height": None, "width": None, "guidance_scale": 4.0}
+
+    def _check_settings(self) -> None:
+        self.pipeline.check_size(self.settings["height"], self.settings["width"])  # there is no text whose length could be set
+
+    def loader(self) -> tuple[str, str]:
+        return "flowrl_trainers.sit", "SiTPipeline"
+
+    def default_size(self) -> int:
+        return self.transformer.config.sample_size * self.pipeline.vae_scale_factor
+
+    def _encode(self, prompts: list[str], negative: bool) -> Conditioning:
+        if negative:
+            null = self.transformer.config.num_classes
+            return {"class_labels": torch.full((len(prompts),), null, device=self.device)}
+        return {"class_labels": self.pipeline.class_labels(prompts)}
+
+    @torch.no_grad()
+    def prompt_features(self, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
+        """The embedding of the class as the only token."""
+        labels = conditioning["class_labels"]
+        return self.transformer.class_embedder(labels)[:, None].float(), torch.ones_like(labels, dtype=torch.bool)[:, None]
+
+    def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        labels = conditioning["class_labels"]
+        return transformer(latents.to(dtype_of(transformer)), 1000 * sigma, labels, return_dict=False)[0].float()

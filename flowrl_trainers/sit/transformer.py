@@ -1,0 +1,99 @@
+"""The network of SiT (Scalable Interpolant Transformers, arXiv 2401.08740), put together from the layers of diffusers."""
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import PatchEmbed, TimestepEmbedding, Timesteps
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero
+from torch import nn
+
+
+class SiTBlock(nn.Module):
+    """Self-attention and a feed-forward layer, each shifted, scaled and gated by the conditioning (adaLN-Zero)."""
+
+    def __init__(self, dim: int, num_attention_heads: int, mlp_dim: int) -> None:
+        super().__init__()
+        self.norm1 = AdaLayerNormZero(dim)
+        self.attn = Attention(dim, heads=num_attention_heads, dim_head=dim // num_attention_heads, bias=True)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.ff = FeedForward(dim, inner_dim=mlp_dim, activation_fn="gelu-approximate")
+
+    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+        """hidden_states: (B, N, D), conditioning: (B, D); returns (B, N, D)."""
+        normed, gate_attn, shift, scale, gate_ff = self.norm1(hidden_states, emb=conditioning)
+        hidden_states = hidden_states + gate_attn[:, None] * self.attn(normed)
+        normed = self.norm2(hidden_states) * (1 + scale[:, None]) + shift[:, None]
+        return hidden_states + gate_ff[:, None] * self.ff(normed)
+
+
+class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
+    """A class-conditional transformer that predicts the velocity of latents in the convention of diffusers' flow schedulers.
+
+    The original network reads t in [0, 1], 0 for noise and 1 for data, and predicts data - noise. The conversion happens in `forward`
+    and nowhere else: t = 1 - timestep / 1000, velocity = -(what the network predicts).
+
+    sample_size: height and width of the latents of training; position embeddings exist for this grid, and smaller latents get its
+    centre. in_channels: of the latents; the output has as many. num_classes: the classes; one more row of the class embedding, the
+    last, stands for no class, which guidance needs. mlp_dim: the width of the feed-forward layers, 4 D by default.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ("SiTBlock",)
+    _repeated_blocks = ("SiTBlock",)
+    _skip_layerwise_casting_patterns = ("pos_embed", "norm")
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        num_layers: int = 28,
+        num_attention_heads: int = 16,
+        attention_head_dim: int = 72,
+        mlp_dim: int | None = None,
+        num_classes: int = 1000,
+    ) -> None:
+        super().__init__()
+        dim = num_attention_heads * attention_head_dim
+        self.gradient_checkpointing = False
+        self.pos_embed = PatchEmbed(
+            sample_size, sample_size, patch_size, in_channels, dim, pos_embed_max_size=sample_size // patch_size
+        )  # integer positions; diffusers crops them to the centre
+        self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.time_embedder = TimestepEmbedding(256, dim)
+        self.class_embedder = nn.Embedding(num_classes + 1, dim)
+        self.transformer_blocks = nn.ModuleList(SiTBlock(dim, num_attention_heads, mlp_dim or 4 * dim) for _ in range(num_layers))
+        self.norm_out = AdaLayerNormContinuous(dim, dim, elementwise_affine=False, eps=1e-6)
+        self.proj_out = nn.Linear(dim, patch_size**2 * in_channels)
+
+    def forward(
+        self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor, return_dict: bool = True
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """The velocity noise - data of noisy latents, of their shape.
+
+        hidden_states: (B, C, h, w), h and w multiples of `patch_size` and at most `sample_size`. timestep: (B,), 1000 for noise and 0
+        for data, as the scheduler counts. class_labels: (B,), in [0, num_classes], where num_classes is no class.
+        """
+        height, width = hidden_states.shape[-2:]
+        t = 1 - timestep / 1000
+        conditioning = self.time_embedder(self.time_proj(t).to(hidden_states.dtype)) + self.class_embedder(class_labels)
+        hidden_states = self.pos_embed(hidden_states)
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, conditioning)
+            else:
+                hidden_states = block(hidden_states, conditioning)
+        patches = self.proj_out(self.norm_out(hidden_states, conditioning))
+        velocity = -self._unpatchify(patches, height, width)
+        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    def _unpatchify(self, patches: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """(B, N, p p C), channels last within a patch, to (B, C, height, width)."""
+        p, channels = self.config.patch_size, self.config.in_channels
+        patches = patches.unflatten(1, (height // p, width // p)).unflatten(3, (p, p, channels))
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, height, width)
