@@ -1,51 +1,111 @@
-"""The agreement of a picture with its prompt under a CLIP of transformers."""
+"""Rewards that compare a picture with its prompt in the embedding space of a CLIP: CLIP score and PickScore."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+from transformers import CLIPModel
 
 from .base import Reward
+from .loading import load_model, load_normalisation, load_tokenizer
+from .preprocessing import resize_and_crop
 
 
-class CLIPScore(Reward):
-    """Cosine similarity of picture and prompt in a CLIP's embedding space: -1 to 1, differentiable.
+class CLIPReward(Reward):
+    """What rewards over a CLIP of transformers share: the cosine of picture and prompt, differentiable in the pixels.
 
-    Pictures are resized (shorter side, bicubic with antialiasing), cropped at the centre and normalised as the checkpoint's
-    preprocessor says, in torch, so that gradients reach the pixels. Prompts are cut to the tokenizer's length. Fooled by
-    textures and by text drawn into the picture; it tolerates wrong counts and places.
+    Pictures are resized to the model's size (shorter side, bicubic with antialiasing), cropped at the centre and normalised, all in
+    torch and without clipping. Prompts are cut to the model's context.
+
+    model: a frozen `CLIPModel`. mean, std: of red, green and blue, for pixels in [0, 1].
     """
 
-    name = "clip_score"
     differentiable = True
 
-    def __init__(self, id_or_folder: str | Path, name: str | None = None) -> None:
-        self.model = CLIPModel.from_pretrained(id_or_folder, dtype=torch.float32).eval().requires_grad_(False)
-        self.tokenizer = AutoTokenizer.from_pretrained(id_or_folder)
-        preprocessing, _ = CLIPImageProcessor.get_image_processor_dict(id_or_folder)
-        self.mean = torch.tensor(preprocessing["image_mean"])[:, None, None]
-        self.std = torch.tensor(preprocessing["image_std"])[:, None, None]
-        self.name = name or self.name
+    def __init__(self, model: Any, tokenizer: Any, mean: list[float], std: list[float]) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.mean, self.std = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
 
     def to(self, device: torch.device) -> None:
         self.model.to(device)
         self.mean, self.std = self.mean.to(device), self.std.to(device)
 
     def __call__(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> torch.Tensor:
-        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(images.device)
-        out = self.model(tokens.input_ids, self.pixels(images), tokens.attention_mask)
-        return (out.image_embeds * out.text_embeds).sum(dim=-1)
+        return self.cosine(images, prompts)
+
+    def cosine(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        """Cosine similarity of each image with its prompt: (B,), -1 to 1."""
+        return (self.image_embeddings(images) * self.text_embeddings(prompts, images)).sum(dim=-1)
+
+    def image_embeddings(self, images: torch.Tensor) -> torch.Tensor:
+        """Embeddings (B, D) of unit length, in the dtype of the images, whatever the model computes in."""
+        out = self.model.get_image_features(self.pixels(images).to(self.model.dtype))
+        return torch.nn.functional.normalize(out.pooler_output.to(images.dtype), dim=-1)
+
+    def text_embeddings(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
+        """Embeddings (B, D) of unit length, in the dtype and on the device of the images."""
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt").to(images.device)
+        out = self.model.get_text_features(tokens.input_ids, tokens.attention_mask)
+        return torch.nn.functional.normalize(out.pooler_output.to(images.dtype), dim=-1)
 
     def pixels(self, images: torch.Tensor) -> torch.Tensor:
-        """What the vision tower reads of images (B, 3, H, W) in [0, 1]."""
-        target = self.model.config.vision_config.image_size
-        height, width = images.shape[-2:]
-        if (height, width) != (target, target):
-            scale = target / min(height, width)
-            size = (max(target, round(height * scale)), max(target, round(width * scale)))
-            images = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
-            top, left = (size[0] - target) // 2, (size[1] - target) // 2
-            images = images[..., top : top + target, left : left + target]
-        return (images - self.mean) / self.std
+        """What the vision tower reads of images (B, 3, H, W), nominally in [0, 1]."""
+        return (resize_and_crop(images, self.model.config.vision_config.image_size) - self.mean) / self.std
+
+
+class CLIPScore(CLIPReward):
+    """Cosine similarity of picture and prompt in a CLIP's embedding space: -1 to 1, differentiable.
+
+    Under OpenAI's ViT-L/14, the default, a picture and its caption mostly score 0.2 to 0.35; what others call CLIP score is often 100
+    or 2.5 times as large (arXiv 2104.08718). Fooled by textures and by text drawn into the picture; it tolerates wrong counts and
+    places.
+
+    checkpoint: a folder or a repository of the Hub with a `CLIPModel`, its tokenizer and its image processor. name: under which it is
+    logged. revision: branch, tag or commit on the Hub. dtype: of the weights. Raises `ValueError` for a checkpoint that cannot be had.
+    """
+
+    name = "clip_score"
+
+    def __init__(
+        self,
+        checkpoint: str | Path = "openai/clip-vit-large-patch14",
+        name: str = "clip_score",
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        model = load_model(CLIPModel, checkpoint, revision, dtype)
+        super().__init__(model, load_tokenizer(checkpoint, revision), *load_normalisation(checkpoint, revision))
+        self.name = name
+
+
+class PickScore(CLIPReward):
+    """PickScore (arXiv 2305.01569): a CLIP ViT-H/14 trained on which of two pictures people pick for a prompt. Differentiable.
+
+    score = exp(logit_scale) cos(picture, prompt), the scale being the checkpoint's own
+
+    It is about 100, so that scores mostly lie between 15 and 26; only differences for one prompt mean something. Some projects divide
+    by 26: a weight of 1/26 is the same. Fooled by saturated colours, centred glossy subjects and detail without sense.
+
+    checkpoint: a folder or a repository of the Hub with a `CLIPModel`. processor: the same with the tokenizer and image processor,
+    which the official checkpoint lacks. revision, processor_revision: branch, tag or commit on the Hub. dtype: of the weights.
+    Raises `ValueError` for a checkpoint that cannot be had.
+    """
+
+    name = "pickscore"
+
+    def __init__(
+        self,
+        checkpoint: str | Path = "yuvalkirstain/PickScore_v1",
+        processor: str | Path = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        *,
+        revision: str | None = None,
+        processor_revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        model = load_model(CLIPModel, checkpoint, revision, dtype)
+        super().__init__(model, load_tokenizer(processor, processor_revision), *load_normalisation(processor, processor_revision))
+
+    def __call__(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> torch.Tensor:
+        return self.model.logit_scale.exp().to(images.dtype) * self.cosine(images, prompts)

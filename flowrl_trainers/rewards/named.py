@@ -3,10 +3,23 @@
 from collections.abc import Callable
 from typing import Any
 
+from .aesthetic import AestheticReward
 from .base import FunctionReward, Reward
+from .clip import CLIPScore, PickScore
+from .hpsv2 import HPSv2
+from .jpeg import JPEGCompressibility, JPEGIncompressibility
 from .shapes import CheckerReward, ShapesReward
 
-NAMED_REWARDS: dict[str, type[Reward]] = {"shapes": ShapesReward, "checker": CheckerReward}
+NAMED_REWARDS: dict[str, type[Reward]] = {
+    "shapes": ShapesReward,
+    "checker": CheckerReward,
+    "clip_score": CLIPScore,
+    "pickscore": PickScore,
+    "hpsv2": HPSv2,
+    "aesthetic": AestheticReward,
+    "jpeg_compressibility": JPEGCompressibility,
+    "jpeg_incompressibility": JPEGIncompressibility,
+}
 
 RewardLike = str | Reward | Callable[..., Any]
 

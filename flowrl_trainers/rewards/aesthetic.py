@@ -1,0 +1,68 @@
+"""The LAION aesthetic predictor: how much people would like a picture, whatever it shows."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from .base import Reward
+from .loading import load_model, load_normalisation
+from .preprocessing import resize_and_crop
+
+
+class AestheticPredictor(CLIPVisionModelWithProjection):
+    """A CLIP vision tower and LAION's five linear layers without activations between them, under the names of the checkpoint."""
+
+    config_class = CLIPVisionConfig
+
+    def __init__(self, config: CLIPVisionConfig) -> None:
+        super().__init__(config)
+        self.layers = torch.nn.Sequential(
+            torch.nn.Linear(config.projection_dim, 1024),
+            torch.nn.Dropout(0.2),  # idle at inference, but it gives the next layer its number in the checkpoint
+            torch.nn.Linear(1024, 128),
+            torch.nn.Dropout(0.2),
+            torch.nn.Linear(128, 64),
+            torch.nn.Dropout(0.1),
+            torch.nn.Linear(64, 16),
+            torch.nn.Linear(16, 1),
+        )
+        self.post_init()
+
+
+class AestheticReward(Reward):
+    """LAION's improved aesthetic predictor v2 (sac+logos+ava1-l14-linearMSE): a mean opinion, meant to be 1 to 10. Differentiable.
+
+    score = w · e + b, with e the embedding of a CLIP ViT-L/14, scaled to unit length
+
+    Pictures of diffusion models mostly score 4.5 to 7. It ignores the prompt, so a model trained on it alone stops following
+    prompts; fooled by painterly textures, soft light and portraits. Not clipped: 10 can be passed. Pictures are resized, cropped at the
+    centre and normalised in torch.
+
+    checkpoint: a folder or a repository of the Hub with tower, layers and image processor. revision: branch, tag or commit on the Hub.
+    dtype: of the weights. Raises `ValueError` for a checkpoint that cannot be had.
+    """
+
+    name = "aesthetic"
+    differentiable = True
+
+    def __init__(
+        self,
+        checkpoint: str | Path = "shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE",
+        *,
+        revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.model = load_model(AestheticPredictor, checkpoint, revision, dtype)
+        mean, std = load_normalisation(checkpoint, revision)
+        self.mean, self.std = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
+
+    def to(self, device: torch.device) -> None:
+        self.model.to(device)
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+
+    def __call__(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> torch.Tensor:
+        pixels = (resize_and_crop(images, self.model.config.image_size) - self.mean) / self.std
+        embeddings = self.model(pixels.to(self.model.dtype)).image_embeds
+        return self.model.layers(torch.nn.functional.normalize(embeddings, dim=-1))[:, 0].to(images.dtype)

@@ -1,0 +1,133 @@
+"""HPSv2.1, from its official checkpoint in the layout of open_clip."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import CLIPConfig, CLIPModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from .clip import CLIPReward
+from .loading import find_file, load_tokenizer
+from .preprocessing import resize_and_pad
+
+WEIGHTS = "HPS_v2.1_compressed.pt"
+
+
+def vit_h_14() -> CLIPConfig:
+    """The architecture that open_clip calls ViT-H-14: 986 million parameters."""
+    text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    vision = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16, "patch_size": 14}
+    shared = {"projection_dim": 1024, "hidden_act": "gelu"}
+    return CLIPConfig(text_config=text | shared, vision_config=vision | shared, projection_dim=1024)
+
+
+class HPSv2(CLIPReward):
+    """Human Preference Score v2.1 (arXiv 2306.09341): the cosine of picture and prompt under a ViT-H/14 trained on preferences.
+
+    -1 to 1, mostly 0.2 to 0.35; its authors print 100 times as much. Differentiable. Fooled by oversaturated, smooth,
+    centred pictures; it forgives wrong counts and places.
+
+    Pictures keep their shape: the longer side is resized and the rest is black, as `hpsv2.score` does. It resizes without
+    antialiasing under torchvision before 0.17 and with it since; here always with it.
+
+    checkpoint: a folder or a repository of the Hub with `HPS_v2.1_compressed.pt`. tokenizer: the same with the tokenizer of ViT-H-14.
+    revision, tokenizer_revision: branch, tag or commit on the Hub. dtype: of the weights. architecture: of the checkpoint, by
+    default ViT-H-14, which is all that was released. Raises `ValueError` for a checkpoint that cannot be had or is of another
+    architecture.
+    """
+
+    name = "hpsv2"
+
+    def __init__(
+        self,
+        checkpoint: str | Path = "xswu/HPSv2",
+        tokenizer: str | Path = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        *,
+        revision: str | None = None,
+        tokenizer_revision: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        architecture: CLIPConfig | None = None,
+    ) -> None:
+        tensors = _read(find_file(checkpoint, WEIGHTS, revision))
+        model = build_clip(tensors, architecture or vit_h_14(), dtype)
+        super().__init__(model, load_tokenizer(tokenizer, tokenizer_revision), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+
+    def pixels(self, images: torch.Tensor) -> torch.Tensor:
+        """What the vision tower reads of images (B, 3, H, W), nominally in [0, 1]."""
+        return (resize_and_pad(images, self.model.config.vision_config.image_size) - self.mean) / self.std
+
+
+def build_clip(tensors: dict[str, torch.Tensor], architecture: CLIPConfig, dtype: torch.dtype) -> Any:
+    """A frozen `CLIPModel` with the weights of an open_clip `CLIP`. Raises `ValueError` if they are of another architecture."""
+    with torch.device("meta"):  # a billion random numbers would be drawn to be overwritten
+        expected = {name: tensor.shape for name, tensor in CLIPModel(architecture).state_dict().items()}
+    converted = from_open_clip(tensors)
+    wrong = {name for name in expected.keys() | converted.keys() if name not in converted or converted[name].shape != expected.get(name)}
+    if wrong:
+        raise ValueError(
+            f"The HPSv2 checkpoint has {len(wrong)} missing, unknown or differently shaped weights, {min(wrong)!r} among them: pass the "
+            f"official {WEIGHTS}, or the `architecture` of yours."
+        )
+    model = CLIPModel.from_pretrained(None, config=architecture, state_dict=converted, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def from_open_clip(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict of open_clip's `CLIP` under the names and in the layout of transformers' `CLIPModel`.
+
+    Attention: one matrix (3 D, D) for queries, keys and values becomes three. Projections: `x @ P` becomes `nn.Linear`, so P^T.
+    """
+    converted = {}
+    for name, tensor in tensors.items():
+        tower, rest = ("vision_model", name.removeprefix("visual.")) if name.startswith("visual.") else ("text_model", name)
+        if name in _TOP:
+            converted[_TOP[name]] = tensor if name == "logit_scale" else tensor.T.contiguous()
+        elif rest in _OUTSIDE_LAYERS:
+            converted[f"{tower}.{_OUTSIDE_LAYERS[rest]}"] = tensor
+        elif rest.startswith("transformer.resblocks."):
+            converted |= _layer(tower, rest.removeprefix("transformer.resblocks."), tensor)
+        else:
+            converted[name] = tensor  # unknown: refused by name
+    return converted
+
+
+_TOP = {"logit_scale": "logit_scale", "visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
+_OUTSIDE_LAYERS = {
+    "class_embedding": "embeddings.class_embedding",
+    "conv1.weight": "embeddings.patch_embedding.weight",
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_pre.weight": "pre_layrnorm.weight",
+    "ln_pre.bias": "pre_layrnorm.bias",
+    "ln_post.weight": "post_layernorm.weight",
+    "ln_post.bias": "post_layernorm.bias",
+    "ln_final.weight": "final_layer_norm.weight",
+    "ln_final.bias": "final_layer_norm.bias",
+}
+_IN_LAYERS = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
+
+
+def _layer(tower: str, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """`name`: for example `3.attn.in_proj_weight` or `3.ln_1.bias`."""
+    number, inside = name.split(".", 1)
+    prefix = f"{tower}.encoder.layers.{number}"
+    if inside.startswith("attn.in_proj_"):
+        kind = inside.removeprefix("attn.in_proj_")
+        return {f"{prefix}.self_attn.{part}_proj.{kind}": t.clone() for part, t in zip("qkv", tensor.chunk(3), strict=True)}
+    module, kind = inside.rsplit(".", 1)
+    return {f"{prefix}.{_IN_LAYERS.get(module, module)}.{kind}": tensor}
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except (KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{str(path)!r} holds no `state_dict` of plain tensors: download {WEIGHTS} again from xswu/HPSv2.") from error

@@ -1,0 +1,33 @@
+"""Pictures as vision towers read them, by torch operations alone, so that gradients reach the pixels.
+
+Libraries resize 8-bit pictures with Pillow, which rounds and clips after each of its two passes; here nothing is rounded or clipped.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def resize_and_crop(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Shorter side to `size` pixels, then the centre: (B, 3, H, W) to (B, 3, size, size), as transformers' `CLIPImageProcessor`."""
+    height, width = images.shape[-2:]
+    shorter = min(height, width)
+    images = _resize(images, size * height // shorter, size * width // shorter)
+    top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2
+    return images[..., top : top + size, left : left + size]
+
+
+def resize_and_pad(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Longer side to `size` pixels, then black around: (B, 3, H, W) to (B, 3, size, size), as HPSv2's `ResizeMaxSize`."""
+    height, width = images.shape[-2:]
+    scale = size / max(height, width)
+    images = _resize(images, round(height * scale), round(width * scale))
+    vertical, horizontal = size - images.shape[-2], size - images.shape[-1]
+    left, top = horizontal // 2, vertical // 2
+    return F.pad(images, (left, horizontal - left, top, vertical - top))
+
+
+def _resize(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    if images.shape[-2:] == (height, width):
+        return images
+    # With antialiasing torch uses Pillow's kernel (a = -1/2), without it another one (a = -3/4).
+    return F.interpolate(images, size=(height, width), mode="bicubic", antialias=True, align_corners=False)
