@@ -1,5 +1,6 @@
 """What all trainers share: probes, bad samples, averages, checkpoint files, wrong folders."""
 
+import asyncio
 import json
 import math
 
@@ -12,8 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainerCallback
 
 from flowrl_trainers.rewards import differentiable
+from flowrl_trainers.trainers.prompt_groups import Image
 
 from .test_adjoint_matching import constant, one_rollout, redness, trainer
+from .test_wrong_input import make
 from .tiny import tiny_sd3
 
 # ---- the probe ---------------------------------------------------------------------------------------------------------------
@@ -335,3 +338,25 @@ def test_constant_rewards_are_named(tmp_path, tiny_pipeline):
     t = trainer(tmp_path, tiny_pipeline, reward=differentiable(constant), reward_scale=None)
     with pytest.raises(ValueError, match="gradient is zero on the whole first rollout"):
         t.train()
+
+
+def test_asynchronous_rewards_look_at_pictures_while_the_next_are_decoded(tmp_path, monkeypatch):
+    """Each call ends only when the batch after its own has been decoded; of four batches the last has none after it."""
+    decoded, asked = [], []
+
+    async def patient(images, prompts, **columns):
+        asked.append(prompts)
+        for _ in range(500):
+            if len(decoded) >= min(len(asked) + 1, 4):
+                return images.mean(dim=(1, 2, 3))
+            await asyncio.sleep(0.01)
+        raise AssertionError("the next pictures were not decoded")
+
+    t = make("ACFlowTrainer", tmp_path, reward=patient, num_generations=2, decode_batch_size=1)
+    examples = [t.train_dataset[Image(row, row, 0)] for row in range(4)]
+    latents = t.initial_latents([e.key for e in examples], "test")
+    expected = t.flow.images(latents).mean(dim=(1, 2, 3))
+    images = t.flow.images
+    monkeypatch.setattr(t.flow, "images", lambda part: (decoded.append(len(part)), images(part))[1])
+    torch.testing.assert_close(t.score(latents, examples)[:, 0], expected)
+    assert (decoded, len(asked)) == ([1] * 4, 4)

@@ -1,15 +1,25 @@
 """Rewards: images and prompts in, one score per image out."""
 
+from .aesthetic import AestheticReward
 from .base import FunctionReward, Reward, differentiable
-from .clip import CLIPScore
+from .clip import CLIPScore, PickScore
+from .hpsv2 import HPSv2
+from .jpeg import JPEGCompressibility, JPEGIncompressibility
 from .named import NAMED_REWARDS, as_rewards
+from .remote import RemoteReward
 from .shapes import CheckerReward, ShapesReward
 
 __all__ = [
     "NAMED_REWARDS",
+    "AestheticReward",
     "CLIPScore",
     "CheckerReward",
     "FunctionReward",
+    "HPSv2",
+    "JPEGCompressibility",
+    "JPEGIncompressibility",
+    "PickScore",
+    "RemoteReward",
     "Reward",
     "ShapesReward",
     "as_rewards",

@@ -135,9 +135,9 @@ class ACFlowTrainer(FlowRLTrainer):
 
     def _shape(self, rollout: list[MicroBatch]) -> None:
         """(1), over the images of all processes; leaves `returns` (B,)."""
-        own = torch.cat([self.score(batch.tensors["final"], batch.examples) for batch in rollout])
-        self.log_rewards(own)
         final = torch.cat([batch.tensors["final"] for batch in rollout])
+        own = self.score(final, [e for batch in rollout for e in batch.examples])
+        self.log_rewards(own)
         bad, absent = own.isinf().any(dim=1) | ~final.flatten(1).isfinite().all(dim=1), own.isnan().all(dim=1)
         scores = torch.where(own.isinf(), torch.nan, own)
         if self.args.reward_shaping == "standardise":

@@ -39,7 +39,7 @@ from .loop_callback import LoopCallback
 from .micro_batch import MicroBatch
 from .prompt_groups import Example, Image, PromptDataset, PromptGroupSampler
 from .run_files import RunFiles
-from .scoring import call_rewards, score_with_gradient
+from .scoring import ask_rewards, call_rewards, score_with_gradient
 
 
 def _ignore(name: str, value: float) -> None:
@@ -439,15 +439,19 @@ class FlowRLTrainer(RunFiles, Trainer):
         return {"trainer_state": self.state, "log_metric": log_metric or self.log_metric, "log_extra": lambda name, values: None}
 
     def score(self, latents: torch.Tensor, examples: list[Example]) -> torch.Tensor:
-        """Scores (B, number of rewards) of the pictures of final latents (B, ...), without gradients."""
+        """Scores (B, number of rewards) of the pictures of final latents (B, ...), without gradients.
+
+        While asynchronous rewards look at the pictures of one decoded batch, the next is decoded.
+        """
         size = self.args.decode_batch_size or self.args.per_device_train_batch_size
+        scores: list[torch.Tensor] = []
+        asked: list[Callable[[], torch.Tensor]] = []
         with torch.no_grad():
-            return torch.cat(
-                [
-                    call_rewards(self.rewards, self.flow.images(part), examples[start : start + size], **self.reward_context())
-                    for start, part in zip(range(0, len(latents), size), latents.split(size), strict=True)
-                ]
-            )
+            for start, part in zip(range(0, len(latents), size), latents.split(size), strict=True):
+                images = self.flow.images(part)
+                scores += [answer() for answer in asked]
+                asked = [ask_rewards(self.rewards, images, examples[start : start + size], **self.reward_context())]
+            return torch.cat([*scores, *(answer() for answer in asked)])
 
     def score_with_gradient(self, latents: torch.Tensor, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores (B, number of rewards) of final latents, and the gradient (B, ...) of their weighted sum."""

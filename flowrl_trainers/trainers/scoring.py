@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,16 +19,26 @@ def call_rewards(rewards: list[Reward], images: torch.Tensor, examples: list[Exa
     NaN stands where a reward said None, and infinity where it gave a number that is not finite. Asynchronous rewards run together.
     context: passed on to every reward. Raises `ValueError` for a wrong number of scores.
     """
+    return ask_rewards(rewards, images, examples, **context)()
+
+
+def ask_rewards(rewards: list[Reward], images: torch.Tensor, examples: list[Example], **context: Any) -> Callable[[], torch.Tensor]:
+    """Call the rewards as `call_rewards` does; the asynchronous ones go on in a thread until what is returned waits for the scores."""
     columns = {name: [e.columns[name] for e in examples] for name in examples[0].columns}
     prompts = [e.prompt for e in examples]
     results = [reward(images=images, prompts=prompts, **columns, **context) for reward in rewards]
     waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
-    if waiting:
-        with ThreadPoolExecutor(1) as thread:  # a notebook's own thread already runs a loop
-            answers = thread.submit(asyncio.run, _together([results[i] for i in waiting])).result()
-        for i, result in zip(waiting, answers, strict=True):
-            results[i] = result
-    return torch.stack([_as_tensor(r, s, images) for r, s in zip(rewards, results, strict=True)], dim=1)
+    thread = ThreadPoolExecutor(1)  # a notebook's own thread already runs a loop
+    answers = thread.submit(asyncio.run, _together([results[i] for i in waiting])) if waiting else None
+    thread.shutdown(wait=False)
+
+    def scores() -> torch.Tensor:
+        if answers is not None:
+            for i, result in zip(waiting, answers.result(), strict=True):
+                results[i] = result
+        return torch.stack([_as_tensor(r, s, images) for r, s in zip(rewards, results, strict=True)], dim=1)
+
+    return scores
 
 
 async def _together(awaitables: list[Any]) -> list[Any]:

@@ -181,10 +181,10 @@ class TAFSGRPOTrainer(FlowRLTrainer):
         """Scores (B, N, number of rewards) of the clean estimates that the credit rule asks for; NaN elsewhere."""
         estimates = batch.tensors.pop("estimates")
         steps = estimates.shape[1]
-        asked = {"final": range(steps - 1, steps), "gain": range(steps)}.get(self.args.credit_rule, range(1, steps))
+        first = {"final": steps - 1, "gain": 0}.get(self.args.credit_rule, 1)
         scores = torch.full((len(estimates), steps, len(self.rewards)), torch.nan, device=estimates.device)
-        for step in asked:
-            scores[:, step] = self.score(estimates[:, step], batch.examples)
+        examples = [example for example in batch.examples for _ in range(first, steps)]
+        scores[:, first:] = self.score(estimates[:, first:].flatten(0, 1), examples).unflatten(0, (-1, steps - first))
         return scores
 
     def _log_steps(self, scores: torch.Tensor) -> None:

@@ -1,0 +1,99 @@
+"""A method on shapes against its own variants, several seeds each.
+
+    python benchmarks/variants.py ac_flow --out docs/tables/ac_flow_ablation.md
+    python benchmarks/variants.py tafs_grpo --out docs/tables/tafs_grpo_against_flow_grpo.md
+
+Every run is `flowrl demo` with the checker as its reward, in a folder of its own below `--folder`; one that has finished is not
+repeated. Variants that are compared at equal time get as many seconds of training as the first one took.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+# What differs from the method's demo.
+VARIANTS = {
+    "ac_flow": {
+        "as it is": {},
+        "no advantage clipping": {"advantage_clip": "none"},
+        "no warm-up": {"critic_warmup_max_steps": 0},
+        "no anchor": {"wasserstein_coefficient": 0.0},
+    },
+    "tafs_grpo": {
+        "TAFS-GRPO": {},
+        "Flow-GRPO": {
+            "kernel": "flow_grpo", "eta": 0.7, "credit_rule": "final", "log_prob_form": "gaussian", "epsilon": 1e-4,
+            "share_initial_noise": False,
+        },
+    },
+}  # fmt: skip
+
+
+def run(method: str, changes: dict, seed: int, updates: int, folder: Path) -> dict:
+    """The report of one demo, made unless it is there."""
+    report = folder / "metrics.json"
+    if not report.exists() or len(json.loads(report.read_text())) < 3:
+        settings = changes | {
+            "seed": seed,
+            "max_steps": updates,
+            "output_dir": folder,
+            "reward_funcs": "checker",
+            "eval_reward_funcs": "shapes",
+        }
+        flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+        command = [sys.executable, "-m", "flowrl_trainers.cli", "demo", "--trainer", method, *flags, "--disable_tqdm", "true"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return json.loads(report.read_text())
+
+
+def main() -> None:
+    """Run what is missing, print the table in Markdown, and write it where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method", choices=VARIANTS, help="The method.")
+    parser.add_argument("--seeds", type=int, default=3, help="The number of seeds.")
+    parser.add_argument("--updates", type=int, default=30, help="The updates of the first variant.")
+    parser.add_argument("--equal_time", action="store_true", help="Give the others as many updates as fit into the first one's seconds.")
+    parser.add_argument("--folder", type=Path, default=Path("variants"), help="The folder of the runs.")
+    parser.add_argument("--out", type=Path, default=None, help="A Markdown file to write.")
+    args = parser.parse_args()
+    reports: dict[str, list[dict]] = {}
+    updates = dict.fromkeys(VARIANTS[args.method], args.updates)
+    first = next(iter(updates))
+    for label, changes in tqdm(VARIANTS[args.method].items(), desc=args.method):
+        if args.equal_time and label != first:
+            probe = run(args.method, changes, 0, 4, args.folder / args.method / f"{label}, probe")
+            each = probe["seconds"]["training"] / 4
+            updates[label] = round(statistics.mean(r["seconds"]["training"] for r in reports[first]) / each)
+        place = args.folder / args.method / label
+        reports[label] = [run(args.method, changes, seed, updates[label], place / f"seed {seed}") for seed in range(args.seeds)]
+
+    lines = ["| variant | checker accuracy | rise, points | shapes reward | diversity, share of base | updates | seconds of training |"]
+    lines += ["|---|---:|---:|---:|---:|---:|---:|"]
+    for label, runs in reports.items():
+        figures = [
+            _spread([100 * r["tuned"]["checker_accuracy"] for r in runs], ".1f"),
+            _spread([100 * (r["tuned"]["checker_accuracy"] - r["base"]["checker_accuracy"]) for r in runs], "+.1f"),
+            _spread([r["tuned"]["reward/shapes"] for r in runs], ".3f"),
+            _spread([r["tuned"]["diversity"] / r["base"]["diversity"] for r in runs], ".2f"),
+            str(updates[label]),
+            _spread([r["seconds"]["training"] for r in runs], ".0f"),
+        ]
+        lines.append(f"| {label} | " + " | ".join(figures) + " |")
+    lines += ["", f"Mean and range over {args.seeds} seeds; reward: the checker; on a CPU, torch {torch.__version__}."]
+    print("\n".join(lines))
+    if args.out is not None:
+        args.out.write_text("\n".join(lines) + "\n")
+
+
+def _spread(values: list[float], form: str) -> str:
+    return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""`flowrl serve_reward NAME`: a reward behind HTTP, for `RemoteReward`."""
+
+import argparse
+import ipaddress
+import sys
+
+import torch
+
+from ..rewards import as_rewards
+from .run import _reward
+
+KEEP_ALIVE = 5  # seconds that a connection may idle
+MAX_CONNECTIONS = 64  # beyond which uvicorn answers 503, which RemoteReward waits through
+
+
+def serve_reward(arguments: list[str]) -> None:
+    """Load a reward and serve it until interrupted. Raises `ValueError` for wrong arguments, `RuntimeError` where starlette is missing."""
+    try:
+        import uvicorn
+
+        from ..rewards.server import Limits, reward_app
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"`flowrl serve_reward` needs {error.name}: pip install 'flowrl-trainers[server]'.") from error
+    defaults = Limits()
+    parser = argparse.ArgumentParser("flowrl serve_reward", description=__doc__, allow_abbrev=False)
+    parser.add_argument("NAME", help="A known reward such as 'shapes', or a function as 'module.function', looked up in this folder too.")
+    parser.add_argument("--host", default="127.0.0.1", help="The address to listen on. There is no authentication: keep it on loopback.")
+    parser.add_argument("--port", type=int, default=8000, help="The port to listen on; 0 takes a free one. Default: 8000.")
+    parser.add_argument("--max_pixels", type=int, default=defaults.max_pixels, help="The most pixels of a picture. Default: 2048 x 2048.")
+    parser.add_argument("--max_batch", type=int, default=defaults.max_batch, help="The most pictures of a request. Default: 32.")
+    parser.add_argument("--max_bytes", type=int, default=defaults.max_bytes, help="The most bytes of a request. Default: 64 MiB.")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where the reward computes.")
+    told = parser.parse_args(arguments)
+    limits = Limits(told.max_pixels, told.max_batch, told.max_bytes)
+    if not 0 <= told.port <= 65535:
+        raise ValueError(f"`port` ({told.port}) must be between 0 and 65535.")
+    if not _is_loopback(told.host):
+        print(
+            f"flowrl: {told.host} is not loopback, and whoever reaches it may use the reward, as there is no authentication: let only a "
+            "trusted network reach it, or stay on 127.0.0.1 and tunnel by ssh.",
+            file=sys.stderr,
+        )
+    (reward,) = as_rewards(_reward(told.NAME), "NAME")
+    app = reward_app(reward, limits, torch.device(told.device))
+    # The access log would be a line per request; the line that names the address stays.
+    uvicorn.run(
+        app, host=told.host, port=told.port, access_log=False, limit_concurrency=MAX_CONNECTIONS, timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=KEEP_ALIVE,
+    )  # fmt: skip
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
