@@ -5,7 +5,7 @@ import traceback
 from pathlib import Path
 
 METHODS = ("adjoint_matching", "vgg_flow", "ac_flow", "tafs_grpo")
-COMMANDS = (*METHODS, "demo", "serve_reward", "convert_sit", "env")
+COMMANDS = (*METHODS, "demo", "evaluate", "serve_reward", "convert_sit", "env")
 
 USAGE = """usage: flowrl COMMAND [--config run.yaml] [--field value ...] [--help]
 
@@ -16,6 +16,7 @@ commands:
   tafs_grpo          tune a pipeline as a few-step generator by policy gradients on its sampler's draws, for any reward
   demo               tune the embedded pipeline, print base and tuned on held-out prompts, and write the adapter and pictures;
                      `--trainer METHOD` takes another of the four than `adjoint_matching`
+  evaluate           measure adapters beside their base model, same prompts and seeds; writes a table and a picture
   serve_reward       serve a reward over HTTP, at 127.0.0.1:8000 by default, for `RemoteReward`: `flowrl serve_reward NAME`
   convert_sit        turn a checkpoint of SiT's original code into a pipeline folder: `flowrl convert_sit CHECKPOINT OUT`
   env                print the versions and devices that a bug report should have
@@ -68,6 +69,10 @@ def _run(command: str, arguments: list[str]) -> int:
             from .env import print_environment
 
             print_environment()
+        case "evaluate":
+            from .evaluate import evaluate
+
+            evaluate(arguments)
         case "serve_reward":
             from .serve_reward import serve_reward
 

@@ -3,15 +3,20 @@
 import sys
 from importlib import import_module
 
+import torch
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
 from ..hub.card import SHAPES
+from ..pipelines import families
 from ..rewards.named import RewardLike
 from ..shapes import load_pipeline, prompts
 from ..trainers import FlowRLConfig, FlowRLTrainer
 from .arguments import TRAINERS, RunArguments, parse
+
+EMBEDDED = ("shapes", SHAPES)
 
 
 def run(method: str, arguments: list[str]) -> None:
@@ -30,20 +35,25 @@ def make_trainer(method: str, told: RunArguments, config: FlowRLConfig) -> FlowR
     """The trainer that the arguments describe."""
     if not told.reward_funcs:
         raise ValueError("`reward_funcs` is empty: name at least one reward.")
-    rewards, judges = ([_reward(name) for name in names] for names in (told.reward_funcs, told.eval_reward_funcs))
+    rewards, judges = ([named_reward(name) for name in names] for names in (told.reward_funcs, told.eval_reward_funcs))
     lora = LoraConfig(r=told.lora_r, lora_alpha=told.lora_alpha, lora_dropout=told.lora_dropout, target_modules=told.lora_target_modules)
     return TRAINERS[method](
-        model=load_pipeline() if told.model in ("shapes", SHAPES) else told.model,
+        model=load_pipeline() if told.model in EMBEDDED else told.model,
         reward_funcs=rewards,
         args=config,
-        train_dataset=load_prompts(told, told.train_split),
-        eval_dataset=load_prompts(told, told.eval_split) if told.eval_split else None,
+        train_dataset=load_prompts(told.dataset, told.dataset_config, told.train_split),
+        eval_dataset=load_prompts(told.dataset, told.dataset_config, told.eval_split) if told.eval_split else None,
         eval_reward_funcs=judges or None,
         peft_config=lora if told.lora_r else None,
     )
 
 
-def _reward(name: str) -> RewardLike:
+def load_model(name: str) -> DiffusionPipeline:
+    """The pipeline of a Hub id or folder, or the embedded one. Raises `ValueError` for what is none."""
+    return load_pipeline() if name in EMBEDDED else families.load(name, torch.float32, {})
+
+
+def named_reward(name: str) -> RewardLike:
     """A name as it is; what has a dot as the function that it names."""
     if "." not in name:
         return name
@@ -55,13 +65,13 @@ def _reward(name: str) -> RewardLike:
         raise ValueError(f"The reward {name!r} cannot be imported ({error}): name it as 'module.function'.") from error
 
 
-def load_prompts(told: RunArguments, split: str) -> Dataset:
+def load_prompts(name: str, config: str | None, split: str) -> Dataset:
     """The prompts of one split."""
-    if told.dataset != "shapes":
+    if name != "shapes":
         try:
-            return load_dataset(told.dataset, told.dataset_config, split=split)
+            return load_dataset(name, config, split=split)
         except (OSError, ValueError, DatasetsError) as error:
-            raise ValueError(f"The prompts {told.dataset!r}, split {split!r}, cannot be loaded: {error}") from error
+            raise ValueError(f"The prompts {name!r}, split {split!r}, cannot be loaded: {error}") from error
     if split not in ("train", "held_out"):
         raise ValueError(f"The prompts of shapes have no split {split!r}: choose 'train' or 'held_out'.")
     return prompts("train" if split == "train" else "held_out")

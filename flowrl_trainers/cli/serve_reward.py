@@ -7,7 +7,7 @@ import sys
 import torch
 
 from ..rewards import as_rewards
-from .run import _reward
+from .run import named_reward
 
 KEEP_ALIVE = 5  # seconds that a connection may idle
 MAX_CONNECTIONS = 64  # beyond which uvicorn answers 503, which RemoteReward waits through
@@ -20,7 +20,7 @@ def serve_reward(arguments: list[str]) -> None:
 
         from ..rewards.server import Limits, reward_app
     except ModuleNotFoundError as error:
-        raise RuntimeError(f"`flowrl serve_reward` needs {error.name}: pip install 'flowrl-trainers[server]'.") from error
+        raise RuntimeError(f"`flowrl serve_reward` needs {error.name}: pip install 'flowrl-trainers[rewards]'.") from error
     defaults = Limits()
     parser = argparse.ArgumentParser("flowrl serve_reward", description=__doc__, allow_abbrev=False)
     parser.add_argument("NAME", help="A known reward such as 'shapes', or a function as 'module.function', looked up in this folder too.")
@@ -40,7 +40,7 @@ def serve_reward(arguments: list[str]) -> None:
             "trusted network reach it, or stay on 127.0.0.1 and tunnel by ssh.",
             file=sys.stderr,
         )
-    (reward,) = as_rewards(_reward(told.NAME), "NAME")
+    (reward,) = as_rewards(named_reward(told.NAME), "NAME")
     app = reward_app(reward, limits, torch.device(told.device))
     # The access log would be a line per request; the line that names the address stays.
     uvicorn.run(

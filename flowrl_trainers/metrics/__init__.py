@@ -1,6 +1,18 @@
 """What is measured of pictures beside their rewards."""
 
 from .diversity import diversity, diversity_by_prompt
+from .evaluate_metrics import CheckerAccuracy, Diversity, MeanReward, PriorPreservation
 from .image_statistics import colour_entropy, edge_density
+from .over_optimisation import signs_of_over_optimisation
 
-__all__ = ["colour_entropy", "diversity", "diversity_by_prompt", "edge_density"]
+__all__ = [
+    "CheckerAccuracy",
+    "Diversity",
+    "MeanReward",
+    "PriorPreservation",
+    "colour_entropy",
+    "diversity",
+    "diversity_by_prompt",
+    "edge_density",
+    "signs_of_over_optimisation",
+]

@@ -26,6 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from ..flow import euler_step
+from ..metrics import signs_of_over_optimisation
 from ..pipelines import Conditioning, FlowPipeline
 from ..rewards import as_rewards
 from ..rewards.named import RewardLike
@@ -542,6 +543,10 @@ class FlowRLTrainer(RunFiles, Trainer):
             base_pictures, tuned_pictures = self.pictures(dataset, self.args.log_images)
             if base_pictures.images.dim() == 4:  # a model of vectors has nothing to show
                 self.write_sheet(base_pictures, tuned_pictures)
+        trained, judges = ([r.name for r in rewards] for rewards in (self.rewards, self.eval_rewards))
+        signs = signs_of_over_optimisation(self.rows["base"], self.rows["tuned"], trained, judges)
+        if signs and self.is_world_process_zero():
+            logger.warning("The trained reward rose, but %s: it may have been hacked. Look at the pictures.", "; ".join(signs))
         self.seconds["evaluation"] = self.seconds.get("evaluation", 0.0) + time.perf_counter() - start
         metrics: dict[str, float] = {}
         for label, row in self.rows.items():

@@ -1,0 +1,152 @@
+"""`flowrl evaluate`: adapters beside their base model, on the same prompts and seeds."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from diffusers.loaders import PeftAdapterMixin
+from trl import TrlParser
+
+from ..hub import before_after
+from ..metrics import signs_of_over_optimisation
+from ..pipelines import FlowPipeline
+from ..rewards import CheckerReward, Reward, as_rewards
+from ..trainers import FlowRLConfig
+from ..trainers.conditioning import ConditioningCache
+from ..trainers.evaluation import Pictures, Sampler, draw_rows, evaluation_row
+from .run import load_model, load_prompts, named_reward
+
+SHOWN = 8
+
+
+@dataclass
+class EvaluateArguments:
+    """What `flowrl evaluate` is told."""
+
+    model: str = field(
+        metadata={"help": "The base pipeline: a Hub id, a folder, or 'shapes' for the small one that ships with the package."}
+    )
+    adapter: list[str] = field(metadata={"help": "The adapters, one or more: folders or Hub ids that `load_lora_weights` reads."})
+    rewards: list[str] = field(metadata={"help": "The rewards to measure, named as `reward_funcs` of a run."})
+    dataset: str = field(default="shapes", metadata={"help": "The prompts: a data set of the Hub, a folder, or 'shapes'."})
+    dataset_config: str | None = field(default=None, metadata={"help": "The configuration of the data set, where it has several."})
+    split: str = field(default="held_out", metadata={"help": "The split of the prompts."})
+    trained: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Those of the rewards that the adapters were trained on, to tell a hacked one. Default: none."},
+    )
+    pictures_per_prompt: int = field(default=4, metadata={"help": "The pictures of each prompt; diversity needs two."})
+    num_inference_steps: int = field(default=20, metadata={"help": "The number of sampler steps."})
+    guidance_scale: float | None = field(default=None, metadata={"help": "The guidance scale; 1 is off. Default: the pipeline's own."})
+    max_sequence_length: int | None = field(default=None, metadata={"help": "The number of prompt tokens. Default: the pipeline's own."})
+    batch_size: int = field(default=16, metadata={"help": "The pictures drawn at a time."})
+    seed: int = field(default=42, metadata={"help": "The seed of all pictures; 42 is that of a run's own evaluation."})
+    out: str = field(default="flowrl-evaluation", metadata={"help": "The folder for table.md, table.json and pictures.png."})
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Draw, score, print the table and write the files. Raises `ValueError` for wrong arguments."""
+    parser = TrlParser([EvaluateArguments], prog="flowrl evaluate", usage="flowrl evaluate --model M --adapter A ... --rewards R ...")
+    (told,) = parser.parse_args_and_config(arguments)
+    if told.pictures_per_prompt < 1 or told.batch_size < 1 or told.num_inference_steps < 1:
+        raise ValueError("`pictures_per_prompt`, `batch_size` and `num_inference_steps` must be at least 1.")
+    labels = [Path(name).name for name in told.adapter]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"`adapter` has two of the same name ({', '.join(labels)}): rename a folder, so that rows can be told apart.")
+    unknown = set(told.trained) - set(told.rewards)
+    if unknown:
+        raise ValueError(f"`trained` names {', '.join(sorted(unknown))}, which `rewards` does not: add it there.")
+    folder = Path(told.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, pictures = _rows(told, labels)
+    table = _table(rows, told)
+    (folder / "table.md").write_text(table + "\n")
+    (folder / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
+    sheet, _ = before_after(
+        pictures["base"].prompts, {name: p.images for name, p in pictures.items()}, _right(pictures), columns=min(SHOWN, 4)
+    )
+    sheet.save(folder / "pictures.png")
+    print(f"\n{table}\n")
+    for label in labels:
+        judges = [name for name in told.rewards if name not in told.trained]
+        signs = signs_of_over_optimisation(rows["base"], rows[label], told.trained, judges) if told.trained else []
+        if signs:
+            print(f"{label}: the trained reward rose, but {'; '.join(signs)}: it may have been hacked.")
+    print(f"table.md, table.json and pictures.png are in {folder}/.")
+
+
+def _rows(told: EvaluateArguments, labels: list[str]) -> tuple[dict[str, dict[str, float]], dict[str, Pictures]]:
+    """The row and some pictures of the base model and of every adapter."""
+    pipeline = load_model(told.model)
+    settings = {"guidance_scale": told.guidance_scale, "max_sequence_length": told.max_sequence_length}
+    flow = FlowPipeline.from_pipeline(pipeline, **settings)
+    transformer: PeftAdapterMixin | Any = flow.transformer
+    args = FlowRLConfig(
+        output_dir=told.out, num_inference_steps=told.num_inference_steps, per_device_eval_batch_size=told.batch_size, seed=told.seed,
+        report_to="none",
+    )  # fmt: skip
+    accelerator, rewards = Accelerator(), as_rewards([named_reward(name) for name in told.rewards], "rewards")
+    for part in [transformer, *flow.decoders(), *rewards]:
+        part.to(accelerator.device)
+    prompts = load_prompts(told.dataset, told.dataset_config, told.split)
+    dataset = Dataset.from_list([row for _ in range(told.pictures_per_prompt) for row in prompts])
+    cache = ConditioningCache(flow)
+    cache.encode(list(prompts["prompt"]), accelerator.device, show_progress=True)
+    sigmas = flow.sigmas(told.num_inference_steps).to(accelerator.device)
+
+    def ode(network: torch.nn.Module, latents: torch.Tensor, conditioning: Any, generators: list[torch.Generator]) -> torch.Tensor:
+        return flow.sample_latents(network, conditioning, latents, sigmas)
+
+    rows, pictures = {}, {}
+    for label, source in [("base", None), *zip(labels, told.adapter, strict=True)]:
+        if source is not None:
+            _load_adapter(pipeline, source, label)
+        rows[label], pictures[label] = _row(flow, transformer, cache, dataset, rewards, ode, args, accelerator, label)
+        if source is not None:
+            pipeline.delete_adapters(label)
+    return rows, pictures
+
+
+def _load_adapter(pipeline: Any, source: str, label: str) -> None:
+    try:
+        pipeline.load_lora_weights(source, adapter_name=label)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The adapter {source!r} cannot be loaded: {error}") from error
+
+
+def _row(
+    flow: FlowPipeline,
+    transformer: Any,
+    cache: ConditioningCache,
+    dataset: Dataset,
+    rewards: list[Reward],
+    sampler: Sampler,
+    args: FlowRLConfig,
+    accelerator: Accelerator,
+    label: str,
+) -> tuple[dict[str, float], Pictures]:
+    context: dict[str, Any] = {"trainer_state": None, "log_metric": lambda name, value: None, "log_extra": lambda name, values: None}
+    transformer.eval()
+    row = evaluation_row(flow, transformer, cache, dataset, rewards, sampler, args, accelerator, label, context)
+    return row, draw_rows(flow, transformer, cache, dataset, SHOWN, rewards, sampler, args, accelerator, context)
+
+
+def _right(pictures: dict[str, Pictures]) -> dict[str, list[bool]] | None:
+    """Which pictures the checker accepts, where it was asked."""
+    if CheckerReward.name not in pictures["base"].scores:
+        return None
+    return {label: [score == 1 for score in p.scores[CheckerReward.name]] for label, p in pictures.items()}
+
+
+def _table(rows: dict[str, dict[str, float]], told: EvaluateArguments) -> str:
+    names = list({name: None for row in rows.values() for name in row})
+    lines = ["| model | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    for label, row in rows.items():
+        lines.append(f"| {label} | " + " | ".join(f"{row[name]:.3f}" if name in row else "" for name in names) + " |")
+    guidance = "the pipeline's own guidance scale" if told.guidance_scale is None else f"guidance scale {told.guidance_scale:g}"
+    drawn = f"{told.pictures_per_prompt} pictures of each prompt, the same seeds for all rows"
+    return "\n".join([*lines, "", f"{drawn}, {told.num_inference_steps} steps of the ODE, {guidance}."])

@@ -1,0 +1,105 @@
+"""`flowrl evaluate` measures what a run's own evaluation measures, and a hacked reward is told from better pictures."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from PIL import Image
+
+from flowrl_trainers import VGGFlowConfig, VGGFlowTrainer
+from flowrl_trainers.metrics import signs_of_over_optimisation
+from flowrl_trainers.rewards import differentiable
+from flowrl_trainers.shapes import prompts
+
+FLOWRL = Path(sys.executable).parent / "flowrl"
+SHORT = ["--num_inference_steps", "3", "--seed", "7"]
+
+
+def flowrl(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([FLOWRL, *arguments], capture_output=True, text=True, cwd=folder)
+
+
+def test_the_rows_are_those_of_the_demo(tmp_path):
+    demo = flowrl(
+        tmp_path, "demo", "--trainer", "vgg_flow", "--max_steps", "1", "--per_device_train_batch_size", "4", "--timestep_bins", "2",
+        "--output_dir", "tuned", *SHORT,
+    )  # fmt: skip
+    assert demo.returncode == 0, demo.stderr
+    shared = ["evaluate", "--model", "shapes", "--rewards", "shapes", "checker", "--trained", "shapes", "--batch_size", "55",
+              "--guidance_scale", "1", "--max_sequence_length", "8", *SHORT]  # fmt: skip
+    done = flowrl(tmp_path, *shared, "--adapter", "tuned", "--out", "measured")
+    assert done.returncode == 0, done.stderr
+    rows, report = (json.loads((tmp_path / name).read_text()) for name in ("measured/table.json", "tuned/metrics.json"))
+    assert list(rows) == ["base", "tuned"]
+    for label, row in rows.items():
+        for name, value in row.items():
+            assert value == pytest.approx(report[label][name], abs=1e-5), (label, name)
+    table = (tmp_path / "measured" / "table.md").read_text()
+    assert table in done.stdout
+    assert "3 steps of the ODE, guidance scale 1" in table
+    assert Image.open(tmp_path / "measured" / "pictures.png").width > 400
+
+    for changes, sentence in (
+        (["--adapter", "nowhere"], "The adapter 'nowhere' cannot be loaded"),
+        (["--adapter", "tuned", "./tuned"], "`adapter` has two of the same name (tuned, tuned)"),
+        (["--adapter", "tuned", "--trained", "taste"], "`trained` names taste, which `rewards` does not"),
+        (["--adapter", "tuned", "--pictures_per_prompt", "0"], "must be at least 1"),
+    ):
+        wrong = flowrl(tmp_path, *shared, *changes)
+        assert wrong.returncode == 2
+        assert sentence in wrong.stderr
+
+
+# ---- hacked rewards -----------------------------------------------------------------------------------------------------------
+
+
+def test_signs_of_over_optimisation():
+    base = {"reward/a": 0.2, "reward/judge": 0.5, "diversity": 0.4, "edge_density": 0.1, "colour_entropy": 2.0}
+    better = {"reward/a": 0.9, "reward/judge": 0.6, "diversity": 0.35, "edge_density": 0.12, "colour_entropy": 1.8}
+    assert signs_of_over_optimisation(base, better, ["a"], ["judge"]) == []
+    hacked = {"reward/a": 0.9, "reward/judge": 0.3, "diversity": 0.2, "edge_density": 0.02, "colour_entropy": 0.5}
+    judge, diversity, edges, colours = signs_of_over_optimisation(base, hacked, ["a"], ["judge"])
+    assert judge == "judge, which training never saw, fell from 0.5 to 0.3"
+    assert diversity == "diversity fell from 0.4 to 0.2"
+    assert edges == "edge density went from 0.1 to 0.02"
+    assert colours == "colour entropy went from 2 to 0.5"
+    assert signs_of_over_optimisation(base, hacked | {"reward/a": 0.1}, ["a"], ["judge"]) == []  # nothing was gained by it
+    lost = {k: v for k, v in better.items() if k != "diversity"}
+    assert signs_of_over_optimisation(base, lost, ["a"], ["judge"]) == ["diversity fell from 0.4 to 0"]
+
+
+@differentiable
+def whiteness(images, prompts, **columns):
+    return images.mean(dim=(1, 2, 3))
+
+
+def test_a_planted_hack_shows_in_the_table_and_the_log(tmp_path, shapes_pipeline, caplog):
+    """A reward that pays for white pixels: it rises, and everything that was not trained on falls."""
+    config = VGGFlowConfig(
+        output_dir=str(tmp_path), max_steps=25, per_device_train_batch_size=16, num_inference_steps=6, value_network="none",
+        control_to_velocity_ratio=2.0, learning_rate=3e-3, guidance_scale=1.0, max_sequence_length=8, per_device_eval_batch_size=32,
+        save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    held_out = Dataset.from_dict({"prompt": prompts("held_out")["prompt"][:16] * 4})
+    t = VGGFlowTrainer(
+        shapes_pipeline, whiteness, config, prompts("train"), eval_dataset=held_out, eval_reward_funcs=["shapes", "checker"],
+        peft_config=LoraConfig(r=16, lora_alpha=32),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    t.train()
+    with caplog.at_level(logging.WARNING):
+        t.evaluate()
+    base, tuned = t.rows["base"], t.rows["tuned"]
+    assert tuned["reward/whiteness"] > base["reward/whiteness"] + 0.02
+    assert tuned["reward/shapes"] < base["reward/shapes"] - 0.1
+    assert tuned["checker_accuracy"] <= base["checker_accuracy"]
+    assert "The trained reward rose, but shapes, which training never saw, fell from" in caplog.text
+    assert "it may have been hacked" in caplog.text
+    t.save_model()
+    assert "whiteness" in (tmp_path / "README.md").read_text()
