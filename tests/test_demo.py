@@ -58,7 +58,7 @@ def assert_stock_diffusers_redraws_the_tuned_row(folder: Path, steps: int) -> No
 
 
 SHORT = {
-    "adjoint_matching": ["--num_inference_steps", "3", "--adjoint_steps", "2"],
+    "adjoint_matching": ["--num_inference_steps", "3", "--eval_num_inference_steps", "3", "--adjoint_steps", "2"],
     "vgg_flow": ["--num_inference_steps", "3", "--timestep_bins", "2"],
     "ac_flow": [
         "--num_inference_steps",

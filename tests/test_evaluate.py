@@ -47,9 +47,11 @@ def test_the_rows_are_those_of_the_demo(tmp_path):
 
     for changes, sentence in (
         (["--adapter", "nowhere"], "The adapter 'nowhere' cannot be loaded"),
-        (["--adapter", "tuned", "./tuned"], "`adapter` has two of the same name (tuned, tuned)"),
+        (["--adapter", "tuned", "./tuned"], "`adapter` has two of the same name, or one called 'base' (tuned, tuned)"),
         (["--adapter", "tuned", "--trained", "taste"], "`trained` names taste, which `rewards` does not"),
         (["--adapter", "tuned", "--pictures_per_prompt", "0"], "must be at least 1"),
+        (["--adapter", "tuned", "--dtype", "int8"], "`dtype` is 'int8': choose float32"),
+        (["--adapter", "tuned", "--colour", "red"], "colour"),
     ):
         wrong = flowrl(tmp_path, *shared, *changes)
         assert wrong.returncode == 2

@@ -39,9 +39,7 @@ def seeds(count: int) -> list[torch.Generator]:
 def stock(family: str, pipeline, flow: FlowPipeline, steps: int = 4) -> torch.Tensor:
     """The pictures of the pipeline's own `__call__`, with the arguments that a card would show."""
     arguments = flow.call_arguments()
-    if family == "sana":  # pictures of the size asked for
-        arguments |= {"use_resolution_binning": False}
-    elif "negative_prompt" in arguments:
+    if "negative_prompt" in arguments and family != "sana":
         arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(PROMPTS)
     return pipeline(prompt=list(PROMPTS), num_inference_steps=steps, generator=seeds(2), output_type="pt", **arguments).images
 
@@ -54,7 +52,7 @@ def test_parity_with_the_stock_pipeline(family, guidance, size):
     ours, theirs = flow.sample(PROMPTS, 4, generator=seeds(2)), stock(family, pipeline, flow)
     assert ours.shape == (2, 3, size["height"], size["width"])
     assert theirs.std() > 0.05  # there is something to compare
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", [f for f, cases in GUIDANCE.items() if len(cases) == 2])
@@ -64,7 +62,7 @@ def test_guidance_makes_a_difference(family):
         FlowPipeline.from_pipeline(pipeline, height=32, width=32, **FAMILIES[family][1], **g).sample(PROMPTS, 4, generator=seeds(2))
         for g in (first, second)
     ]
-    assert (drawn[0] - drawn[1]).abs().max() > 1e-5  # parity is held to 1e-4, but rounding is below 1e-6
+    assert (drawn[0] - drawn[1]).abs().max() > 1e-4  # parity is held to 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -100,6 +98,7 @@ def test_gradients_reach_the_latents_through_decode(family):
     with torch.no_grad():
         numeric = (brightness(x + 1e-3 * direction) - brightness(x - 1e-3 * direction)) / 2e-3
     assert float((gradient * direction).sum()) == pytest.approx(float(numeric), rel=5e-3)
+    assert flow.decode(100 * x.detach()).abs().max() > 1.5  # nothing clamps
     assert gradient.abs().amin() > 0 or (gradient != 0).float().mean() > 0.99  # every part of the packing is reached
 
 
@@ -132,7 +131,9 @@ def test_an_update_changes_the_adapter_alone_and_the_stock_loader_reads_it(tmp_p
     prompts = Dataset.from_dict({"prompt": [*PROMPTS, "a blue cross", "a red diamond"]})
     t = cls(pipeline, redness, config, prompts, peft_config=LoraConfig(r=2, lora_alpha=6))
     t.train()
-    assert all(torch.equal(before[name], value) for name, value in _base(t.flow.transformer).items() if name in before)
+    after = _base(t.flow.transformer)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(before[name], value) for name, value in after.items())
     assert any(p.abs().max() > 0 for name, p in t.model.named_parameters() if "lora_B" in name)
     t.save_model()
     fresh = tiny(family)

@@ -158,8 +158,8 @@ def tiny_qwen_image() -> QwenImagePipeline:
         latents_std=[1.2, 0.9, 1.1, 1.0],
     ).eval()  # fmt: skip
     return QwenImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(**DYNAMIC), vae=vae, transformer=awaken(transformer), tokenizer=qwen_tokenizer(),
-        text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(**DYNAMIC, shift_terminal=0.02), vae=vae, transformer=awaken(transformer),
+        tokenizer=qwen_tokenizer(), text_encoder=Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval(),
     )  # fmt: skip
 
 

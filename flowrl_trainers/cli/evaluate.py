@@ -16,11 +16,14 @@ from ..metrics import signs_of_over_optimisation
 from ..pipelines import FlowPipeline
 from ..rewards import CheckerReward, Reward, as_rewards
 from ..trainers import FlowRLConfig
+from ..trainers.base_trainer import SETTINGS
 from ..trainers.conditioning import ConditioningCache
 from ..trainers.evaluation import Pictures, Sampler, draw_rows, evaluation_row
 from .run import load_model, load_prompts, named_reward
 
 SHOWN = 8
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ADAPTER = "measured"  # a row's label may hold a dot, an adapter's name may not
 
 
 @dataclass
@@ -41,8 +44,14 @@ class EvaluateArguments:
     )
     pictures_per_prompt: int = field(default=4, metadata={"help": "The pictures of each prompt; diversity needs two."})
     num_inference_steps: int = field(default=20, metadata={"help": "The number of sampler steps."})
-    guidance_scale: float | None = field(default=None, metadata={"help": "The guidance scale; 1 is off. Default: the pipeline's own."})
+    guidance_scale: float | None = field(
+        default=None, metadata={"help": "The guidance scale; 1 is off, 0 for Z-Image. Default: the pipeline's own."}
+    )
+    negative_prompt: str | None = field(default=None, metadata={"help": "What guidance leads away from. Default: the pipeline's own."})
+    height: int | None = field(default=None, metadata={"help": "The height of pictures in pixels. Default: the pipeline's own."})
+    width: int | None = field(default=None, metadata={"help": "The width of pictures in pixels. Default: the pipeline's own."})
     max_sequence_length: int | None = field(default=None, metadata={"help": "The number of prompt tokens. Default: the pipeline's own."})
+    dtype: str = field(default="float32", metadata={"help": "The precision of the networks: float32, bfloat16 or float16."})
     batch_size: int = field(default=16, metadata={"help": "The pictures drawn at a time."})
     seed: int = field(default=42, metadata={"help": "The seed of all pictures; 42 is that of a run's own evaluation."})
     out: str = field(default="flowrl-evaluation", metadata={"help": "The folder for table.md, table.json and pictures.png."})
@@ -50,13 +59,15 @@ class EvaluateArguments:
 
 def evaluate(arguments: list[str]) -> None:
     """Draw, score, print the table and write the files. Raises `ValueError` for wrong arguments."""
-    parser = TrlParser([EvaluateArguments], prog="flowrl evaluate", usage="flowrl evaluate --model M --adapter A ... --rewards R ...")
-    (told,) = parser.parse_args_and_config(arguments)
+    told = _parse(arguments)
     if told.pictures_per_prompt < 1 or told.batch_size < 1 or told.num_inference_steps < 1:
         raise ValueError("`pictures_per_prompt`, `batch_size` and `num_inference_steps` must be at least 1.")
-    labels = [Path(name).name for name in told.adapter]
-    if len(set(labels)) < len(labels):
-        raise ValueError(f"`adapter` has two of the same name ({', '.join(labels)}): rename a folder, so that rows can be told apart.")
+    labels = [Path(name).name or Path(name).resolve().name for name in told.adapter]
+    if len({"base", *labels}) <= len(labels):
+        raise ValueError(
+            f"`adapter` has two of the same name, or one called 'base' ({', '.join(labels)}): rename a folder, so that rows can be "
+            "told apart."
+        )
     unknown = set(told.trained) - set(told.rewards)
     if unknown:
         raise ValueError(f"`trained` names {', '.join(sorted(unknown))}, which `rewards` does not: add it there.")
@@ -67,7 +78,9 @@ def evaluate(arguments: list[str]) -> None:
     (folder / "table.md").write_text(table + "\n")
     (folder / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
     sheet, _ = before_after(
-        pictures["base"].prompts, {name: p.images for name, p in pictures.items()}, _right(pictures), columns=min(SHOWN, 4)
+        pictures["base"].prompts,
+        {name: p.images for name, p in pictures.items()},
+        _right(pictures),
     )
     sheet.save(folder / "pictures.png")
     print(f"\n{table}\n")
@@ -79,18 +92,34 @@ def evaluate(arguments: list[str]) -> None:
     print(f"table.md, table.json and pictures.png are in {folder}/.")
 
 
+def _parse(arguments: list[str]) -> EvaluateArguments:
+    usage = "flowrl evaluate --model M --adapter A ... --rewards R ... [--field value ...]"
+    parser = TrlParser([EvaluateArguments], prog="flowrl evaluate", usage=usage, allow_abbrev=False)
+    try:
+        (told,) = parser.parse_args_and_config(arguments)
+    except (ValueError, OSError) as error:
+        raise ValueError(str(error)) from error
+    for name in ("adapter", "rewards", "trained"):  # a single name in YAML is a string
+        if isinstance(getattr(told, name), str):
+            setattr(told, name, [getattr(told, name)])
+    if told.dtype not in DTYPES:
+        raise ValueError(f"`dtype` is {told.dtype!r}: choose {', '.join(DTYPES)}.")
+    return told
+
+
 def _rows(told: EvaluateArguments, labels: list[str]) -> tuple[dict[str, dict[str, float]], dict[str, Pictures]]:
     """The row and some pictures of the base model and of every adapter."""
-    pipeline = load_model(told.model)
-    settings = {"guidance_scale": told.guidance_scale, "max_sequence_length": told.max_sequence_length}
-    flow = FlowPipeline.from_pipeline(pipeline, **settings)
+    pipeline = load_model(told.model, DTYPES[told.dtype])
+    flow = FlowPipeline.from_pipeline(pipeline, **{name: getattr(told, name) for name in SETTINGS})
     transformer: PeftAdapterMixin | Any = flow.transformer
     args = FlowRLConfig(
         output_dir=told.out, num_inference_steps=told.num_inference_steps, per_device_eval_batch_size=told.batch_size, seed=told.seed,
         report_to="none",
     )  # fmt: skip
     accelerator, rewards = Accelerator(), as_rewards([named_reward(name) for name in told.rewards], "rewards")
-    for part in [transformer, *flow.decoders(), *rewards]:
+    for module in flow.decoders():
+        module.to(accelerator.device, torch.float32)
+    for part in [transformer, *rewards]:
         part.to(accelerator.device)
     prompts = load_prompts(told.dataset, told.dataset_config, told.split)
     dataset = Dataset.from_list([row for _ in range(told.pictures_per_prompt) for row in prompts])
@@ -104,16 +133,16 @@ def _rows(told: EvaluateArguments, labels: list[str]) -> tuple[dict[str, dict[st
     rows, pictures = {}, {}
     for label, source in [("base", None), *zip(labels, told.adapter, strict=True)]:
         if source is not None:
-            _load_adapter(pipeline, source, label)
+            _load_adapter(pipeline, source)
         rows[label], pictures[label] = _row(flow, transformer, cache, dataset, rewards, ode, args, accelerator, label)
         if source is not None:
-            pipeline.delete_adapters(label)
+            pipeline.delete_adapters(ADAPTER)
     return rows, pictures
 
 
-def _load_adapter(pipeline: Any, source: str, label: str) -> None:
+def _load_adapter(pipeline: Any, source: str) -> None:
     try:
-        pipeline.load_lora_weights(source, adapter_name=label)
+        pipeline.load_lora_weights(source, adapter_name=ADAPTER)
     except (OSError, ValueError) as error:
         raise ValueError(f"The adapter {source!r} cannot be loaded: {error}") from error
 

@@ -48,9 +48,9 @@ def make_trainer(method: str, told: RunArguments, config: FlowRLConfig) -> FlowR
     )
 
 
-def load_model(name: str) -> DiffusionPipeline:
+def load_model(name: str, dtype: torch.dtype) -> DiffusionPipeline:
     """The pipeline of a Hub id or folder, or the embedded one. Raises `ValueError` for what is none."""
-    return load_pipeline() if name in EMBEDDED else families.load(name, torch.float32, {})
+    return load_pipeline() if name in EMBEDDED else families.load(name, dtype, {})
 
 
 def named_reward(name: str) -> RewardLike:

@@ -16,7 +16,7 @@ class CardFacts:
 
     base_model: a Hub id, `flowrl_trainers.shapes`, or None if it is known under no name others could load. rows: `base` and `tuned`
     of the last evaluation, empty if there was none. sampling: the arguments of the pipeline's call; sampling_note: what they leave
-    unsaid; renoises: whether its sampler draws all noise afresh at every step. loader: module and class that load the base model.
+    unsaid; scheduler: the expression of that which the pipeline needs, None for its own. loader: module and class that load the base model.
     picture: the path of a sheet beside the card.
     """
 
@@ -34,7 +34,7 @@ class CardFacts:
     repository: str | None = None
     dataset: str | None = None
     sampling_note: str = ""
-    renoises: bool = False
+    scheduler: str | None = None
     loader: tuple[str, str] = ("diffusers", "DiffusionPipeline")
 
 
@@ -89,8 +89,8 @@ def _usage(facts: CardFacts) -> str:
         load += f'\npipe.load_lora_weights("{here}")'
     else:
         load += f'\npipe.transformer = type(pipe.transformer).from_pretrained("{here}", subfolder="transformer")'
-    if facts.renoises:
-        load += "\npipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, stochastic_sampling=True)"
+    if facts.scheduler is not None:
+        load += f"\npipe.scheduler = {facts.scheduler}"
     arguments = ", ".join(f"{name}={value!r}" for name, value in facts.sampling.items())
     return f'```python\n{load}\nimage = pipe("your prompt", {arguments}).images[0]\n```'
 

@@ -1,6 +1,7 @@
 """`FlowPipeline`: everything that the trainers need of a model, and nothing else."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -28,6 +29,9 @@ class FlowPipeline(ABC):
 
     lora_target_modules: ClassVar[list[str]] = []
     """The names of the layers that a LoRA adapts unless told otherwise."""
+
+    lora_exclude_modules: Sequence[str] = ()
+    """Layers among them that a LoRA must leave out, because they reach nothing."""
 
     default_settings: ClassVar[dict[str, Any]] = {}
     """The settings that a family understands, with its defaults."""
@@ -89,6 +93,13 @@ class FlowPipeline(ABC):
     def loader(self) -> tuple[str, str]:
         """Module and class that load the pipeline, for cards."""
         return "diffusers", "DiffusionPipeline"
+
+    def scheduler_code(self, renoises: bool) -> str | None:
+        """The Python expression of the scheduler with which the stock pipeline `pipe` draws as here, for cards; None for its own.
+
+        renoises: whether the sampler draws all noise afresh at every step.
+        """
+        return None
 
     def advice(self, num_inference_steps: int) -> list[str]:
         """Sentences about settings that do not suit the model, which a trainer logs as warnings."""

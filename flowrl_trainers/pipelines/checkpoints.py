@@ -31,7 +31,7 @@ class Checkpoint:
                 f"{self.id} is not distilled, and its card advises {self.steps} steps: with {num_inference_steps} its pictures are blurred "
                 "before tuning."
             )
-        if self.distilled and guidance_scale > 1:
+        if self.distilled and guidance_scale > self.guidance:
             said.append(f"{self.id} is distilled, but `guidance_scale` is {guidance_scale}: set {self.guidance:g}.")
         return said
 

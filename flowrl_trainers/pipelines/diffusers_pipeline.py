@@ -103,6 +103,11 @@ class DiffusersFlowPipeline(FlowPipeline):
         known = CHECKPOINTS.get(self.name or "")
         return [] if known is None else known.advice(num_inference_steps, self.settings["guidance_scale"])
 
+    def scheduler_code(self, renoises: bool) -> str | None:
+        # A stock grid may be pulled down to near zero at its end, which the sampler that re-noises is not.
+        changed = "type(pipe.scheduler).from_config(pipe.scheduler.config, stochastic_sampling=True, shift_terminal=None)"
+        return changed if renoises else None
+
     def text_encoders(self) -> list[nn.Module]:
         parts = self.pipeline.components
         return [parts[name] for name in sorted(parts) if name.startswith("text_encoder") and parts[name] is not None]
@@ -139,6 +144,7 @@ class DiffusersFlowPipeline(FlowPipeline):
             case "pipeline":
                 levels = self._spacing(num_inference_steps)
             case "uniform":
+                scheduler.register_to_config(shift_terminal=None)  # it would pull the last level down to near zero
                 levels = uniform
             case _:
                 raise ValueError(f"`spacing` is {spacing!r}: choose 'pipeline' or 'uniform'.")

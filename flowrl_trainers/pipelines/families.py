@@ -53,7 +53,7 @@ def wrap(pipeline: Any, settings: dict[str, Any]) -> FlowPipeline:
             "subclass `FlowPipeline`."
         )
     scheduler = pipeline.components["scheduler"]
-    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not _is_sanas(scheduler):
+    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not (family is SanaFlowPipeline and _is_sanas(scheduler)):
         raise ValueError(
             f"The pipeline's scheduler is {type(scheduler).__name__}, which is not the Euler sampler of flow matching: set "
             "`pipeline.scheduler` to a `FlowMatchEulerDiscreteScheduler` if the model was trained by flow matching."

@@ -31,9 +31,16 @@ class QwenImageFlowPipeline(DiffusersFlowPipeline):
     }
     most_tokens: ClassVar[int] = 1024
 
+    def __init__(self, pipeline: Any, **settings: Any) -> None:
+        super().__init__(pipeline, **settings)
+        # The text output of the last block goes nowhere, and DDP would wait for its gradient.
+        self.lora_exclude_modules = [f"transformer_blocks.{len(self.transformer.transformer_blocks) - 1}.attn.to_add_out"]
+
     def call_arguments(self) -> dict[str, Any]:
         arguments = super().call_arguments()
-        return arguments | {"true_cfg_scale": arguments.pop("guidance_scale")}
+        # Without a negative prompt, an empty one too, the stock pipeline does not guide.
+        negative = {"negative_prompt": self.settings["negative_prompt"]} if self.guided else {}
+        return arguments | {"true_cfg_scale": arguments.pop("guidance_scale")} | negative
 
     def _encode(self, prompts: list[str], negative: bool) -> Conditioning:
         embeds, mask = self.pipeline.encode_prompt(
@@ -79,4 +86,7 @@ class QwenImageFlowPipeline(DiffusersFlowPipeline):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         config = self.pipeline.vae.config
         mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std))
-        return self._decoded((latents * std + mean)[:, :, None])[:, :, 0]
+        vae = self.pipeline.vae
+        # `vae.decode` clamps, which would kill gradients; for a single frame this is the same without it.
+        frame = vae.post_quant_conv((latents * std + mean)[:, :, None].to(vae.dtype))
+        return vae.decoder(frame)[:, :, 0].float() / 2 + 0.5

@@ -43,6 +43,15 @@ class SanaFlowPipeline(DiffusersFlowPipeline):
             return FlowMatchEulerDiscreteScheduler(shift=self.pipeline.scheduler.config.flow_shift)
         return super().scheduler()
 
+    def call_arguments(self) -> dict[str, Any]:
+        return super().call_arguments() | {"use_resolution_binning": False}
+
+    def scheduler_code(self, renoises: bool) -> str | None:
+        if not isinstance(self.pipeline.scheduler, DPMSolverMultistepScheduler):
+            return super().scheduler_code(renoises)
+        stochastic = ", stochastic_sampling=True" if renoises else ""
+        return f"FlowMatchEulerDiscreteScheduler(shift={self.scheduler().config.shift:g}{stochastic})  # of diffusers"
+
     def default_size(self) -> int:
         return self.transformer.config.sample_size * self.pipeline.vae_scale_factor
 

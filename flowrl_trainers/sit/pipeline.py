@@ -125,13 +125,15 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # Sana's loader is t
         generator: Generators = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        sigmas: list[float] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Draw one picture per class.
 
         prompt: class names or numbers. height, width: in pixels, by default those of training, and at most those.
         num_inference_steps: Euler steps from sigma 1 to 0. guidance_scale: v_null + scale (v - v_null) on all channels, for a scale
         above 1. generator: one for all, or a list with one per picture. output_type: "pil", "np", "pt" (B, 3, H, W) in [0, 1], or
-        "latent". Raises `ValueError` for classes and sizes that the model does not have.
+        "latent". sigmas: the levels of the steps, from 1 down, without the last 0; by default uniform. Raises `ValueError` for classes
+        and sizes that the model does not have.
         """
         # 1. What was asked for
         if output_type not in OUTPUT_TYPES:
@@ -144,7 +146,8 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # Sana's loader is t
 
         # 2. Noise and the uniform grid; latents stay in float32 whatever the precision of the network
         latents = self.prepare_latents(len(labels), config.in_channels, height, width, torch.float32, device, generator)
-        self.scheduler.set_timesteps(sigmas=torch.linspace(1, 0, num_inference_steps + 1)[:-1].tolist(), device=device)
+        grid = torch.linspace(1, 0, num_inference_steps + 1)[:-1].tolist() if sigmas is None else sigmas
+        self.scheduler.set_timesteps(sigmas=grid, device=device)
 
         # 3. The Euler ODE
         for timestep in self.progress_bar(self.scheduler.timesteps):

@@ -249,6 +249,7 @@ class FlowRLTrainer(RunFiles, Trainer):
         check_lora(peft_config)
         peft_config = copy.deepcopy(peft_config)
         peft_config.target_modules = peft_config.target_modules or list(self.flow.lora_target_modules)
+        peft_config.exclude_modules = peft_config.exclude_modules or list(self.flow.lora_exclude_modules) or None
         transformer.requires_grad_(False)
         try:
             transformer.add_adapter(peft_config)
@@ -543,8 +544,8 @@ class FlowRLTrainer(RunFiles, Trainer):
             base_pictures, tuned_pictures = self.pictures(dataset, self.args.log_images)
             if base_pictures.images.dim() == 4:  # a model of vectors has nothing to show
                 self.write_sheet(base_pictures, tuned_pictures)
-        trained, judges = ([r.name for r in rewards] for rewards in (self.rewards, self.eval_rewards))
-        signs = signs_of_over_optimisation(self.rows["base"], self.rows["tuned"], trained, judges)
+        raised = [r.name for r, weight in zip(self.rewards, self.reward_weights.tolist(), strict=True) if weight > 0]
+        signs = signs_of_over_optimisation(self.rows["base"], self.rows["tuned"], raised, [r.name for r in self.eval_rewards])
         if signs and self.is_world_process_zero():
             logger.warning("The trained reward rose, but %s: it may have been hacked. Look at the pictures.", "; ".join(signs))
         self.seconds["evaluation"] = self.seconds.get("evaluation", 0.0) + time.perf_counter() - start
@@ -586,18 +587,18 @@ class FlowRLTrainer(RunFiles, Trainer):
     @torch.no_grad()
     def _velocity_distance(self, dataset: Dataset) -> float:
         """Root mean square of the distance to the base velocity, relative to that, on ODE paths of the tuned model from a few rows."""
-        rows = range(min(VELOCITY_ROWS, len(dataset)))
-        conditioning = self.conditioning([dataset[row]["prompt"] for row in rows], self.args.device)
-        generators = [torch.Generator().manual_seed(picture_seed(self.args.seed, row)) for row in rows]
-        x = self.flow.initial_latents(len(rows), generators).to(self.args.device)
         moved = length = 0.0
         self.model.eval()
-        with self.accelerator.autocast():
+        for rows in torch.arange(min(VELOCITY_ROWS, len(dataset))).split(self.args.per_device_eval_batch_size):
+            conditioning = self.conditioning([dataset[row]["prompt"] for row in rows.tolist()], self.args.device)
+            generators = [torch.Generator().manual_seed(picture_seed(self.args.seed, row)) for row in rows.tolist()]
+            x = self.flow.initial_latents(len(rows), generators).to(self.args.device)
             for sigma, sigma_next in pairwise(self.sigmas):
                 level = sigma.expand(len(x))
-                velocity = self.flow.velocity(self.model.active_transformer, x, level, conditioning)
-                with self.model.reference():
-                    base = self.flow.velocity(self.model.active_transformer, x, level, conditioning)
+                with self.accelerator.autocast():
+                    velocity = self.flow.velocity(self.model.active_transformer, x, level, conditioning)
+                    with self.model.reference():
+                        base = self.flow.velocity(self.model.active_transformer, x, level, conditioning)
                 moved, length = moved + float((velocity - base).square().sum()), length + float(base.square().sum())
                 x = euler_step(x, velocity, sigma, sigma_next)
         return math.sqrt(moved / length) if length else math.nan

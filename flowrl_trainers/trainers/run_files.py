@@ -150,6 +150,7 @@ class RunFiles(Trainer):
             tags=self._tag_names,
             base_model=self.flow.name,
             loader=self.flow.loader(),
+            scheduler=self.flow.scheduler_code(self.renoises),
             has_adapter=self.peft_config is not None,
             rewards=dict(zip([r.name for r in self.rewards], self.reward_weights.tolist(), strict=True)),
             settings={"updates": self.state.global_step, "images per update": args.images_per_update}
@@ -163,6 +164,11 @@ class RunFiles(Trainer):
             dataset=self.dataset_name,
         )
         (folder / "README.md").write_text(model_card(facts))
+
+    @property
+    def renoises(self) -> bool:
+        """Whether pictures are drawn by a sampler that draws all noise afresh at every step, which the stock scheduler can."""
+        return False
 
     def card_sampling(self) -> dict[str, Any]:
         """The facts of `CardFacts` about sampling, where an algorithm does not draw by the ODE on the stock grid."""

@@ -11,7 +11,8 @@ from .base_config import FlowRLConfig
 class TAFSGRPOConfig(FlowRLConfig):
     r"""Settings of [`TAFSGRPOTrainer`], beside those of [`FlowRLConfig`]. All defaults are our choice: the paper's could not be read.
 
-    Flow-GRPO is `kernel="flow_grpo"`, `credit_rule="final"`, `eta=0.7`, `share_initial_noise=False`, `log_prob_form="gaussian"`.
+    Flow-GRPO is `kernel="flow_grpo"`, `eta=0.7`, `credit_rule="final"`, `log_prob_form="gaussian"`, `epsilon=1e-4`,
+    `share_initial_noise=False`, `num_inference_steps=10`.
     Different from [`FlowRLConfig`]: `num_inference_steps` 4 and `num_generations` 16.
     """
 

@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 KERNELS = {"renoise": renoise, "flow_grpo": flow_grpo_step}
 LEAST_LEVEL = 0.05  # below it, the factor (1 - s') / s' of the Gaussian score drowns everything else
+NO_ADVANTAGE = 1e-3  # what rounding leaves of equal rewards is below it
 SAME_RATIO = 1e-6  # of two float32 computations of one thing
 SAME_RATIO_IN_HALF_PRECISION = 1e-3
 
@@ -57,7 +58,7 @@ class TAFSGRPOTrainer(FlowRLTrainer):
 
     replayed_settings = (
         *FlowRLTrainer.replayed_settings, "kernel", "eta", "credit_rule", "credit_mix", "credit_discount", "scale_rewards",
-        "advantage_clip", "log_prob_form", "share_initial_noise",
+        "advantage_clip", "log_prob_form", "share_initial_noise", "beta", "max_velocity_distance",
     )  # fmt: skip
 
     args: TAFSGRPOConfig
@@ -165,7 +166,7 @@ class TAFSGRPOTrainer(FlowRLTrainer):
             for column in everyone.unbind(dim=2)
         ]
         advantages = (torch.stack(separate, dim=2) * self.reward_weights).sum(dim=2).clamp(-args.advantage_clip, args.advantage_clip)
-        self.log_metric("zero_advantage_share", (advantages == 0).all(dim=1).float().mean())
+        self.log_metric("zero_advantage_share", (advantages.abs() < NO_ADVANTAGE).all(dim=1).float().mean())
         own = advantages[args.process_index * len(scores) :][: len(scores)]
         sizes = [len(batch.examples) for batch in rollout]
         for batch, part, left_out in zip(rollout, own.split(sizes), (bad | absent).split(sizes), strict=True):
@@ -185,6 +186,7 @@ class TAFSGRPOTrainer(FlowRLTrainer):
         scores = torch.full((len(estimates), steps, len(self.rewards)), torch.nan, device=estimates.device)
         examples = [example for example in batch.examples for _ in range(first, steps)]
         scores[:, first:] = self.score(estimates[:, first:].flatten(0, 1), examples).unflatten(0, (-1, steps - first))
+        scores[~estimates.flatten(1).isfinite().all(dim=1)] = torch.inf  # a fault, whatever a reward made of it
         return scores
 
     def _log_steps(self, scores: torch.Tensor) -> None:
@@ -230,7 +232,9 @@ class TAFSGRPOTrainer(FlowRLTrainer):
             return losses
         base_mean, _ = self._step(x, base, state)
         divergence = ((mean - base_mean).square() / (2 * std**2)).flatten(1).mean(dim=1)
-        self.log_metric("kl", self.accelerator.gather(divergence.detach()).mean())
+        seen = self.accelerator.gather(torch.where(batch.good, divergence.detach(), torch.nan))
+        if not seen.isnan().all():
+            self.log_metric("kl", seen.nanmean())
         return losses + args.beta * divergence
 
     def _watch_ratio(self, ratio: torch.Tensor, good: torch.Tensor) -> None:
@@ -267,16 +271,29 @@ class TAFSGRPOTrainer(FlowRLTrainer):
             return f"the velocity is {distance:.3f} from the base model's, more than `max_velocity_distance` ({budget})"
         return super().reason_to_stop()
 
+    def algorithm_state(self) -> dict[str, Any]:
+        """How far the velocity has moved, as the present rollout shows so far."""
+        return {"moved": self.moved, "velocity_distance": self.velocity_distance}
+
+    def load_algorithm_state(self, state: dict[str, Any]) -> None:
+        """Take it up."""
+        self.moved, self.velocity_distance = state["moved"], state["velocity_distance"]
+
     def card_sampling(self) -> dict[str, Any]:
         """The stock scheduler can re-noise, but no other kernel: for those the card shows the ODE."""
         args, call = self.args, self.flow.call_arguments()
         own, ode = f"{args.num_inference_steps} steps of the trained sampler", f"{args.ode_num_inference_steps} steps of the ODE"
         note = f"{own}; the rows `base_ode` and `tuned_ode`: {ode}"
-        if args.kernel != "renoise" or args.eta != 1:
+        if not self.renoises:
             return {"sampling": call | {"num_inference_steps": args.ode_num_inference_steps}, "sampling_note": note}
         steps = args.num_inference_steps
         grid = [round(level, 4) for level in torch.linspace(1, 1 / steps, steps).tolist()]
-        return {"sampling": call | {"num_inference_steps": steps, "sigmas": grid}, "sampling_note": note, "renoises": True}
+        return {"sampling": call | {"num_inference_steps": steps, "sigmas": grid}, "sampling_note": note}
+
+    @property
+    def renoises(self) -> bool:
+        """With the kernel and the eta that the stock scheduler has too."""
+        return self.args.kernel == "renoise" and self.args.eta == 1
 
     def card_settings(self) -> dict[str, Any]:
         """What the card shows of the method."""
