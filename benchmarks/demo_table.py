@@ -13,6 +13,8 @@ import yaml
 from flowrl_trainers.cli.demo import PICTURES_PER_PROMPT
 from flowrl_trainers.shapes import prompts
 
+SAMPLERS = {"": "", "_ode": ", drawn by the ODE"}
+
 
 def main() -> None:
     """Print the table in Markdown, and write it where asked; every run is held to its own base row, which must be the same for all."""
@@ -26,9 +28,12 @@ def main() -> None:
         label, folder = run.split("=", 1)
         report = json.loads((Path(folder) / "metrics.json").read_text())
         updates = yaml.safe_load((Path(folder) / "config.yaml").read_text())["max_steps"]
-        rows = [(label, report["tuned"], str(updates), f"{report['seconds']['training']:.0f}")]
-        if not bases:
-            rows.insert(0, ("base", report["base"], "", ""))
+        samplers = [(suffix, words) for suffix, words in SAMPLERS.items() if f"base{suffix}" in report]
+        rows = [(f"base{words}", report[f"base{suffix}"], "", "") for suffix, words in samplers if not bases]
+        rows += [
+            (f"{label}{words}", report[f"tuned{suffix}"], str(updates), f"{report['seconds']['training']:.0f}")
+            for suffix, words in samplers
+        ]
         bases.append(report["base"])
         for name, row, steps, seconds in rows:
             figures = f"{row['reward/shapes']:.3f} | {100 * row['checker_accuracy']:.1f} % | {row['diversity']:.3f}"

@@ -1,7 +1,6 @@
 """A method on shapes against its own variants, several seeds each.
 
-    python benchmarks/variants.py ac_flow --out docs/tables/ac_flow_ablation.md
-    python benchmarks/variants.py tafs_grpo --out docs/tables/tafs_grpo_against_flow_grpo.md
+    python benchmarks/variants.py tafs_grpo --equal_time --out docs/tables/tafs_grpo_against_flow_grpo.md
 
 Every run is `flowrl demo` with the checker as its reward, in a folder of its own below `--folder`; one that has finished is not
 repeated. Variants that are compared at equal time get as many seconds of training as the first one took.
@@ -19,12 +18,6 @@ from tqdm import tqdm
 
 # What differs from the method's demo.
 VARIANTS = {
-    "ac_flow": {
-        "as it is": {},
-        "no advantage clipping": {"advantage_clip": "none"},
-        "no warm-up": {"critic_warmup_max_steps": 0},
-        "no anchor": {"wasserstein_coefficient": 0.0},
-    },
     "tafs_grpo": {
         "TAFS-GRPO": {},
         "Flow-GRPO": {

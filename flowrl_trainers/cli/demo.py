@@ -50,16 +50,6 @@ METHODS: dict[str, dict[str, Any]] = {
         "eta_schedule": "linear",
         "control_to_velocity_ratio": 1.0,
     },
-    "ac_flow": {
-        "max_steps": 60,
-        "per_device_train_batch_size": 64,
-        "num_generations": 8,
-        "num_inference_steps": 10,
-        "eval_num_inference_steps": 20,
-        "critic_warmup_max_steps": 4,
-        "temperature": 0.5,
-        "wasserstein_coefficient": 0.15,
-    },
     "tafs_grpo": {
         "max_steps": 40,
         "per_device_train_batch_size": 192,
