@@ -34,10 +34,9 @@ def main() -> None:
             (f"{label}{words}", report[f"tuned{suffix}"], str(updates), f"{report['seconds']['training']:.0f}")
             for suffix, words in samplers
         ]
-        bases.append(report["base"])
+        bases.append(_figures(report["base"]))
         for name, row, steps, seconds in rows:
-            figures = f"{row['reward/shapes']:.3f} | {100 * row['checker_accuracy']:.1f} % | {row['diversity']:.3f}"
-            lines.append(f"| {name} | {figures} | {steps} | {seconds} |")
+            lines.append(f"| {name} | {_figures(row)} | {steps} | {seconds} |")
     if any(base != bases[0] for base in bases):
         raise SystemExit("The runs have different base rows: they were not evaluated alike.")
     pictures = len(prompts("held_out")) * PICTURES_PER_PROMPT
@@ -48,6 +47,10 @@ def main() -> None:
     print("\n".join(lines))
     if args.out is not None:
         args.out.write_text("\n".join(lines) + "\n")
+
+
+def _figures(row: dict[str, float]) -> str:
+    return f"{row['reward/shapes']:.3f} | {100 * row['checker_accuracy']:.1f} % | {row['diversity']:.3f}"
 
 
 if __name__ == "__main__":
