@@ -40,7 +40,10 @@ def test_prior_preservation_is_measured_by_the_spread_of_the_base(pictures):
     assert same["prior_distance"] == 0
     assert same["prior_spread"] == pytest.approx(diversity(as_tensor(pictures), PROMPTS))
     other = PriorPreservation().compute(images=pictures[::-1], base_images=pictures, prompts=PROMPTS)
-    assert other["prior_distance"] > same["prior_spread"]  # wrong shapes are further away than other right ones
+    images = as_tensor(pictures)
+    expected = (images - images.flip(0)).square().flatten(1).mean(dim=1).sqrt().mean()
+    assert other["prior_distance"] == pytest.approx(float(expected))
+    assert other["prior_distance"] > 0.1
 
 
 def test_mean_reward_leaves_out_what_has_no_score():

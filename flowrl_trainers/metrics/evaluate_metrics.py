@@ -32,9 +32,9 @@ class _PictureMetric(evaluate.Metric):
 
     takes: dict[str, Any] = IMAGES
 
-    def __init__(self, features: Features | None = None, **kwargs: Any) -> None:
-        """features: the space in which pictures are compared; None for pixels."""
-        self.features = features
+    def __init__(self, space: Features | None = None, **kwargs: Any) -> None:
+        """space: what maps pictures to the features that are compared; None for pixels."""
+        self.space = space
         super().__init__(keep_in_memory=True, **kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
@@ -45,10 +45,10 @@ class _PictureMetric(evaluate.Metric):
     def _placed(self, images: list[Any]) -> torch.Tensor:
         """Pictures as points: pixels as they are, or features shaped so that root mean square distance is Euclidean distance."""
         pictures = as_tensor(images)
-        if self.features is None:
+        if self.space is None:
             return pictures
         with torch.no_grad():
-            found = self.features(pictures).float()
+            found = self.space(pictures).float()
         return found * found.shape[1] ** 0.5
 
 

@@ -13,12 +13,13 @@ class TAFSGRPOConfig(FlowRLConfig):
 
     Flow-GRPO is `kernel="flow_grpo"`, `eta=0.7`, `credit_rule="final"`, `log_prob_form="gaussian"`, `epsilon=1e-4`,
     `share_initial_noise=False`, `num_inference_steps=10`.
-    Different from [`FlowRLConfig`]: `num_inference_steps` 4 and `num_generations` 16.
+    Different from [`FlowRLConfig`]: `num_inference_steps` 4, `num_generations` 16 and `per_device_train_batch_size` 16.
     """
 
     num_inference_steps: int = field(
         default=4, metadata={"help": "The number of sampler steps in training and in evaluation; all but the last one draw noise."}
     )
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "The number of images per device and micro-step."})
     num_generations: int = field(
         default=16, metadata={"help": "The number of images per prompt in a rollout, among which rewards are compared; at least 2."}
     )
