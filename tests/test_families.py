@@ -98,7 +98,10 @@ def test_gradients_reach_the_latents_through_decode(family):
     with torch.no_grad():
         numeric = (brightness(x + 1e-3 * direction) - brightness(x - 1e-3 * direction)) / 2e-3
     assert float((gradient * direction).sum()) == pytest.approx(float(numeric), rel=5e-3)
-    assert flow.decode(100 * x.detach()).abs().max() > 1.5  # nothing clamps
+    with torch.no_grad():
+        for parameter in list(pipeline.vae.decoder.parameters())[-2:]:  # of the last layer
+            parameter.mul_(50)
+    assert flow.decode(x.detach()).max() > 1.5  # nothing clamps
     assert gradient.abs().amin() > 0 or (gradient != 0).float().mean() > 0.99  # every part of the packing is reached
 
 
@@ -198,7 +201,7 @@ def test_video_is_refused():
             pass
 
     Pipeline.__name__ = "WanPipeline"
-    with pytest.raises(ValueError, match=r"WanPipeline is not a supported family .*SanaPipeline; video is not"):
+    with pytest.raises(ValueError, match=r"WanPipeline is not a supported family .*SiTPipeline; video is not"):
         FlowPipeline.from_pipeline(Pipeline())
 
 
