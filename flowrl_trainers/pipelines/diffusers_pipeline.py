@@ -205,6 +205,13 @@ def rounded_sigma(sigma: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (1000 * sigma).to(dtype) / 1000
 
 
+def without_guidance(settings: dict[str, Any], model: str) -> dict[str, Any]:
+    """Settings with guidance off, for a model that would ignore it. Raises `ValueError` for a scale above 1, naming the `model`."""
+    if settings.get("guidance_scale", 1.0) > 1:
+        raise ValueError(f"`guidance_scale` ({settings['guidance_scale']}) has no effect on {model}: leave it out or set 1.")
+    return {"guidance_scale": 1.0} | settings
+
+
 def pad_prompts(embeds: list[torch.Tensor]) -> Conditioning:
     """Ragged prompt embeddings (L_i, D) as (B, L, D) with their mask (B, L), True where there is a token."""
     mask = [torch.ones(len(row), dtype=torch.bool, device=row.device) for row in embeds]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from .base import Conditioning, Generators
-from .diffusers_pipeline import DiffusersFlowPipeline, dtype_of, rounded_sigma
+from .diffusers_pipeline import DiffusersFlowPipeline, dtype_of, rounded_sigma, without_guidance
 
 
 class FluxFlowPipeline(DiffusersFlowPipeline):
@@ -31,12 +31,7 @@ class FluxFlowPipeline(DiffusersFlowPipeline):
 
     def __init__(self, pipeline: Any, **settings: Any) -> None:
         if not pipeline.transformer.config.guidance_embeds:
-            if settings.get("guidance_scale", 1.0) > 1:
-                raise ValueError(
-                    f"`guidance_scale` ({settings['guidance_scale']}) has no effect on this model, which has no guidance embedded (as "
-                    "FLUX.1-schnell): leave it out or set 1."
-                )
-            settings = {"guidance_scale": 1.0} | settings
+            settings = without_guidance(settings, "this model, which has none embedded (as FLUX.1-schnell)")
         super().__init__(pipeline, **settings)
 
     @property

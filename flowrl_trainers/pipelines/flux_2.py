@@ -11,7 +11,7 @@ import torch
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
 from .base import Conditioning, Generators
-from .diffusers_pipeline import DiffusersFlowPipeline, dtype_of, rounded_sigma
+from .diffusers_pipeline import DiffusersFlowPipeline, dtype_of, rounded_sigma, without_guidance
 
 
 class Flux2FlowPipeline(DiffusersFlowPipeline):
@@ -74,12 +74,7 @@ class Flux2KleinFlowPipeline(Flux2FlowPipeline):
 
     def __init__(self, pipeline: Any, **settings: Any) -> None:
         if pipeline.config.is_distilled:
-            if settings.get("guidance_scale", 1.0) > 1:
-                raise ValueError(
-                    f"`guidance_scale` ({settings['guidance_scale']}) has no effect on a distilled model: leave it out or set 1, or "
-                    "take the base checkpoint."
-                )
-            settings = {"guidance_scale": 1.0} | settings
+            settings = without_guidance(settings, "a distilled model")
         super().__init__(pipeline, **settings)
 
     @property
