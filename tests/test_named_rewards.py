@@ -16,12 +16,17 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from flowrl_trainers.rewards import NAMED_REWARDS, AestheticReward, CLIPScore, HPSv2, PickScore, as_rewards, loading
+from flowrl_trainers.cli.convert_image_reward import convert_image_reward
+from flowrl_trainers.rewards import NAMED_REWARDS, AestheticReward, CLIPScore, HPSv2, ImageReward, PickScore, as_rewards, loading
+from flowrl_trainers.rewards.convert_image_reward import blip_large, convert_checkpoint, from_official
 from flowrl_trainers.rewards.hpsv2 import vit_h_14
+from flowrl_trainers.rewards.image_reward import ImageRewardModel
 from flowrl_trainers.rewards.preprocessing import resize_and_crop, resize_and_pad
 from flowrl_trainers.shapes.models import new_tokenizer
+
+from .tiny_image_reward import official_checkpoint, official_score, official_shapes, tiny_blip, write_tokenizer
 
 SIZE, CONTEXT, WIDTH, VISION_WIDTH, JOINT = 28, 10, 32, 48, 24
 LEVEL = 1 / 255
@@ -186,13 +191,24 @@ def aesthetic(tmp_path_factory):
     return folder, tower, layers
 
 
+@pytest.fixture(scope="module")
+def image_reward(tmp_path_factory):
+    """The tensors of a checkpoint as `ImageReward.pt` is laid out, and the folder that it was converted to."""
+    tensors, folder = official_checkpoint(), tmp_path_factory.mktemp("image_reward")
+    torch.save(tensors, folder / "ImageReward.pt")
+    convert_checkpoint(folder / "ImageReward.pt", folder, tiny_blip())
+    write_tokenizer(folder)
+    return folder, tensors
+
+
 @pytest.fixture
-def make(clip, hps, aesthetic):
+def make(clip, hps, image_reward, aesthetic):
     """Each differentiable reward by name, in a dtype."""
     return {
         "clip_score": lambda dtype: CLIPScore(clip, dtype=dtype),
         "pickscore": lambda dtype: PickScore(clip, clip, dtype=dtype),
         "hpsv2": lambda dtype: HPSv2(hps[0], hps[0], dtype=dtype, architecture=clip_config("gelu")),
+        "image_reward": lambda dtype: ImageReward(image_reward[0], image_reward[0], dtype=dtype),
         "aesthetic": lambda dtype: AestheticReward(aesthetic[0], dtype=dtype),
     }
 
@@ -262,6 +278,27 @@ def test_hpsv2_is_what_open_clip_computes(hps, size):
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_image_reward_is_what_its_official_code_computes(image_reward, size):
+    """The official computation of one picture and one prompt at a time, unpadded, in float64: the same to rounding, which it would not be
+    with transformers' default epsilon (1e-5 for 1e-6 moves it by 6e-4) or heads; where pictures are resized, 1.6e-5 apart at most as
+    measured, as Pillow resizes in float32.
+    """
+    folder, tensors = image_reward
+    tensors = {name: t.double() for name, t in tensors.items()}
+    images, (height, width) = pictures(size), size
+    pixels = resized_by_pillow(images, SIZE * height // min(size), SIZE * width // min(size)).double()
+    top, left = (pixels.shape[2] - SIZE) // 2, (pixels.shape[3] - SIZE) // 2
+    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    pixels = (pixels[..., top : top + SIZE, left : left + SIZE] - mean[:, None, None]) / std[:, None, None]
+    ids = [torch.tensor(AutoTokenizer.from_pretrained(folder)(p, truncation=True, max_length=35).input_ids) for p in PROMPTS]
+    expected = torch.stack([official_score(tensors, x, i) for x, i in zip(pixels, ids, strict=True)])
+    scores = ImageReward(folder, folder, dtype=torch.float64)(images.double(), PROMPTS)
+    torch.testing.assert_close(scores, expected, atol=1e-10 if size == (SIZE, SIZE) else 1e-4, rtol=0)
+    assert [len(i) for i in ids] == [12, 27, 35]  # the last is cut
+    assert torch.stack([official_score(tensors, x, ids[0]) for x in pixels]).std() > 1  # of one prompt: ten thousand times the tolerance
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_aesthetic_is_the_linear_layers_over_the_unit_embedding(aesthetic, size):
     """To rounding of float32 on a picture of the right size; 2.1e-4 apart at most, as measured, when Pillow resizes and rounds."""
     folder, tower, layers = aesthetic
@@ -291,7 +328,7 @@ def test_gradient_is_that_of_finite_differences(make, name):
     assert float(gradient[outside].abs().max()) > 0  # nothing is clipped
 
 
-@pytest.mark.parametrize("name", ["clip_score", "pickscore", "hpsv2", "aesthetic"])
+@pytest.mark.parametrize("name", ["clip_score", "pickscore", "hpsv2", "image_reward", "aesthetic"])
 def test_dtype_is_that_of_the_weights_and_scores_stay_float32(make, name):
     images, reward = pictures((40, 52)), make[name](torch.bfloat16)
     scores, exact = reward(images, PROMPTS), make[name](torch.float32)(images, PROMPTS)
@@ -350,6 +387,15 @@ def test_what_is_not_in_the_cache_of_a_machine_offline_is_said_in_one_sentence(n
         as_rewards(name)
 
 
+def test_image_reward_by_name_asks_for_its_conversion(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError,
+        match=r"^Checkpoint 'image-reward' is not in the local cache .* config.json and model.safetensors as `flowrl convert_image_reward` writes",
+    ):
+        as_rewards("image_reward")
+
+
 def test_wrong_folders_are_refused_in_one_sentence(tmp_path, clip):
     for make_one, sentence in [
         (lambda: CLIPScore("/nowhere"), r"There is no folder '/nowhere': pass one with config.json and model.safetensors, or the name"),
@@ -359,6 +405,10 @@ def test_wrong_folders_are_refused_in_one_sentence(tmp_path, clip):
         ),
         (lambda: PickScore(clip, tmp_path), r"The folder '.*' is no checkpoint that this reward can read: it needs tokenizer.json"),
         (lambda: HPSv2(clip, clip), r"The folder '.*' is no checkpoint that this reward can read: it needs HPS_v2.1_compressed.pt\."),
+        (
+            lambda: ImageReward(tmp_path),
+            r"The folder '.*' is no .*: it needs config.json and model.safetensors as `flowrl convert_image_reward`",
+        ),
         (
             lambda: AestheticReward(clip),
             r"Checkpoint '.*' has no 'layers.0.bias', a weight of AestheticPredictor: pass a checkpoint of this",
@@ -387,6 +437,52 @@ def test_a_wrong_hpsv2_file_is_refused_in_one_sentence(tmp_path, hps):
             HPSv2(tmp_path, folder, architecture=clip_config("gelu"))
 
 
+@pytest.mark.parametrize(("changes", "sentence"), [
+    ({"mlp.layers.7.bias": None}, r"The ImageReward checkpoint has 1 missing, .* 'layers.7.bias' among them: pass the official ImageReward.pt"),
+    ({"blip.text_encoder.pooler.dense.bias": torch.zeros(32)}, "has 1 missing, unknown .* 'text_encoder.pooler.dense.bias' among them"),
+    ({"blip.visual_encoder.pos_embed": torch.zeros(1, 16, 48)}, "has 1 missing, unknown or differently shaped .* 'vision_model.embeddings.position"),
+    ({"epoch": 3}, "holds no dictionary of plain tensors: download ImageReward.pt again from THUDM/ImageReward"),
+], ids=["missing", "unknown", "shape", "no_tensor"])  # fmt: skip
+def test_a_wrong_image_reward_file_is_refused_in_one_sentence(tmp_path, changes, sentence):
+    tensors = official_checkpoint() | changes
+    torch.save({name: t for name, t in tensors.items() if t is not None}, tmp_path / "ImageReward.pt")
+    with pytest.raises(ValueError, match=sentence):
+        convert_checkpoint(tmp_path / "ImageReward.pt", tmp_path / "out", tiny_blip())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_image_reward_file_is_refused_in_one_sentence(tmp_path):
+    file = tmp_path / "ImageReward.pt"
+    with pytest.raises(
+        ValueError, match=r"ImageReward.pt' is no file: pass the ImageReward.pt of THUDM/ImageReward on the Hugging Face Hub"
+    ):
+        convert_checkpoint(file, tmp_path / "out")
+    torch.save(official_checkpoint(), file)
+    whole = file.read_bytes()
+    for content in [whole[: len(whole) // 2], b"<html>404</html>", b""]:
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"ImageReward.pt' holds no dictionary of plain tensors: download"):
+            convert_checkpoint(file, tmp_path / "out")
+
+
+def test_the_command_writes_what_the_name_reads(tmp_path, image_reward, monkeypatch, capsys):
+    """`flowrl convert_image_reward ImageReward.pt`, its architecture made tiny, then the reward's default in the same folder."""
+    folder, _ = image_reward
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="differently shaped weights"):  # the published architecture
+        convert_image_reward([str(folder / "ImageReward.pt")])
+    monkeypatch.setattr("flowrl_trainers.rewards.convert_image_reward.blip_large", tiny_blip)
+    convert_image_reward([str(folder / "ImageReward.pt")])
+    assert (
+        "image-reward/: ImageReward of 0 million parameters.\nUse it by the name `image_reward` in this folder." in capsys.readouterr().out
+    )
+    assert {path.name for path in Path("image-reward").iterdir()} == {"config.json", "model.safetensors"}
+    images = pictures((28, 28))
+    torch.testing.assert_close(ImageReward(tokenizer=folder)(images, PROMPTS), ImageReward(folder, folder)(images, PROMPTS), rtol=0, atol=0)
+    convert_image_reward([str(folder / "ImageReward.pt"), "elsewhere"])
+    assert 'Use it by `ImageReward("elsewhere")`.' in capsys.readouterr().out
+
+
 class Code:
     def __reduce__(self):
         return Path.touch, (Path("executed"),)
@@ -395,6 +491,8 @@ class Code:
 def test_code_in_a_checkpoint_is_not_run(tmp_path, hps, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": Code()}, tmp_path / "HPS_v2.1_compressed.pt")
+    with pytest.raises(ValueError, match="holds no dictionary of plain tensors"):
+        convert_checkpoint(tmp_path / "HPS_v2.1_compressed.pt", tmp_path / "out")
     with pytest.raises(ValueError, match="holds no `state_dict` of plain tensors"):
         HPSv2(tmp_path, hps[0])
     assert not Path("executed").exists()
@@ -415,6 +513,23 @@ def test_the_default_architecture_of_hpsv2_is_open_clips_vit_h_14():
     )
     assert (text.vocab_size, model.config.projection_dim, text.hidden_act, vision.hidden_act) == (49408, 1024, "gelu", "gelu")
     assert sum(p.numel() for p in model.parameters()) == 986_109_441
+
+
+def test_the_default_architecture_of_image_reward_is_the_official_one():
+    """Every tensor of its official code at full size has a place of its shape and none is missing. ViT-L/16 without a classifier has
+    303.30 million parameters (timm's table, less 1.025 of the classifier), BERT-base without pooler and token types but with two more
+    words 108.89, cross attention to 1024 channels 12 times 2.76, the head 0.93. Heads and epsilons: BLIP's vit.py and med_config.json.
+    """
+    with torch.device("meta"):
+        model = ImageRewardModel(blip_large())
+        official = {name: torch.empty(shape) for name, shape in official_shapes(blip_large()).items()}
+    shapes = {name: t.shape for name, t in model.state_dict().items()}
+    assert {name: t.shape for name, t in from_official(official).items()} == shapes
+    assert sum(p.numel() for p in model.parameters()) == 303_301_632 + 108_891_648 + 12 * 2_757_120 + 927_969 == 446_206_689
+    vision, text = model.config.vision_config, model.config.text_config
+    assert (vision.num_attention_heads, vision.image_size, vision.layer_norm_eps, vision.hidden_act) == (16, 224, 1e-6, "gelu")
+    assert (text.num_attention_heads, text.encoder_hidden_size, text.layer_norm_eps, text.hidden_act) == (12, 1024, 1e-12, "gelu")
+    assert (text.hidden_dropout_prob, text.attention_probs_dropout_prob, vision.attention_dropout) == (0, 0, 0)
 
 
 def test_the_rewards_of_the_docs_are_rewards():

@@ -5,7 +5,7 @@ import traceback
 from pathlib import Path
 
 METHODS = ("adjoint_matching", "vgg_flow", "ac_flow", "tafs_grpo")
-COMMANDS = (*METHODS, "demo", "evaluate", "serve_reward", "convert_sit", "env")
+COMMANDS = (*METHODS, "demo", "evaluate", "serve_reward", "convert_sit", "convert_image_reward", "env")
 
 USAGE = """usage: flowrl COMMAND [--config run.yaml] [--field value ...] [--help]
 
@@ -19,6 +19,9 @@ commands:
   evaluate           measure adapters beside their base model, same prompts and seeds; writes a table and a picture
   serve_reward       serve a reward over HTTP, at 127.0.0.1:8000 by default, for `RemoteReward`: `flowrl serve_reward NAME`
   convert_sit        turn a checkpoint of SiT's original code into a pipeline folder: `flowrl convert_sit CHECKPOINT OUT`
+  convert_image_reward
+                     turn the official checkpoint of ImageReward into a folder for the reward `image_reward`:
+                     `flowrl convert_image_reward ImageReward.pt`
   env                print the versions and devices that a bug report should have
 
 Every setting is a flag and a key of the YAML file, explained by `flowrl COMMAND --help`. `--accelerate_config ddp` (or a file that
@@ -81,6 +84,10 @@ def _run(command: str, arguments: list[str]) -> int:
             from .convert_sit import convert_sit
 
             convert_sit(arguments)
+        case "convert_image_reward":
+            from .convert_image_reward import convert_image_reward
+
+            convert_image_reward(arguments)
         case "demo":
             from .demo import demo
 

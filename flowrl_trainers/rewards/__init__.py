@@ -4,6 +4,7 @@ from .aesthetic import AestheticReward
 from .base import FunctionReward, Reward, differentiable
 from .clip import CLIPScore, PickScore
 from .hpsv2 import HPSv2
+from .image_reward import ImageReward
 from .jpeg import JPEGCompressibility, JPEGIncompressibility
 from .named import NAMED_REWARDS, as_rewards
 from .remote import RemoteReward
@@ -16,6 +17,7 @@ __all__ = [
     "CheckerReward",
     "FunctionReward",
     "HPSv2",
+    "ImageReward",
     "JPEGCompressibility",
     "JPEGIncompressibility",
     "PickScore",

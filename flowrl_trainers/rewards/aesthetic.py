@@ -11,23 +11,28 @@ from .loading import load_model, load_normalisation
 from .preprocessing import resize_and_crop
 
 
+def linear_layers(width: int) -> torch.nn.Sequential:
+    """LAION's five linear layers without activations between them, (B, width) to (B, 1)."""
+    return torch.nn.Sequential(
+        torch.nn.Linear(width, 1024),
+        torch.nn.Dropout(0.2),  # idle at inference, but it gives the next layer its number in the checkpoint
+        torch.nn.Linear(1024, 128),
+        torch.nn.Dropout(0.2),
+        torch.nn.Linear(128, 64),
+        torch.nn.Dropout(0.1),
+        torch.nn.Linear(64, 16),
+        torch.nn.Linear(16, 1),
+    )
+
+
 class AestheticPredictor(CLIPVisionModelWithProjection):
-    """A CLIP vision tower and LAION's five linear layers without activations between them, under the names of the checkpoint."""
+    """A CLIP vision tower and LAION's linear layers, under the names of the checkpoint."""
 
     config_class = CLIPVisionConfig
 
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__(config)
-        self.layers = torch.nn.Sequential(
-            torch.nn.Linear(config.projection_dim, 1024),
-            torch.nn.Dropout(0.2),  # idle at inference, but it gives the next layer its number in the checkpoint
-            torch.nn.Linear(1024, 128),
-            torch.nn.Dropout(0.2),
-            torch.nn.Linear(128, 64),
-            torch.nn.Dropout(0.1),
-            torch.nn.Linear(64, 16),
-            torch.nn.Linear(16, 1),
-        )
+        self.layers = linear_layers(config.projection_dim)
         self.post_init()
 
 

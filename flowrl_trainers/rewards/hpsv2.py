@@ -2,14 +2,13 @@
 
 import pickle
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from .clip import CLIPReward
-from .loading import find_file, load_tokenizer
+from .loading import find_file, load_tokenizer, model_of
 from .preprocessing import resize_and_pad
 
 WEIGHTS = "HPS_v2.1_compressed.pt"
@@ -51,27 +50,12 @@ class HPSv2(CLIPReward):
         architecture: CLIPConfig | None = None,
     ) -> None:
         tensors = _read(find_file(checkpoint, WEIGHTS, revision))
-        model = build_clip(tensors, architecture or vit_h_14(), dtype)
+        model = model_of(CLIPModel, architecture or vit_h_14(), from_open_clip(tensors), dtype, "HPSv2", WEIGHTS)
         super().__init__(model, load_tokenizer(tokenizer, tokenizer_revision), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
     def pixels(self, images: torch.Tensor) -> torch.Tensor:
         """What the vision tower reads of images (B, 3, H, W), nominally in [0, 1]."""
         return (resize_and_pad(images, self.model.config.vision_config.image_size) - self.mean) / self.std
-
-
-def build_clip(tensors: dict[str, torch.Tensor], architecture: CLIPConfig, dtype: torch.dtype) -> Any:
-    """A frozen `CLIPModel` with the weights of an open_clip `CLIP`. Raises `ValueError` if they are of another architecture."""
-    with torch.device("meta"):  # a billion random numbers would be drawn to be overwritten
-        expected = {name: tensor.shape for name, tensor in CLIPModel(architecture).state_dict().items()}
-    converted = from_open_clip(tensors)
-    wrong = {name for name in expected.keys() | converted.keys() if name not in converted or converted[name].shape != expected.get(name)}
-    if wrong:
-        raise ValueError(
-            f"The HPSv2 checkpoint has {len(wrong)} missing, unknown or differently shaped weights, {min(wrong)!r} among them: pass the "
-            f"official {WEIGHTS}, or the `architecture` of yours."
-        )
-    model = CLIPModel.from_pretrained(None, config=architecture, state_dict=converted, dtype=dtype)
-    return model.eval().requires_grad_(False)
 
 
 def from_open_clip(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -9,20 +9,44 @@ from huggingface_hub.constants import is_offline_mode
 from transformers import AutoTokenizer, CLIPImageProcessor
 
 
-def load_model(model_class: Any, checkpoint: str | Path, revision: str | None, dtype: torch.dtype) -> Any:
+def load_model(
+    model_class: Any,
+    checkpoint: str | Path,
+    revision: str | None,
+    dtype: torch.dtype,
+    files: str = "config.json and model.safetensors",
+) -> Any:
     """A transformers model of a given class, frozen, in evaluation mode, from safetensors or from a `.bin` read as plain tensors.
 
-    Raises `ValueError` for a checkpoint that cannot be had, and for one that lacks a weight: a random weight would score at random.
+    files: what an error message says that a folder needs. Raises `ValueError` for a checkpoint that cannot be had, and for one that lacks
+    a weight: a random weight would score at random.
     """
     try:
         model, found = model_class.from_pretrained(checkpoint, revision=revision, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError) as error:
-        raise ValueError(_how_to_get(checkpoint, "config.json and model.safetensors")) from error
+        raise ValueError(_how_to_get(checkpoint, files)) from error
     if found["missing_keys"]:
         raise ValueError(
             f"Checkpoint {str(checkpoint)!r} has no {min(found['missing_keys'])!r}, a weight of {model_class.__name__}: pass a checkpoint "
             "of this architecture."
         )
+    return model.eval().requires_grad_(False)
+
+
+def model_of(model_class: Any, architecture: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype, name: str, file: str) -> Any:
+    """A transformers model of a given class and configuration, frozen, in evaluation mode, with these tensors for weights.
+
+    name, file: of the official checkpoint, for the message. Raises `ValueError` if a tensor is missing, unknown or of another shape.
+    """
+    with torch.device("meta"):  # as many random numbers as there are weights would be drawn to be overwritten
+        expected = {key: tensor.shape for key, tensor in model_class(architecture).state_dict().items()}
+    wrong = {key for key in expected.keys() | tensors.keys() if key not in tensors or tensors[key].shape != expected.get(key)}
+    if wrong:
+        raise ValueError(
+            f"The {name} checkpoint has {len(wrong)} missing, unknown or differently shaped weights, {min(wrong)!r} among them: pass the "
+            f"official {file}, or the `architecture` of yours."
+        )
+    model = model_class.from_pretrained(None, config=architecture, state_dict=tensors, dtype=dtype)
     return model.eval().requires_grad_(False)
 
 

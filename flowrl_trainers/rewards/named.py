@@ -7,6 +7,7 @@ from .aesthetic import AestheticReward
 from .base import FunctionReward, Reward
 from .clip import CLIPScore, PickScore
 from .hpsv2 import HPSv2
+from .image_reward import ImageReward
 from .jpeg import JPEGCompressibility, JPEGIncompressibility
 from .shapes import CheckerReward, ShapesReward
 
@@ -16,6 +17,7 @@ NAMED_REWARDS: dict[str, type[Reward]] = {
     "clip_score": CLIPScore,
     "pickscore": PickScore,
     "hpsv2": HPSv2,
+    "image_reward": ImageReward,
     "aesthetic": AestheticReward,
     "jpeg_compressibility": JPEGCompressibility,
     "jpeg_incompressibility": JPEGIncompressibility,

@@ -1,0 +1,79 @@
+"""The official checkpoint of ImageReward (github.com/THUDM/ImageReward) becomes a folder that the reward `image_reward` reads."""
+
+from pathlib import Path
+
+import torch
+from transformers import BlipConfig
+
+from .image_reward import FOLDER, ImageRewardModel
+from .loading import model_of
+
+WEIGHTS = "ImageReward.pt"
+
+# Of BLIP's pretraining, saved with the rest and never read; and a count from 0 to 511.
+UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
+
+# In the names of the official layout, from the first to the last line.
+RENAMED = {
+    "blip.visual_encoder.cls_token": "vision_model.embeddings.class_embedding",
+    "blip.visual_encoder.pos_embed": "vision_model.embeddings.position_embedding",
+    "blip.visual_encoder.patch_embed.proj.": "vision_model.embeddings.patch_embedding.",
+    "blip.visual_encoder.blocks.": "vision_model.encoder.layers.",
+    "blip.visual_encoder.norm.": "vision_model.post_layernorm.",
+    ".norm1.": ".layer_norm1.",
+    ".norm2.": ".layer_norm2.",
+    ".attn.qkv.": ".self_attn.qkv.",
+    ".attn.proj.": ".self_attn.projection.",
+    "blip.text_encoder.": "text_encoder.",
+    "mlp.layers.": "layers.",
+}
+
+
+def blip_large() -> BlipConfig:
+    """The architecture of ImageReward v1.0: ViT-L/16 at 224 pixels, BERT-base with cross attention, 446 million parameters.
+
+    The epsilons are those of the official code; transformers has 1e-5 for pictures, and 8 heads for text.
+    """
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    vision |= {"image_size": 224, "patch_size": 16}
+    text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    text |= {"vocab_size": 30524, "max_position_embeddings": 512}
+    return BlipConfig(vision_config=vision | {"layer_norm_eps": 1e-6}, text_config=text | {"layer_norm_eps": 1e-12})
+
+
+def convert_checkpoint(checkpoint: str | Path, out: str | Path = FOLDER, architecture: BlipConfig | None = None) -> ImageRewardModel:
+    """Write the official checkpoint as config.json and model.safetensors, in float32, and return the model.
+
+    checkpoint: the file `ImageReward.pt`; nothing in it is executed. out: the folder. architecture: of the checkpoint, by default
+    that of ImageReward v1.0, which is all that was released. Raises `ValueError` for a file that is missing, holds more than tensors, or
+    is of another architecture.
+    """
+    tensors = from_official(_read(Path(checkpoint)))
+    model = model_of(ImageRewardModel, architecture or blip_large(), tensors, torch.float32, "ImageReward", WEIGHTS)
+    model.save_pretrained(out)
+    return model
+
+
+def from_official(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors under the names of `ImageRewardModel`; the layouts are the same. What is unknown keeps its name, to be refused by it."""
+    converted = {}
+    for name, tensor in tensors.items():
+        if name.startswith(UNUSED):
+            continue
+        for old, new in RENAMED.items():
+            name = name.replace(old, new)
+        converted[name] = tensor
+    return converted
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise ValueError(f"The checkpoint {str(path)!r} is no file: pass the {WEIGHTS} of THUDM/ImageReward on the Hugging Face Hub.")
+    refusal = f"{str(path)!r} holds no dictionary of plain tensors: download {WEIGHTS} again from THUDM/ImageReward."
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a damaged file makes an unpickler raise can be anything
+        raise ValueError(refusal) from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+        raise ValueError(refusal)
+    return tensors
