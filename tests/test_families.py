@@ -1,6 +1,8 @@
 """Every family draws what its stock pipeline draws, and trains."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from flowrl_trainers.trainers.conditioning import ConditioningCache
 
 from .test_resume import TRAINERS
 from .test_wrong_input import redness
-from .tiny_families import FAMILIES, tiny, tiny_flux, tiny_flux_2_klein, tiny_sana
+from .tiny_families import FAMILIES, tiny, tiny_chroma, tiny_cogview_4, tiny_flux, tiny_flux_2_klein, tiny_sana
 
 PROMPTS = ["a red circle", "a green square and a blue triangle"]
 # Guidance off, and at another value than the default; those without a choice have one case.
@@ -28,6 +30,10 @@ GUIDANCE = {
     "qwen image": [{"guidance_scale": 1.0}, {"guidance_scale": 3.0, "negative_prompt": "a cross"}],
     "z image": [{"guidance_scale": 0.0}, {"guidance_scale": 3.0, "negative_prompt": "a cross"}],
     "sana": [{"guidance_scale": 1.0}, {"guidance_scale": 3.0, "negative_prompt": "a cross"}],
+    "lumina 2": [{"guidance_scale": 1.0}, {"guidance_scale": 3.0, "negative_prompt": "a cross"}],
+    "aura flow": [{"guidance_scale": 1.0}, {"guidance_scale": 3.0, "negative_prompt": "a cross"}],
+    "cogview 4": [{"guidance_scale": 1.0}, {"guidance_scale": 3.0, "negative_prompt": "a cross"}],
+    "chroma": [{"guidance_scale": 1.0}, {"guidance_scale": 3.0, "negative_prompt": "a cross"}],
 }
 SIZES = {"square": {"height": 32, "width": 32}, "not square": {"height": 32, "width": 64}}
 
@@ -38,10 +44,12 @@ def seeds(count: int) -> list[torch.Generator]:
 
 def stock(family: str, pipeline, flow: FlowPipeline, steps: int = 4) -> torch.Tensor:
     """The pictures of the pipeline's own `__call__`, with the arguments that a card would show."""
-    arguments = flow.call_arguments()
+    arguments = flow.call_arguments() | {"num_inference_steps": steps, "output_type": "pt"}
+    if family == "cogview 4":  # what it draws of a prompt depends on the longest of the batch
+        return torch.cat([pipeline(prompt=p, generator=g, **arguments).images for p, g in zip(PROMPTS, seeds(2), strict=True)])
     if "negative_prompt" in arguments and family != "sana":
         arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(PROMPTS)
-    return pipeline(prompt=list(PROMPTS), num_inference_steps=steps, generator=seeds(2), output_type="pt", **arguments).images
+    return pipeline(prompt=list(PROMPTS), generator=seeds(2), **arguments).images
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
@@ -121,31 +129,42 @@ def test_grids_leave_the_pipeline_alone_and_end_well(family):
 @pytest.mark.parametrize("trainer", TRAINERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_update_changes_the_adapter_alone_and_the_stock_loader_reads_it(tmp_path, family, trainer):
-    pipeline = tiny(family)
+    prompts = [*PROMPTS, "a blue cross", "a red diamond"]
+    settings = {"height": 32, "width": 32} | FAMILIES[family][1]
+    check_update(tmp_path, trainer, lambda: tiny(family), lambda pipeline, flow: stock(family, pipeline, flow), prompts, settings)
+
+
+def check_update(
+    folder: Path,
+    trainer: str,
+    make: Callable[[], Any],
+    draw: Callable[[Any, FlowPipeline], torch.Tensor],
+    prompts: list[str],
+    settings: dict,
+) -> None:
+    """make: a pipeline, the same at every call. draw: the stock pictures of the first two of four prompts, in four steps from `seeds(2)`."""
+    pipeline = make()
     before = {name: value.clone() for name, value in pipeline.transformer.state_dict().items()}
     cls = getattr(flowrl_trainers, trainer)
     config = cls.config_class(
         **{
-            "output_dir": str(tmp_path), "max_steps": 2 if trainer == "ACFlowTrainer" else 1, "per_device_train_batch_size": 4,
-            "num_inference_steps": 3, "height": 32, "width": 32, "learning_rate": 0.05, "save_strategy": "no", "report_to": "none",
-            "use_cpu": True, "disable_tqdm": True,
-        } | TRAINERS[trainer] | FAMILIES[family][1]
+            "output_dir": str(folder), "max_steps": 2 if trainer == "ACFlowTrainer" else 1, "per_device_train_batch_size": 4,
+            "num_inference_steps": 3, "learning_rate": 0.05, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True,
+        } | TRAINERS[trainer] | settings
     )  # fmt: skip
-    prompts = Dataset.from_dict({"prompt": [*PROMPTS, "a blue cross", "a red diamond"]})
-    t = cls(pipeline, redness, config, prompts, peft_config=LoraConfig(r=2, lora_alpha=6))
+    t = cls(pipeline, redness, config, Dataset.from_dict({"prompt": prompts}), peft_config=LoraConfig(r=2, lora_alpha=6))
     t.train()
     after = _base(t.flow.transformer)
     assert after.keys() == before.keys()
     assert all(torch.equal(before[name], value) for name, value in after.items())
     assert any(p.abs().max() > 0 for name, p in t.model.named_parameters() if "lora_B" in name)
     t.save_model()
-    fresh = tiny(family)
-    base = stock(family, fresh, t.flow)
-    fresh.load_lora_weights(str(tmp_path))
-    loaded = stock(family, fresh, t.flow)
+    fresh = make()
+    base = draw(fresh, t.flow)
+    fresh.load_lora_weights(str(folder))
+    loaded = draw(fresh, t.flow)
     assert (loaded - base).abs().max() > 1e-4
-    tuned = t.flow.sample(PROMPTS, 4, generator=seeds(2))
-    torch.testing.assert_close(loaded, tuned, atol=1e-4, rtol=0)
+    torch.testing.assert_close(loaded, t.flow.sample(prompts[:2], 4, generator=seeds(2)), atol=1e-4, rtol=0)
 
 
 def _base(transformer: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -193,6 +212,22 @@ def test_sanas_solver_is_replaced_with_its_own_shift(caplog):
     assert torch.equal(FlowPipeline.from_pipeline(pipeline, height=32, width=32).sigmas(6), euler)
     assert pipeline.scheduler is solver
     assert "Sana's DPM-Solver is replaced by the Euler sampler of flow matching with its shift, 3" in caplog.text
+
+
+@pytest.mark.parametrize("shift", [{}, {"time_shift_type": "exponential"}, {"use_dynamic_shifting": False, "shift": 3.0}])
+def test_cogviews_network_is_told_the_time_before_the_shift(shift):
+    """The stock pipeline hands its scheduler whole numbers from 1000 down to 1, and the same to the network."""
+    flow = FlowPipeline.from_pipeline(tiny_cogview_4(**shift), height=32, width=64)
+    sigmas = flow.sigmas(4)
+    assert sigmas[1] != pytest.approx(0.667, abs=0.02)
+    torch.testing.assert_close(1000 * flow.unshifted(sigmas), torch.tensor([1000.0, 667.0, 334.0, 1.0, 0.0]), atol=1e-3, rtol=0)
+
+
+def test_chroma_is_not_trained_without_its_mask():
+    pipeline = tiny_chroma()
+    pipeline.transformer.enable_gradient_checkpointing()
+    with pytest.raises(ValueError, match="`gradient_checkpointing` is True, with which diffusers drops Chroma's attention mask"):
+        FlowPipeline.from_pipeline(pipeline, height=32, width=32, max_sequence_length=64).sample(PROMPTS, 1)
 
 
 def test_video_is_refused():

@@ -15,6 +15,9 @@ from flowrl_trainers import FlowPipeline
 from flowrl_trainers.cli.convert_sit import convert_sit
 from flowrl_trainers.sit import SiTPipeline, SiTTransformer2DModel, convert_checkpoint, load_transformer
 
+from .test_families import check_update
+from .test_resume import TRAINERS
+
 D, HEADS, DEPTH, PATCH, CHANNELS, SIZE, CLASSES = 24, 2, 2, 2, 4, 8, 5
 GRID = SIZE // PATCH
 NAMES = ["goldfish, Carassius auratus", "crane", "crane", "tench", "volcano"]
@@ -110,6 +113,10 @@ def tiny_vae(**config) -> AutoencoderKL:
 
 @pytest.fixture
 def tiny(checkpoint) -> SiTPipeline:
+    return tiny_sit(checkpoint)
+
+
+def tiny_sit(checkpoint) -> SiTPipeline:
     transformer = load_transformer(checkpoint, num_attention_heads=HEADS)
     pipeline = SiTPipeline(transformer, tiny_vae(), FlowMatchEulerDiscreteScheduler(shift=1.0), dict(enumerate(NAMES)))
     pipeline.set_progress_bar_config(disable=True)
@@ -262,6 +269,14 @@ def test_a_saved_lora_is_read_by_a_fresh_pipeline_with_its_alpha(tmp_path, tiny)
     loaded = drawn(fresh, guidance_scale=2.0)
     assert (loaded - base).abs().max() > 1e-2
     torch.testing.assert_close(loaded, tuned, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_an_update_changes_the_adapter_alone_and_the_loader_reads_it(tmp_path, checkpoint, trainer):
+    def draw(pipeline: SiTPipeline, flow: FlowPipeline) -> torch.Tensor:
+        return drawn(pipeline, **flow.call_arguments())
+
+    check_update(tmp_path, trainer, lambda: tiny_sit(checkpoint), draw, [*PROMPTS, "tench", "volcano"], {"height": SIZE, "width": 2 * SIZE})
 
 
 def test_classes_in_one_batch_do_not_mix(tiny):

@@ -6,16 +6,24 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
+    CogView4Pipeline,
+    CogView4Transformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -23,15 +31,18 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    GlmConfig,
+    GlmModel,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -41,11 +52,15 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from flowrl_trainers.shapes.models import new_tokenizer
 
 CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] if m['content'] is string else m['content'][0]['text'] }}<|im_end|>\n{% endfor %}"
+PIECES = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in string.ascii_lowercase)]
+T5 = {"vocab_size": len(PIECES), "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
 DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0}
 
 
@@ -74,18 +89,20 @@ def clip_and_t5() -> dict[str, Any]:
         max_position_embeddings=16, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in string.ascii_lowercase)]
-    t5 = T5Config(vocab_size=len(pieces), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     return {
         "text_encoder": CLIPTextModel(clip).eval(), "tokenizer": tokenizer,
-        "text_encoder_2": T5EncoderModel(t5).eval(), "tokenizer_2": T5Tokenizer(vocab=pieces, extra_ids=0),
+        "text_encoder_2": T5EncoderModel(T5Config(**T5)).eval(), "tokenizer_2": t5_tokenizer(),
     }  # fmt: skip
 
 
-def kl() -> AutoencoderKL:
+def t5_tokenizer() -> T5Tokenizer:
+    return T5Tokenizer(vocab=PIECES, extra_ids=0)
+
+
+def kl(blocks: int = 2) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4,
-        layers_per_block=1, norm_num_groups=4, sample_size=32, scaling_factor=1.3, shift_factor=0.2,
+        block_out_channels=(8,) * blocks, down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks,
+        latent_channels=4, layers_per_block=1, norm_num_groups=4, sample_size=32, scaling_factor=1.3, shift_factor=0.2,
     ).eval()  # fmt: skip
 
 
@@ -175,14 +192,18 @@ def tiny_z_image() -> ZImagePipeline:
     )  # fmt: skip
 
 
-def tiny_sana() -> SanaPipeline:
-    torch.manual_seed(0)
+def gemma() -> dict[str, Any]:
     vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "▁", *string.printable[:95]])}
-    tokenizer = GemmaTokenizer(vocab=vocab, merges=[])
-    encoder = Gemma2Model(Gemma2Config(
+    config = Gemma2Config(
         vocab_size=len(vocab) + 10, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
         max_position_embeddings=4096,
-    )).eval()  # fmt: skip
+    )  # fmt: skip
+    return {"text_encoder": Gemma2Model(config).eval(), "tokenizer": GemmaTokenizer(vocab=vocab, merges=[])}
+
+
+def tiny_sana() -> SanaPipeline:
+    torch.manual_seed(0)
+    text = gemma()
     transformer = SanaTransformer2DModel(
         in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=1, num_cross_attention_heads=2,
         cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16, sample_size=16, patch_size=1,
@@ -192,13 +213,74 @@ def tiny_sana() -> SanaPipeline:
         "decoder_layers_per_block": (1, 1), "encoder_qkv_multiscales": ((), ()), "decoder_qkv_multiscales": ((), ()),
     }  # fmt: skip
     vae = AutoencoderDC(latent_channels=4, attention_head_dim=4, scaling_factor=0.7, **blocks).eval()
-    return SanaPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae,
-        text_encoder=encoder,
-        tokenizer=tokenizer,
-        transformer=awaken(transformer),
-    )
+    return SanaPipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, transformer=awaken(transformer), **text)
+
+
+def tiny_lumina_2() -> Lumina2Pipeline:
+    torch.manual_seed(0)
+    text = gemma()
+    transformer = Lumina2Transformer2DModel(
+        in_channels=4, hidden_size=32, num_layers=1, num_refiner_layers=1, num_attention_heads=2, num_kv_heads=1, multiple_of=16, cap_feat_dim=16,
+        axes_dim_rope=(4, 6, 6), axes_lens=(300, 64, 64),
+    )  # fmt: skip
+    # A steep shift, so that what the pipeline takes for the number of tokens counts. Its scale factor is 8 whatever the autoencoder.
+    scheduler = FlowMatchEulerDiscreteScheduler(**DYNAMIC, base_image_seq_len=2, max_image_seq_len=16)
+    return Lumina2Pipeline(scheduler=scheduler, vae=kl(blocks=4), transformer=awaken(transformer), **text)
+
+
+def tiny_aura_flow() -> AuraFlowPipeline:
+    torch.manual_seed(0)
+    transformer = AuraFlowTransformer2DModel(
+        in_channels=4, num_mmdit_layers=1, num_single_dit_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=32,
+        caption_projection_dim=16, out_channels=4, pos_embed_max_size=256**2,
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(2)  # as they are initialised, attention hardly counts in so narrow a network
+    return AuraFlowPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73), vae=kl(), transformer=awaken(transformer), tokenizer=t5_tokenizer(),
+        text_encoder=UMT5EncoderModel(UMT5Config(**T5)).eval(),
+    )  # fmt: skip
+
+
+def glm_tokenizer() -> PreTrainedTokenizerFast:
+    """As GLM's, it pads on the left and begins every text with two tokens of its own."""
+    special = ["<|endoftext|>", "[gMASK]", "<sop>"]
+    vocab = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    backend = Tokenizer(models.BPE(vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.TemplateProcessing("[gMASK] <sop> $A", special_tokens=[(s, vocab[s]) for s in special[1:]])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=special[0], padding_side="left")
+
+
+def tiny_cogview_4(**scheduler: Any) -> CogView4Pipeline:
+    torch.manual_seed(0)
+    text = GlmConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        max_position_embeddings=1024, pad_token_id=0,
+    )  # fmt: skip
+    transformer = CogView4Transformer2DModel(
+        in_channels=4, out_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=2, text_embed_dim=16, time_embed_dim=16,
+        condition_dim=8,
+    )  # fmt: skip
+    settings = {"use_dynamic_shifting": True, "time_shift_type": "linear", "base_shift": 0.25, "max_shift": 0.75} | scheduler
+    return CogView4Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**settings), vae=kl(), transformer=awaken(transformer), tokenizer=glm_tokenizer(),
+        text_encoder=GlmModel(text).eval(),
+    )  # fmt: skip
+
+
+def tiny_chroma() -> ChromaPipeline:
+    torch.manual_seed(0)
+    transformer = ChromaTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
+        axes_dims_rope=(4, 6, 6), approximator_num_channels=16, approximator_hidden_dim=16, approximator_layers=1,
+    )  # fmt: skip
+    return ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**DYNAMIC), vae=kl(), transformer=awaken(transformer), tokenizer=t5_tokenizer(),
+        text_encoder=T5EncoderModel(T5Config(**T5)).eval(),
+    )  # fmt: skip
 
 
 # The pipeline of a family, and its settings for pictures of 32 pixels in tests.
@@ -211,6 +293,10 @@ FAMILIES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "qwen image": (tiny_qwen_image, {"max_sequence_length": 512}),
     "z image": (tiny_z_image, {"max_sequence_length": 64}),
     "sana": (tiny_sana, {"max_sequence_length": 32}),
+    "lumina 2": (tiny_lumina_2, {"max_sequence_length": 256}),
+    "aura flow": (tiny_aura_flow, {"max_sequence_length": 64}),
+    "cogview 4": (tiny_cogview_4, {"max_sequence_length": 64}),
+    "chroma": (tiny_chroma, {"max_sequence_length": 64}),
 }
 
 

@@ -56,6 +56,10 @@ CHECKPOINTS = _checkpoints(
     Checkpoint("Tongyi-MAI/Z-Image", False, 50, 4.0, "Apache-2.0", False),
     Checkpoint("Tongyi-MAI/Z-Image-Turbo", True, 9, 0.0, "Apache-2.0", False),
     Checkpoint("Efficient-Large-Model/Sana_1600M_1024px_diffusers", False, 20, 4.5, "NVIDIA non-commercial", False),
+    Checkpoint("Alpha-VLLM/Lumina-Image-2.0", False, 50, 4.0, "Apache-2.0", False),
+    Checkpoint("fal/AuraFlow", False, 50, 3.5, "Apache-2.0", False),
+    Checkpoint("THUDM/CogView4-6B", False, 50, 3.5, "Apache-2.0", False),
+    Checkpoint("lodestones/Chroma1-HD", False, 40, 3.0, "Apache-2.0", False),
 )
 
 

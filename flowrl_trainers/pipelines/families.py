@@ -16,11 +16,15 @@ from huggingface_hub.errors import (
 )
 
 from ..sit import SiTPipeline
+from .aura_flow import AuraFlowFlowPipeline
 from .base import FlowPipeline
 from .checkpoints import CHECKPOINTS
+from .chroma import ChromaFlowPipeline
+from .cogview_4 import CogView4FlowPipeline
 from .diffusers_pipeline import DiffusersFlowPipeline
 from .flux import FluxFlowPipeline
 from .flux_2 import Flux2FlowPipeline, Flux2KleinFlowPipeline
+from .lumina_2 import Lumina2FlowPipeline
 from .qwen_image import QwenImageFlowPipeline
 from .sana import SanaFlowPipeline
 from .sit import SiTFlowPipeline
@@ -35,6 +39,10 @@ FAMILIES: dict[str, type[DiffusersFlowPipeline]] = {
     "QwenImagePipeline": QwenImageFlowPipeline,
     "ZImagePipeline": ZImageFlowPipeline,
     "SanaPipeline": SanaFlowPipeline,
+    "Lumina2Pipeline": Lumina2FlowPipeline,
+    "AuraFlowPipeline": AuraFlowFlowPipeline,
+    "CogView4Pipeline": CogView4FlowPipeline,
+    "ChromaPipeline": ChromaFlowPipeline,
     "SiTPipeline": SiTFlowPipeline,
 }
 SUPPORTED = f"{', '.join(FAMILIES)}; video is not"

@@ -1,0 +1,61 @@
+"""AuraFlow.
+
+Latents are `(B, 4, h, w)`, not packed. The network takes sigma and predicts the velocity as it is. Embeddings of padding are zero, and the
+network reads them as it reads the others.
+"""
+
+import math
+from typing import Any, ClassVar
+
+import torch
+
+from .base import Conditioning
+from .diffusers_pipeline import DiffusersFlowPipeline, dtype_of
+
+
+class AuraFlowFlowPipeline(DiffusersFlowPipeline):
+    """`AuraFlowPipeline` as a velocity field; settings and defaults are those of its `__call__`."""
+
+    lora_target_modules: ClassVar[list[str]] = [
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+    ]  # fmt: skip
+    default_settings: ClassVar[dict[str, Any]] = {
+        "height": None,
+        "width": None,
+        "guidance_scale": 3.5,
+        "negative_prompt": "",
+        "max_sequence_length": 256,
+    }
+
+    def default_size(self) -> int:
+        return 1024
+
+    def largest_size(self) -> int:
+        # Its position embeddings are a square.
+        return math.isqrt(self.transformer.config.pos_embed_max_size) * self.pixels_per_token()
+
+    def _encode(self, prompts: list[str], negative: bool) -> Conditioning:
+        embeds, mask, _, _ = self.pipeline.encode_prompt(
+            prompts,
+            do_classifier_free_guidance=False,
+            device=self.text_encoders()[0].device,
+            max_sequence_length=self.settings["max_sequence_length"],
+        )
+        # The mask comes once for every feature of a token, flattened.
+        return {"prompt_embeds": embeds, "prompt_embeds_mask": mask.reshape(embeds.shape)[..., 0].bool()}
+
+    def _spacing(self, num_inference_steps: int) -> None:
+        return None
+
+    def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        dtype = dtype_of(transformer)
+        return transformer(
+            latents.to(dtype),
+            encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
+            timestep=sigma.to(dtype),
+            return_dict=False,
+        )[0].float()
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self._decoded(latents / self.pipeline.vae.config.scaling_factor)

@@ -1,0 +1,83 @@
+"""CogView4.
+
+Latents are `(B, 16, h, w)`, not packed. The network predicts the velocity as it is; its time is not the noise level but `1000 u`, where u
+is the level before the scheduler's shift.
+
+The stock pipeline pads prompts on the left and no attention masks the padding, so what it draws of a prompt depends on the longest of the
+batch. Here each prompt is encoded and read by itself: its pictures are those of the stock pipeline called with that prompt alone.
+"""
+
+import math
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
+
+from .base import Conditioning
+from .diffusers_pipeline import DiffusersFlowPipeline, dtype_of, pad_prompts
+
+
+class CogView4FlowPipeline(DiffusersFlowPipeline):
+    """`CogView4Pipeline` as a velocity field; settings and defaults are those of its `__call__`."""
+
+    lora_target_modules: ClassVar[list[str]] = ["to_q", "to_k", "to_v", "to_out.0"]
+    default_settings: ClassVar[dict[str, Any]] = {
+        "height": None,
+        "width": None,
+        "guidance_scale": 5.0,
+        "negative_prompt": "",
+        "max_sequence_length": 1024,
+    }
+    most_tokens: ClassVar[int] = 1024
+
+    def default_size(self) -> int:
+        return self.transformer.config.sample_size * self.pipeline.vae_scale_factor
+
+    def _encode(self, prompts: list[str], negative: bool) -> Conditioning:
+        device, length = self.text_encoders()[0].device, self.settings["max_sequence_length"]
+        encoded = [
+            self.pipeline.encode_prompt([prompt], do_classifier_free_guidance=False, device=device, max_sequence_length=length)[0][0]
+            for prompt in prompts
+        ]
+        return pad_prompts(encoded)
+
+    def _spacing(self, num_inference_steps: int) -> list[float]:
+        return (np.linspace(1000, 1, num_inference_steps).astype(int) / 1000).tolist()
+
+    def _mu(self, num_inference_steps: int) -> float:
+        config = self.pipeline.scheduler.config
+        height, width = (self.settings[name] // self.pixels_per_token() for name in ("height", "width"))
+        return calculate_shift(height * width, config.base_image_seq_len, config.base_shift, config.max_shift)
+
+    def unshifted(self, sigma: torch.Tensor) -> torch.Tensor:
+        """The u of levels `sigma = f u / (1 + (f - 1) u)`: every shift of the scheduler has this form."""
+        config = self.pipeline.scheduler.config
+        f = config.shift
+        if config.use_dynamic_shifting:
+            mu = self._mu(0)  # it depends on the size alone
+            f = mu if config.time_shift_type == "linear" else math.exp(mu)
+        return sigma / (sigma + f * (1 - sigma))
+
+    def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        dtype, mask = dtype_of(transformer), conditioning["prompt_embeds_mask"]
+        embeds, timestep = conditioning["prompt_embeds"].to(dtype), 1000 * self.unshifted(sigma)
+        size = embeds.new_tensor([[self.settings["height"], self.settings["width"]]])
+        # One by one, as the network's mask would be added to the attention scores instead of hiding padding. Not in groups of one length:
+        # every process must call a sharded network equally often.
+        rows = [
+            transformer(
+                hidden_states=latents[i : i + 1].to(dtype),
+                encoder_hidden_states=embeds[i : i + 1, mask[i]],
+                timestep=timestep[i : i + 1],
+                original_size=size,
+                target_size=size,
+                crop_coords=torch.zeros_like(size),
+                return_dict=False,
+            )[0]
+            for i in range(len(latents))
+        ]
+        return torch.cat(rows).float()
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return self._decoded(latents / self.pipeline.vae.config.scaling_factor)
