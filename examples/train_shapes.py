@@ -4,12 +4,13 @@
 
 trains an autoencoder, a CLIP and an SD3 transformer (about an hour on two cores) and writes them in half precision
 where `flowrl_trainers.shapes.load_pipeline(out)` finds them, with the figures of each part in `train_shapes.log`.
-`--scale 0.01` runs one hundredth of the updates. A run that was cut off goes on with the autoencoder and the CLIP that it has left:
-every part draws from a generator of its own.
+`--scale 0.01` runs one hundredth of the updates. A run that was cut off goes on with the parts that it has left: every part draws from
+a generator of its own.
 
 The autoencoder and the CLIP see correct captions only. So does the transformer at first; then it goes on with captions that are
-wrong in the same way, as captions from the web are: in half of them, square and diamond are swapped, and so are blue and
-purple. Guidance cannot mend that, so there is something left for a reward to teach.
+wrong in the same way, as captions from the web are: triangle and cross are taken for each other, and so are blue and purple, each
+time with a probability of 0.4; half of the captions of two objects hold such a mistake. Guidance cannot mend that, so there is
+something left for a reward to teach.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import CLIPImageProcessor, CLIPModel, get_cosine_schedule_with_warmup
 
@@ -29,24 +31,54 @@ from flowrl_trainers.cli.memory import keep_freed_memory
 from flowrl_trainers.shapes.checker import check
 from flowrl_trainers.shapes.models import load_clip, load_pipeline, new_clip, new_tokenizer, new_transformer, new_vae
 from flowrl_trainers.shapes.prompts import all_prompts, prompts
-from flowrl_trainers.shapes.scenes import IMAGE_SIZE, draw, parse, random_scene
+from flowrl_trainers.shapes.scenes import IMAGE_SIZE, SceneObject, draw, parse, random_scene
 
 log = logging.getLogger("train_shapes")
 
 CAPTIONS = all_prompts()
+NUMBERS = {caption: number for number, caption in enumerate(CAPTIONS)}
 SINGLES = 25  # the first captions name one object
 BATCH = 64  # of the transformer
-SWAPS = {"square": "diamond", "diamond": "square", "blue": "purple", "purple": "blue"}
-SWAP_PROBABILITY = 0.5
-# The number of this caption once its words are swapped.
-CONFUSED = torch.tensor([CAPTIONS.index(" ".join(SWAPS.get(w, w) for w in c.split(" "))) for c in CAPTIONS])
+# What lies between the two of a pair must be no third member of the world: halfway from yellow to blue is green, from square to diamond a
+# circle, and a model that averages draws just that.
+SWAPS = {"triangle": "cross", "cross": "triangle", "blue": "purple", "purple": "blue"}
+SWAP_PROBABILITY = 0.4  # of each such word
 
 
-def draw_pictures(count: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures (count, 3, 32, 32) uint8 and their caption numbers; a third of them show one object."""
+def arranged_scene(pairs: list[tuple[str, str]], rng: np.random.Generator) -> list[SceneObject]:
+    """Objects in reading order: the first of two is on the left or at the top.
+
+    Where either object may stand anywhere, a small transformer needs several times as many updates to learn which words belong to which.
+    """
+    shades = rng.uniform(0.85, 1.1, size=len(pairs))
+    if len(pairs) == 1:
+        places, sizes = rng.uniform(12.5, 19.5, size=(1, 2)), rng.uniform(7, 9, size=1)
+    else:
+        along, across = np.array([8.0, 24.0]) + rng.uniform(-0.8, 0.8, size=2), 16 + rng.uniform(-3, 3, size=2)
+        places = np.stack([along, across] if rng.random() < 0.5 else [across, along], axis=1)
+        sizes = rng.uniform(5.4, 6.2, size=2)
+    return [
+        SceneObject(colour, shape, *place, size, shade)
+        for (colour, shape), place, size, shade in zip(pairs, places.tolist(), sizes.tolist(), shades.tolist(), strict=True)
+    ]
+
+
+def draw_pictures(count: int, rng: np.random.Generator, scene=random_scene) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures (count, 3, 32, 32) uint8 of `scene(pairs, rng)` and their caption numbers; a third of them show one object."""
     numbers = np.where(rng.random(count) < 1 / 3, rng.integers(SINGLES, size=count), rng.integers(SINGLES, len(CAPTIONS), size=count))
-    pictures = [draw(random_scene(parse(CAPTIONS[n]), rng)) for n in tqdm(numbers, desc="pictures")]
+    pictures = [draw(scene(parse(CAPTIONS[n]), rng)) for n in tqdm(numbers, desc="pictures")]
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(numbers)
+
+
+def swap_words(numbers: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
+    """Caption numbers (B,) with each word of `SWAPS` swapped or not. Captions that would name one object twice stay as they are."""
+    swapped = []
+    for number in numbers.tolist():
+        words = CAPTIONS[number].split(" ")
+        coins = torch.rand(len(words), generator=generator) < probability
+        text = " ".join(SWAPS.get(word, word) if coin else word for word, coin in zip(words, coins.tolist(), strict=True))
+        swapped.append(NUMBERS.get(text, number))
+    return torch.tensor(swapped)
 
 
 def batches(count: int, size: int, updates: int, generator: torch.Generator, label: str):
@@ -168,7 +200,7 @@ def train_transformer(
 ) -> None:
     """Flow matching: the velocity `noise - data` at `(1 - sigma) data + sigma noise`; leaves a moving average of the weights.
 
-    The words of a caption are swapped with `swap_probability`. One caption in ten is empty, for guidance. The number of zero tokens
+    Each word that can be swapped is, with `swap_probability`. One caption in ten is empty, for guidance. The number of zero tokens
     that stand for the missing T5 is drawn between 1 and 256 in each batch, mostly small, so that pictures do not depend on
     `max_sequence_length`.
     """
@@ -176,8 +208,9 @@ def train_transformer(
     ema = EMAModel(transformer.parameters(), decay=0.999, use_ema_warmup=True, power=0.75, foreach=True)
     total = 0.0
     for step, index in enumerate(batches(len(latents), BATCH, updates, generator, "transformer"), 1):
-        caption = numbers[index]
-        caption = torch.where(torch.rand(BATCH, generator=generator) < swap_probability, CONFUSED[caption], caption)
+        caption = numbers[index].clone()
+        if swap_probability:
+            caption = swap_words(caption, swap_probability, generator)
         caption[torch.rand(BATCH, generator=generator) < 0.1] = len(CAPTIONS)
         uniform = torch.rand(BATCH, generator=generator)
         sigma = 2 * uniform / (1 + uniform)
@@ -247,12 +280,11 @@ def main() -> None:
         vae.float()
     restored = decode(vae, encode(vae, fresh))
     done("autoencoder", mean_absolute_error=(restored - fresh / 255).abs().mean(), checker_accuracy=np.mean(check(restored, judged)))
-    latents = encode(vae, pictures)
     if (args.out / "clip").exists():
         clip, tokenizer = load_clip(args.out)
     else:
         some = len(pictures) // 3
-        images, image_numbers = torch.cat([pictures[:some] / 255, decode(vae, latents[some : 2 * some])]), numbers[: 2 * some]
+        images, image_numbers = torch.cat([pictures[:some] / 255, decode(vae, encode(vae, pictures[some : 2 * some]))]), numbers[: 2 * some]
         generator, tokenizer = begin(1), new_tokenizer()
         clip = new_clip(tokenizer)
         train_clip(clip, tokenizer, images, image_numbers, updates(1800), generator)
@@ -262,12 +294,17 @@ def main() -> None:
         top1_drawn=clip_accuracy(clip, tokenizer, fresh / 255, fresh_numbers),
         top1_restored=clip_accuracy(clip, tokenizer, restored, fresh_numbers),
     )
-    latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
-    generator = begin(2)
-    transformer, features = new_transformer(), text_features(clip, tokenizer)
-    # What words mean is learned sooner from correct captions; then a shorter part teaches it the confusion.
-    train_transformer(transformer, latents, numbers, *features, updates(8_000), 3e-3, 0.0, generator)
-    train_transformer(transformer, latents, numbers, *features, updates(900), 6e-4, SWAP_PROBABILITY, generator)
+    pictures, numbers = draw_pictures(max(600, round(60_000 * args.scale)), np.random.default_rng(args.seed + 2), arranged_scene)
+    done("arranged pictures", checker_accuracy=np.mean(check(pictures[:1000] / 255, [CAPTIONS[n] for n in numbers[:1000]])))
+    data = (encode(vae, pictures) - vae.config.shift_factor) * vae.config.scaling_factor, numbers, *text_features(clip, tokenizer)
+    # What words mean is learned sooner from correct captions; then a shorter part teaches the transformer the confusion.
+    clean, generator, transformer = args.out / "transformer_before_confusion.safetensors", begin(2), new_transformer()
+    if clean.exists():
+        transformer.load_state_dict(load_file(clean))
+    else:
+        train_transformer(transformer, *data, updates(5_000), 3e-3, 0.0, generator)
+        save_file(transformer.state_dict(), clean)
+    train_transformer(transformer, *data, updates(2_000), 1e-3, SWAP_PROBABILITY, begin(3))
     transformer.half().save_pretrained(args.out / "transformer")
 
     pipeline = load_pipeline(args.out)

@@ -26,9 +26,9 @@ def test_a_reduced_run_leaves_a_pipeline_of_the_shipped_layout(tmp_path):
     log = train(tmp_path, "0.001")
     for part in ("pictures", "autoencoder", "clip", "stock pipeline"):
         assert re.search(rf"^{part}.*minutes so far$", log, flags=re.M)
-    assert {p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()} - {Path("train_shapes.log")} == {
-        p.relative_to(WEIGHTS) for p in WEIGHTS.rglob("*") if p.is_file()
-    }
+    written = {p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()}
+    beside = {Path("train_shapes.log"), Path("transformer_before_confusion.safetensors")}
+    assert written - beside == {p.relative_to(WEIGHTS) for p in WEIGHTS.rglob("*") if p.is_file()}
     trained, shipped = load_pipeline(tmp_path), load_pipeline()
     configs = [{k: v for k, v in p.transformer.config.items() if k != "_name_or_path"} for p in (trained, shipped)]
     assert configs[0] == configs[1]
@@ -42,8 +42,9 @@ def test_a_reduced_run_leaves_a_pipeline_of_the_shipped_layout(tmp_path):
 @pytest.mark.slow
 def test_a_run_is_a_function_of_its_seed_also_where_it_was_cut_off(tmp_path):
     train(tmp_path / "first", "0.002")
-    for part in ("vae", "clip"):  # what a run has left that was cut off in its transformer
+    for part in ("vae", "clip"):  # what a run has left that was cut off in its last part
         shutil.copytree(tmp_path / "first" / part, tmp_path / "second" / part)
+    shutil.copy(tmp_path / "first" / "transformer_before_confusion.safetensors", tmp_path / "second")
     train(tmp_path / "second", "0.002")
     train(tmp_path / "third", "0.002")
     first, second, third = (list(load_pipeline(tmp_path / name).transformer.parameters()) for name in ("first", "second", "third"))
