@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import nn
 
 from flowrl_trainers import ACFlowConfig, ACFlowTrainer
-from flowrl_trainers.flow import advantage_weights, explained_variance, interpolate, shape_rewards
+from flowrl_trainers.flow import advantage_weights, explained_variance, interpolate, shape_rewards, shift_sigmas, uniform_sigmas
 from flowrl_trainers.hub.gallery import to_pillow
 from flowrl_trainers.networks import ConvCritic, MLPCritic, critic
 from flowrl_trainers.trainers.micro_batch import MicroBatch
@@ -122,6 +122,16 @@ def test_the_logit_normal_levels_are_those_of_stable_diffusion_3(tmp_path):
     logits = torch.logit(sigma)
     assert abs(float(logits.mean())) < 0.01
     assert float(logits.var()) == pytest.approx(1.0, rel=0.03)
+
+
+def test_the_levels_of_the_pipeline_lie_where_its_steps_do(tmp_path, monkeypatch):
+    """Of a scheduler with a shift of 3, to the error of linear interpolation, which is below h^2 |sigma''| / 8 = 1.5e-6 for a step h of 1/1000."""
+    t = ac_flow(tmp_path, timestep_bins=50, timestep_sampling="pipeline")
+    monkeypatch.setattr(t.flow, "sigmas", lambda steps, spacing: shift_sigmas(uniform_sigmas(steps), 3.0))
+    share = torch.rand(64, 50, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(t._levels(share), shift_sigmas(share, 3.0), atol=2e-6, rtol=0)
+    _, _, sigma = t._renoised(exact_images(t, 64), "actor")
+    assert float(sigma.mean()) == pytest.approx(3 * (2 - math.log(3)) / 4, rel=0.01)  # the integral of 3 u / (1 + 2 u)
 
 
 # ---- the critic ---------------------------------------------------------------------------------------------------------------

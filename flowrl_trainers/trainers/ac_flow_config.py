@@ -59,10 +59,11 @@ class ACFlowConfig(FlowRLConfig):
         default=4,
         metadata={"help": "The re-noised states per image: the noise levels are split into so many bins, and one is drawn from each."},
     )
-    timestep_sampling: Literal["uniform", "logit_normal"] = field(
+    timestep_sampling: Literal["uniform", "logit_normal", "pipeline"] = field(
         default="uniform",
         metadata={
-            "help": "The distribution of noise levels, for critic and actor alike: uniform, or the logit-normal one of Stable Diffusion 3."
+            "help": "The distribution of noise levels, for critic and actor alike: uniform, the logit-normal one of Stable Diffusion 3, or "
+            "'pipeline', uniform through the shift of the pipeline's own scheduler, so that levels lie where the sampler's steps do."
         },
     )
     critic: Literal["default", "none"] = field(
@@ -86,7 +87,7 @@ class ACFlowConfig(FlowRLConfig):
         self.refuse_unknown(
             reward_shaping=("standardise", "none"),
             weighting=WEIGHTINGS,
-            timestep_sampling=("uniform", "logit_normal"),
+            timestep_sampling=("uniform", "logit_normal", "pipeline"),
             critic=("default", "none"),
         )
         self.refuse_not_positive("reward_clip", "advantage_clip", "temperature", "critic_learning_rate")

@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 RISE = 0.01  # of the explained variance: what counts as rising
 PATIENCE = 3  # rollouts without a rise
 MAX_CRITIC_GRAD_NORM = 1.0
+LEVELS = 1000  # of the table of a pipeline's noise levels, between which lines are drawn
 
 
 class ACFlowTrainer(FlowRLTrainer):
@@ -163,12 +164,24 @@ class ACFlowTrainer(FlowRLTrainer):
         final, bins = batch.tensors["final"], self.args.timestep_bins
         generators = [keyed_generator(self.args.seed, e.key.row, e.key.image, e.key.rollout, purpose) for e in batch.examples]
         share = torch.stack([(torch.arange(bins) + torch.rand(bins, generator=g)) / bins for g in generators])
-        sigma = share if self.args.timestep_sampling == "uniform" else torch.sigmoid(torch.special.ndtri(share.clamp(1e-4, 1 - 1e-4)))
+        sigma = self._levels(share)
         noise = torch.stack([torch.randn(bins, *final.shape[1:], generator=g) for g in generators]).to(final.device)
         sigma = sigma.to(final.device)
         data = final[:, None].expand_as(noise)
         states = interpolate(data.flatten(0, 1), noise.flatten(0, 1), sigma.flatten()).unflatten(0, sigma.shape)
         return states, noise, sigma
+
+    def _levels(self, share: torch.Tensor) -> torch.Tensor:
+        """The noise levels below which so large a share of all levels lies; share: in [0, 1], any shape."""
+        match self.args.timestep_sampling:
+            case "uniform":
+                return share
+            case "logit_normal":
+                return torch.sigmoid(torch.special.ndtri(share.clamp(1e-4, 1 - 1e-4)))
+            case "pipeline":
+                levels = self.flow.sigmas(LEVELS, "uniform").flip(0)
+                below = (share * LEVELS).long().clamp(max=LEVELS - 1)
+                return torch.lerp(levels[below], levels[below + 1], share * LEVELS - below)
 
     def _values(self, states: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """V (B, K) at states (B, K, ...) and levels (B, K); zero without a critic."""
