@@ -1,6 +1,7 @@
 """A method on shapes against its own variants, several seeds each.
 
     python benchmarks/variants.py tafs_grpo --equal_time --out docs/tables/tafs_grpo_against_flow_grpo.md
+    python benchmarks/variants.py ac_flow --out docs/tables/ac_flow_ablations.md
 
 Every run is `flowrl demo` with the checker as its reward, in a folder of its own below `--folder`; one that has finished is not
 repeated. Variants that are compared at equal time get as many seconds of training as the first one took.
@@ -24,6 +25,13 @@ VARIANTS = {
             "kernel": "flow_grpo", "eta": 0.7, "credit_rule": "final", "log_prob_form": "gaussian", "epsilon": 1e-4,
             "share_initial_noise": False,
         },
+    },
+    "ac_flow": {
+        "AC-Flow": {},
+        "no clipping of advantages": {"advantage_clip": 1e6},
+        "no warm-up of the critic": {"critic_warmup_max_steps": 0},
+        "no anchor": {"wasserstein_coefficient": 0.0},
+        "no critic": {"critic": "none"},
     },
 }  # fmt: skip
 
