@@ -60,6 +60,7 @@ def assert_stock_diffusers_redraws_the_tuned_row(folder: Path, steps: int) -> No
 SHORT = {
     "adjoint_matching": ["--num_inference_steps", "3", "--adjoint_steps", "2"],
     "vgg_flow": ["--num_inference_steps", "3", "--timestep_bins", "2"],
+    "ac_flow": ["--num_inference_steps", "3", "--num_generations", "2", "--critic_warmup_max_steps", "0"],
     "tafs_grpo": ["--num_inference_steps", "3", "--ode_num_inference_steps", "3", "--num_generations", "2"],
 }
 
@@ -94,4 +95,4 @@ def test_the_demo_raises_the_held_out_judge(tmp_path, trainer):
     assert report["tuned"]["checker_accuracy"] >= report["base"]["checker_accuracy"] + 0.1
     assert report["tuned"]["diversity"] >= 0.8 * report["base"]["diversity"]
     if trainer != "tafs_grpo":
-        assert_stock_diffusers_redraws_the_tuned_row(tmp_path, 20)
+        assert_stock_diffusers_redraws_the_tuned_row(tmp_path, METHODS[trainer].get("num_inference_steps", 20))

@@ -52,6 +52,17 @@ METHODS: dict[str, dict[str, Any]] = {
         "eta_schedule": "linear",
         "control_to_velocity_ratio": 1.0,
     },
+    "ac_flow": {
+        "max_steps": 50,
+        "num_inference_steps": 8,
+        "per_device_train_batch_size": 128,
+        "timestep_sampling": "pipeline",
+        # Signed weights: those of mean 1 also teach the model its own pictures, flaws included.
+        "weighting": "linear",
+        "normalize_weights": False,
+        "wasserstein_coefficient": 0.5,
+        "critic_warmup_max_steps": 3,
+    },
     "tafs_grpo": {
         "max_steps": 40,
         "per_device_train_batch_size": 192,
