@@ -19,7 +19,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # Two processes of one thread each.
 test: install
-	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile --durations 15
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

@@ -64,7 +64,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "critic_warmup_max_steps": 3,
     },
     "tafs_grpo": {
-        "max_steps": 40,
+        "max_steps": 60,
         "per_device_train_batch_size": 192,
         "num_generations": 16,
         "beta": 0.02,
