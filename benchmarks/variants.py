@@ -12,7 +12,7 @@ import json
 import statistics
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ VARIANTS = {
         "AC-Flow": {},
         "no clipping of advantages": {"advantage_clip": 1e6},
         "no warm-up of the critic": {"critic_warmup_max_steps": 0},
-        "anchor of 0.01 for 0.5": {"wasserstein_coefficient": 0.01},  # with signed weights and none, the loss has no minimum
+        "anchor of 0.01 for 0.5": {"wasserstein_coefficient": 0.01},  # signed weights are refused without one
     },
 }  # fmt: skip
 
@@ -70,13 +70,14 @@ def main() -> None:
     first = next(iter(updates))
     for label, changes in VARIANTS[args.method].items():
         if args.equal_time and label != first:
+            wait(runs[first])  # nothing else is to run beside the probe
             probe = run(args.method, changes, 0, 4, args.folder / args.method / f"{label}, probe")
             each = probe["seconds"]["training"] / 4
             updates[label] = round(statistics.mean(r.result()["seconds"]["training"] for r in runs[first]) / each)
         place = args.folder / args.method / label
         runs[label] = [pool.submit(run, args.method, changes, seed, updates[label], place / f"seed {seed}") for seed in range(args.seeds)]
-    for _ in tqdm(as_completed([r for each in runs.values() for r in each]), desc=args.method, total=args.seeds * len(runs)):
-        pass
+    for finished in tqdm(as_completed([r for each in runs.values() for r in each]), desc=args.method, total=args.seeds * len(runs)):
+        finished.result()  # a run that failed is told at once
     reports = {label: [r.result() for r in each] for label, each in runs.items()}
 
     lines = ["| variant | checker accuracy | rise, points | shapes reward | diversity, share of base | updates | seconds of training |"]

@@ -9,7 +9,7 @@ a generator of its own.
 
 The autoencoder and the CLIP see correct captions only. So does the transformer at first; then it goes on with captions that are
 wrong in the same way, as captions from the web are: triangle and cross are taken for each other, and so are blue and purple, each
-time with a probability of 0.4; half of the captions of two objects hold such a mistake. Guidance cannot mend that, so there is
+time with a probability of 0.4; half of the captions of two objects hold such a mistake. Guidance mends little of that, so there is
 something left for a reward to teach.
 """
 

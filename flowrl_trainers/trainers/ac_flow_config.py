@@ -63,7 +63,7 @@ class ACFlowConfig(FlowRLConfig):
         default="uniform",
         metadata={
             "help": "The distribution of noise levels, for critic and actor alike: uniform, the logit-normal one of Stable Diffusion 3, or "
-            "'pipeline', uniform through the shift of the pipeline's own scheduler, so that levels lie where the sampler's steps do."
+            "'pipeline', as many between any two neighbouring steps of the sampler, uniform in between."
         },
     )
     critic: Literal["default", "none"] = field(

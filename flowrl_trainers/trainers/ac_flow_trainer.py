@@ -44,7 +44,6 @@ logger = logging.getLogger(__name__)
 RISE = 0.01  # of the explained variance: what counts as rising
 PATIENCE = 3  # rollouts without a rise
 MAX_CRITIC_GRAD_NORM = 1.0
-LEVELS = 1000  # of the table of a pipeline's noise levels, between which lines are drawn
 
 
 class ACFlowTrainer(FlowRLTrainer):
@@ -179,9 +178,11 @@ class ACFlowTrainer(FlowRLTrainer):
             case "logit_normal":
                 return torch.sigmoid(torch.special.ndtri(share.clamp(1e-4, 1 - 1e-4)))
             case "pipeline":
-                levels = self.flow.sigmas(LEVELS, "uniform").flip(0)
-                below = (share * LEVELS).long().clamp(max=LEVELS - 1)
-                return torch.lerp(levels[below], levels[below + 1], share * LEVELS - below)
+                # Of the sampler's own number of steps, on which the shift of some pipelines depends.
+                steps = self.args.num_inference_steps
+                levels = self.flow.sigmas(steps, "uniform").flip(0)
+                below = (share * steps).long().clamp(max=steps - 1)
+                return torch.lerp(levels[below], levels[below + 1], share * steps - below)
 
     def _values(self, states: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """V (B, K) at states (B, K, ...) and levels (B, K); zero without a critic."""
