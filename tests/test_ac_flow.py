@@ -125,13 +125,15 @@ def test_the_logit_normal_levels_are_those_of_stable_diffusion_3(tmp_path):
 
 
 def test_the_levels_of_the_pipeline_lie_where_its_steps_do(tmp_path, monkeypatch):
-    """Of a scheduler with a shift of 3, to the error of linear interpolation, which is below h^2 |sigma''| / 8 = 1.5e-6 for a step h of 1/1000."""
+    """As many between any two neighbouring steps of the sampler, of a scheduler with a shift of 3 here; so their mean is the trapezoids'."""
     t = ac_flow(tmp_path, timestep_bins=50, timestep_sampling="pipeline")
     monkeypatch.setattr(t.flow, "sigmas", lambda steps, spacing: shift_sigmas(uniform_sigmas(steps), 3.0))
-    share = torch.rand(64, 50, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(t._levels(share), shift_sigmas(share, 3.0), atol=2e-6, rtol=0)
+    steps = t.args.num_inference_steps
+    grid = shift_sigmas(uniform_sigmas(steps), 3.0)
+    torch.testing.assert_close(t._levels(uniform_sigmas(steps)), grid, atol=1e-6, rtol=0)
+    torch.testing.assert_close(t._levels(torch.tensor([1 - 0.5 / steps])), (grid[:1] + grid[1:2]) / 2, atol=1e-6, rtol=0)
     _, _, sigma = t._renoised(exact_images(t, 64), "actor")
-    assert float(sigma.mean()) == pytest.approx(3 * (2 - math.log(3)) / 4, rel=0.01)  # the integral of 3 u / (1 + 2 u)
+    assert float(sigma.mean()) == pytest.approx(float((grid[1:] + grid[:-1]).mean() / 2), rel=0.01)
 
 
 # ---- the critic ---------------------------------------------------------------------------------------------------------------

@@ -63,8 +63,7 @@ class CogView4FlowPipeline(DiffusersFlowPipeline):
         dtype, mask = dtype_of(transformer), conditioning["prompt_embeds_mask"]
         embeds, timestep = conditioning["prompt_embeds"].to(dtype), 1000 * self.unshifted(sigma)
         size = embeds.new_tensor([[self.settings["height"], self.settings["width"]]])
-        # One by one, as the network's mask would be added to the attention scores instead of hiding padding. Not in groups of one length:
-        # every process must call a sharded network equally often.
+        # One by one, as the network's mask would be added to the attention scores instead of hiding padding.
         rows = [
             transformer(
                 hidden_states=latents[i : i + 1].to(dtype),
