@@ -15,7 +15,7 @@ commands:
   ac_flow            tune a pipeline by actor-critic flow matching, for any reward
   tafs_grpo          tune a pipeline as a few-step generator by policy gradients on its sampler's draws, for any reward
   demo               tune the embedded pipeline, print base and tuned on held-out prompts, and write the adapter and pictures;
-                     `--trainer adjoint_matching` (the default), `vgg_flow` or `tafs_grpo`
+                     `--trainer METHOD` takes another of the four than `adjoint_matching`
   evaluate           measure adapters beside their base model, same prompts and seeds; writes a table and a picture
   serve_reward       serve a reward over HTTP, at 127.0.0.1:8000 by default, for `RemoteReward`: `flowrl serve_reward NAME`
   convert_sit        turn a checkpoint of SiT's original code into a pipeline folder: `flowrl convert_sit CHECKPOINT OUT`
