@@ -1,6 +1,6 @@
 """The table of the embedded base model: how often it draws what a held-out prompt says, for several guidance scales and samplers.
 
-    python benchmarks/base_table.py [--pictures 4] [--out docs/tables/base_model.md] [--sheet docs/images/base_grid.png]
+    python benchmarks/base_table.py [--weights FOLDER] [--pictures 4] [--out docs/tables/base_model.md] [--sheet docs/images/base_grid.png]
 
 Guidance cannot mend the words that it learned wrong. The aim is 40 to 60 % for all prompts together in every row.
 """
@@ -19,7 +19,7 @@ from flowrl_trainers.hub import before_after
 from flowrl_trainers.metrics import diversity
 from flowrl_trainers.pipelines import Conditioning
 from flowrl_trainers.rewards import ShapesReward
-from flowrl_trainers.shapes import check, load_pipeline, parse, prompts
+from flowrl_trainers.shapes import WEIGHTS, check, load_pipeline, parse, prompts
 
 SAMPLERS = ("ODE, 20 steps", "ODE, 4 steps", "ODE, 4 uniform steps", "re-noising, 4 uniform steps")
 BATCH = 55
@@ -42,13 +42,14 @@ def sample(flow: FlowPipeline, sampler: str, latents: torch.Tensor, conditioning
 def main() -> None:
     """Print the table in Markdown, and write it where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="A folder of `examples/train_shapes.py`. Default: what ships.")
     parser.add_argument("--pictures", type=int, default=4, help="The number of pictures per held-out prompt.")
     parser.add_argument("--out", type=Path, default=None, help="A Markdown file to write.")
     parser.add_argument("--sheet", type=Path, default=None, help="A picture to write: 64 pictures of the first row.")
     args = parser.parse_args()
 
     keep_freed_memory()
-    pipeline = load_pipeline()
+    pipeline = load_pipeline(args.weights)
     asked = list(prompts("held_out")["prompt"]) * args.pictures
     two = torch.tensor([len(parse(p)) == 2 for p in asked])
     reward = ShapesReward()

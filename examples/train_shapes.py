@@ -2,7 +2,7 @@
 
     python examples/train_shapes.py --out shapes-training
 
-trains an autoencoder, a CLIP and an SD3 transformer (about an hour on two cores) and writes them in half precision
+trains an autoencoder, a CLIP and an SD3 transformer (about half an hour on two quiet cores) and writes them in half precision
 where `flowrl_trainers.shapes.load_pipeline(out)` finds them, with the figures of each part in `train_shapes.log`.
 `--scale 0.01` runs one hundredth of the updates. A run that was cut off goes on with the parts that it has left: every part draws from
 a generator of its own.
