@@ -223,11 +223,36 @@ def test_cogviews_network_is_told_the_time_before_the_shift(shift):
     torch.testing.assert_close(1000 * flow.unshifted(sigmas), torch.tensor([1000.0, 667.0, 334.0, 1.0, 0.0]), atol=1e-3, rtol=0)
 
 
-def test_chroma_is_not_trained_without_its_mask():
-    pipeline = tiny_chroma()
-    pipeline.transformer.enable_gradient_checkpointing()
+def test_chroma_is_not_trained_without_its_mask(tmp_path):
+    config = flowrl_trainers.ACFlowConfig(
+        output_dir=str(tmp_path), gradient_checkpointing=True, height=32, width=32, max_sequence_length=64, report_to="none", use_cpu=True,
+    )  # fmt: skip
+    rows = Dataset.from_dict({"prompt": PROMPTS * 4})
+    trainer = flowrl_trainers.ACFlowTrainer(tiny_chroma(), redness, config, rows, peft_config=LoraConfig(r=2))
     with pytest.raises(ValueError, match="`gradient_checkpointing` is True, with which diffusers drops Chroma's attention mask"):
-        FlowPipeline.from_pipeline(pipeline, height=32, width=32, max_sequence_length=64).sample(PROMPTS, 1)
+        trainer.train()
+    assert not trainer.state.log_history
+
+
+def test_lumina_takes_no_more_tokens_than_its_network_has_positions():
+    settings = {"height": 32, "width": 32}
+    with pytest.raises(ValueError, match=r"`max_sequence_length` \(300\) must be between 1 and 299 tokens for this model"):
+        FlowPipeline.from_pipeline(tiny("lumina 2"), max_sequence_length=300, **settings)
+    flow = FlowPipeline.from_pipeline(tiny("lumina 2"), max_sequence_length=299, guidance_scale=1.0, **settings)
+    assert flow.sample(["a red circle " * 40], 1, generator=seeds(1)).isfinite().all()
+
+
+def test_cogview_calls_its_network_once_per_length():
+    flow = FlowPipeline.from_pipeline(tiny_cogview_4(), height=32, width=32, max_sequence_length=64, guidance_scale=1.0)
+    calls = []
+    flow.transformer.register_forward_pre_hook(lambda module, args, kwargs: calls.append(len(kwargs["hidden_states"])), with_kwargs=True)
+    mixed = [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0]]
+    latents, sigma = flow.initial_latents(4, seeds(4)), torch.tensor([0.8, 0.3, 0.5, 0.9])
+    together = flow.velocity(flow.transformer, latents, sigma, flow.encode_prompts(mixed))
+    assert sorted(calls) == [1, 3]
+    for i, prompt in enumerate(mixed):
+        alone = flow.velocity(flow.transformer, latents[i : i + 1], sigma[i : i + 1], flow.encode_prompts([prompt]))
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-5)
 
 
 def test_video_is_refused():

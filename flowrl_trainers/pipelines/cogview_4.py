@@ -29,7 +29,9 @@ class CogView4FlowPipeline(DiffusersFlowPipeline):
         "negative_prompt": "",
         "max_sequence_length": 1024,
     }
-    most_tokens: ClassVar[int] = 1024
+
+    def most_tokens(self) -> int:
+        return 1024
 
     def default_size(self) -> int:
         return self.transformer.config.sample_size * self.pipeline.vae_scale_factor
@@ -63,20 +65,21 @@ class CogView4FlowPipeline(DiffusersFlowPipeline):
         dtype, mask = dtype_of(transformer), conditioning["prompt_embeds_mask"]
         embeds, timestep = conditioning["prompt_embeds"].to(dtype), 1000 * self.unshifted(sigma)
         size = embeds.new_tensor([[self.settings["height"], self.settings["width"]]])
-        # One by one, as the network's mask would be added to the attention scores instead of hiding padding.
-        rows = [
-            transformer(
-                hidden_states=latents[i : i + 1].to(dtype),
-                encoder_hidden_states=embeds[i : i + 1, mask[i]],
-                timestep=timestep[i : i + 1],
-                original_size=size,
-                target_size=size,
-                crop_coords=torch.zeros_like(size),
+        lengths, velocity = mask.sum(dim=1), torch.empty_like(latents, dtype=torch.float32)
+        # Each length by itself, as the network's mask would be added to the attention scores instead of hiding padding.
+        for length in lengths.unique().tolist():
+            rows = (lengths == length).nonzero().squeeze(1)
+            sizes = size.expand(len(rows), 2)
+            velocity[rows] = transformer(
+                hidden_states=latents[rows].to(dtype),
+                encoder_hidden_states=embeds[rows][mask[rows]].unflatten(0, (len(rows), length)),
+                timestep=timestep[rows],
+                original_size=sizes,
+                target_size=sizes,
+                crop_coords=torch.zeros_like(sizes),
                 return_dict=False,
-            )[0]
-            for i in range(len(latents))
-        ]
-        return torch.cat(rows).float()
+            )[0].float()
+        return velocity
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return self._decoded(latents / self.pipeline.vae.config.scaling_factor)

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -23,9 +23,6 @@ class DiffusersFlowPipeline(FlowPipeline):
     the stock pipeline spaces its noise levels (`_spacing` and `_mu`).
     """
 
-    most_tokens: ClassVar[int] = 512
-    """The largest `max_sequence_length` that the stock pipeline takes."""
-
     def __init__(self, pipeline: Any, **settings: Any) -> None:
         self.pipeline = pipeline
         size = self.default_size()
@@ -40,9 +37,9 @@ class DiffusersFlowPipeline(FlowPipeline):
             if value % unit or value <= 0 or (largest is not None and value > largest):
                 bound = "" if largest is None else f" and at most {largest} for this model"
                 raise ValueError(f"`{name}` ({value}) must be a multiple of {unit} pixels{bound}.")
-        length = self.settings["max_sequence_length"]
-        if not 0 < length <= self.most_tokens:
-            raise ValueError(f"`max_sequence_length` ({length}) must be between 1 and {self.most_tokens} tokens for this family.")
+        length, most = self.settings["max_sequence_length"], self.most_tokens()
+        if not 0 < length <= most:
+            raise ValueError(f"`max_sequence_length` ({length}) must be between 1 and {most} tokens for this model.")
 
     # ---- what a family says ----------------------------------------------------------------------------------------------
 
@@ -79,6 +76,10 @@ class DiffusersFlowPipeline(FlowPipeline):
     def largest_size(self) -> int | None:
         """The largest height and width in pixels, None for any."""
         return None
+
+    def most_tokens(self) -> int:
+        """The largest `max_sequence_length` that the stock pipeline takes."""
+        return 512
 
     @property
     def guided(self) -> bool:

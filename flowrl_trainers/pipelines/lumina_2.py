@@ -25,6 +25,10 @@ class Lumina2FlowPipeline(DiffusersFlowPipeline):
         "max_sequence_length": 256,
     }
 
+    def most_tokens(self) -> int:
+        """The network has positions for one more, which is the picture's."""
+        return self.transformer.config.axes_lens[0] - 1
+
     def _mu(self, num_inference_steps: int) -> float:
         config = self.scheduler().config
         # The stock pipeline takes the channels of its latents for the number of their tokens.

@@ -29,12 +29,14 @@ class QwenImageFlowPipeline(DiffusersFlowPipeline):
         "negative_prompt": " ",
         "max_sequence_length": 512,
     }
-    most_tokens: ClassVar[int] = 1024
 
     def __init__(self, pipeline: Any, **settings: Any) -> None:
         super().__init__(pipeline, **settings)
         # The text output of the last block goes nowhere, and DDP would wait for its gradient.
         self.lora_exclude_modules = [f"transformer_blocks.{len(self.transformer.transformer_blocks) - 1}.attn.to_add_out"]
+
+    def most_tokens(self) -> int:
+        return 1024
 
     def call_arguments(self) -> dict[str, Any]:
         arguments = super().call_arguments()
