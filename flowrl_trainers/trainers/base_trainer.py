@@ -129,6 +129,10 @@ class FlowRLTrainer(RunFiles, Trainer):
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.rewards), device=args.device)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("FSDP and DeepSpeed are not supported: use `--accelerate_config ddp`, which keeps the network whole.")
+        if args.device.type == "cuda" and torch.backends.cuda.cudnn_sdp_enabled():
+            # pytorch/pytorch#196678 and NVIDIA/cudnn-frontend#628: NaN in the gradients, or an illegal memory access.
+            torch.backends.cuda.enable_cudnn_sdp(False)
+            logger.warning("cuDNN's attention is turned off in this process: its backward pass fails on some shapes on Hopper cards.")
         self._place_frozen_parts()
         self.sigmas = self.flow.sigmas(args.num_inference_steps).to(args.device)
         self.sampler = PromptGroupSampler(
@@ -340,6 +344,8 @@ class FlowRLTrainer(RunFiles, Trainer):
         repeats what the uninterrupted one would have done, bit for bit. Raises `ValueError` for a checkpoint that is incomplete or damaged.
         """
         folder = self.find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
+        if self.args.gradient_checkpointing:  # as Trainer will, so that the probe meets a family that refuses it
+            self.model.activation_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
         self.probe()
         self._micro_step, self._window = 0, []
         self._training_since = time.perf_counter()
