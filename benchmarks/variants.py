@@ -37,20 +37,20 @@ VARIANTS = {
 
 
 def run(method: str, changes: dict, seed: int, updates: int, folder: Path) -> dict:
-    """The report of one demo, made unless it is there."""
-    report = folder / "metrics.json"
-    if not report.exists() or len(json.loads(report.read_text())) < 3:
-        settings = changes | {
-            "seed": seed,
-            "max_steps": updates,
-            "output_dir": folder,
-            "reward_funcs": "checker",
-            "eval_reward_funcs": "shapes",
-        }
-        flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-        command = [sys.executable, "-m", "flowrl_trainers.cli", "demo", "--trainer", method, *flags, "--disable_tqdm", "true"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return json.loads(report.read_text())
+    """The report of one demo, made unless it is there with the same settings."""
+    settings = changes | {
+        "seed": seed,
+        "max_steps": updates,
+        "output_dir": str(folder),
+        "reward_funcs": "checker",
+        "eval_reward_funcs": "shapes",
+    }
+    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    command, done = ["demo", "--trainer", method, *flags, "--disable_tqdm", "true"], folder / "variant.json"
+    if not done.exists() or json.loads(done.read_text()) != command:
+        subprocess.run([sys.executable, "-m", "flowrl_trainers.cli", *command], check=True, stdout=subprocess.DEVNULL)
+        done.write_text(json.dumps(command))
+    return json.loads((folder / "metrics.json").read_text())
 
 
 def main() -> None:
