@@ -31,6 +31,7 @@ VARIANTS = {
         "AC-Flow": {},
         "no clipping of advantages": {"advantage_clip": 1e6},
         "no warm-up of the critic": {"critic_warmup_max_steps": 0},
+        "no critic": {"critic": "none"},
         "anchor of 0.01 for 0.5": {"wasserstein_coefficient": 0.01},  # signed weights are refused without one
     },
 }  # fmt: skip
