@@ -2,13 +2,11 @@
 
 import copy
 import logging
-import math
 import time
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,39 +20,31 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.trainer_utils import TrainOutput
 
-from ..flow import euler_step
-from ..metrics import signs_of_over_optimisation
 from ..pipelines import Conditioning, FlowPipeline
 from ..rewards import as_rewards
 from ..rewards.named import RewardLike
 from .base_config import FlowRLConfig
 from .conditioning import ConditioningCache
 from .draws import keyed_generator
-from .evaluation import Pictures, Sampler, draw_rows, evaluation_row, picture_seed
+from .evaluation import Pictures, Sampler
 from .flow_model import FlowModel
 from .input_checks import check_dataset, check_lora, check_output_dir, check_rewards
 from .loop_callback import LoopCallback
 from .micro_batch import MicroBatch
 from .prompt_groups import Example, Image, PromptDataset, PromptGroupSampler
-from .run_files import RunFiles
+from .run_evaluation import RunEvaluation
 from .scoring import ask_rewards, call_rewards, score_with_gradient
-
-
-def _ignore(name: str, value: float) -> None:
-    """For calls of rewards whose numbers nobody logs."""
-
 
 logger = logging.getLogger(__name__)
 
 SETTINGS = ("height", "width", "guidance_scale", "negative_prompt", "max_sequence_length")
 PROBE = 2
-VELOCITY_ROWS = 8  # of an evaluation, on which the distance to the base is measured
 
 
-class FlowRLTrainer(RunFiles, Trainer):
+class FlowRLTrainer(RunEvaluation):
     """The base of all trainers.
 
     An algorithm overrides `rollout` (how latents are drawn and what is kept of it), `prepare` (what is computed once per rollout)
@@ -79,7 +69,6 @@ class FlowRLTrainer(RunFiles, Trainer):
 
     args: FlowRLConfig
     model: FlowModel
-    control: TrainerControl
 
     def __init__(
         self,
@@ -514,129 +503,3 @@ class FlowRLTrainer(RunFiles, Trainer):
             logs |= {name: sum(values) / len(values) for name, values in self._metrics.items()}
             self._metrics.clear()
         super().log(logs, start_time)
-
-    # ---- evaluation ------------------------------------------------------------------------------------------------------
-
-    def evaluate(
-        self, eval_dataset: Dataset | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Draw one picture per row, with seeds that are the row's own, and score it with all rewards.
-
-        Returns and logs, with the prefix, what `evaluation_row` finds (`reward/<name>`, the mean over all rows, `diversity`, statistics
-        that betray a hacked reward), the same of the base model with the same seeds under `base_reward/<name>` and so on, and
-        `velocity_distance`, how far the velocity has moved from the base's, relative to it. Further samplers of an algorithm have rows of
-        their own, such as `ode_reward/<name>` and `base_ode_reward/<name>`. Writes a sheet of `log_images` pictures into `samples/`. Raises
-        `ValueError` without a dataset.
-        """
-        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if dataset is None:
-            raise ValueError("`evaluate` needs prompts: pass `eval_dataset` to it or to the trainer.")
-        check_dataset(dataset, "eval_dataset")
-        self.conditioning.encode(list(dataset["prompt"]), self.args.device, show_progress=False)
-        start, known = time.perf_counter(), dataset._fingerprint
-        self.rows = {}
-        for name, sampler in self.evaluation_samplers().items():
-            suffix = f"_{name}" if name else ""
-            noted: dict[str, list[float]] = defaultdict(list)
-            with self.averaged_weights():
-                tuned = self._evaluation_row(dataset, sampler, f"tuned{suffix}", noted)
-                if not name:
-                    tuned["velocity_distance"] = self._velocity_distance(dataset)
-            if known + suffix not in self._base_rows:
-                with self.model.reference():
-                    self._base_rows[known + suffix] = self._evaluation_row(dataset, sampler, f"base{suffix}", defaultdict(list))
-            self.rows |= {f"base{suffix}": self._base_rows[known + suffix], f"tuned{suffix}": tuned}
-        if self.args.log_images and self.is_world_process_zero():
-            base_pictures, tuned_pictures = self.pictures(dataset, self.args.log_images)
-            if base_pictures.images.dim() == 4:  # a model of vectors has nothing to show
-                self.write_sheet(base_pictures, tuned_pictures)
-        raised = [r.name for r, weight in zip(self.rewards, self.reward_weights.tolist(), strict=True) if weight > 0]
-        signs = signs_of_over_optimisation(self.rows["base"], self.rows["tuned"], raised, [r.name for r in self.eval_rewards])
-        if signs and self.is_world_process_zero():
-            logger.warning("The trained reward rose, but %s: it may have been hacked. Look at the pictures.", "; ".join(signs))
-        self.seconds["evaluation"] = self.seconds.get("evaluation", 0.0) + time.perf_counter() - start
-        metrics: dict[str, float] = {}
-        for label, row in self.rows.items():
-            prefix = "_".join(part for part in (metric_key_prefix, *label.removeprefix("tuned").split("_")) if part)
-            metrics |= {f"{prefix}_{name}": value for name, value in row.items()}
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def ode_sampler(self, sigmas: torch.Tensor) -> Sampler:
-        """The Euler ODE with guidance on a grid from 1 to 0."""
-
-        def sample(
-            transformer: nn.Module, latents: torch.Tensor, conditioning: Conditioning, generators: list[torch.Generator]
-        ) -> torch.Tensor:
-            return self.flow.sample_latents(transformer, conditioning, latents, sigmas)
-
-        return sample
-
-    def _evaluation_row(self, dataset: Dataset, sampler: Sampler, label: str, noted: dict[str, list[float]]) -> dict[str, float]:
-        """With the means of what rewards noted by `log_metric`."""
-        self.model.eval()
-        row = evaluation_row(
-            self.flow,
-            self.model.active_transformer,
-            self.conditioning,
-            dataset,
-            [*self.rewards, *self.eval_rewards],
-            sampler,
-            self.args,
-            self.accelerator,
-            label,
-            self.reward_context(lambda name, value: noted[name].append(float(value))),
-        )
-        return row | {name: sum(values) / len(values) for name, values in noted.items()}
-
-    @torch.no_grad()
-    def _velocity_distance(self, dataset: Dataset) -> float:
-        """Root mean square of the distance to the base velocity, relative to that, on ODE paths of the tuned model from a few rows."""
-        moved = length = 0.0
-        self.model.eval()
-        for rows in torch.arange(min(VELOCITY_ROWS, len(dataset))).split(self.args.per_device_eval_batch_size):
-            conditioning = self.conditioning([dataset[row]["prompt"] for row in rows.tolist()], self.args.device)
-            generators = [torch.Generator().manual_seed(picture_seed(self.args.seed, row)) for row in rows.tolist()]
-            x = self.flow.initial_latents(len(rows), generators).to(self.args.device)
-            for sigma, sigma_next in pairwise(self.sigmas):
-                level = sigma.expand(len(x))
-                with self.accelerator.autocast():
-                    velocity = self.flow.velocity(self.model.active_transformer, x, level, conditioning)
-                    with self.model.reference():
-                        base = self.flow.velocity(self.model.active_transformer, x, level, conditioning)
-                moved, length = moved + float((velocity - base).square().sum()), length + float(base.square().sum())
-                x = euler_step(x, velocity, sigma, sigma_next)
-        return math.sqrt(moved / length) if length else math.nan
-
-    def pictures(self, dataset: Dataset, count: int) -> tuple[Pictures, Pictures]:
-        """Base and tuned pictures of `count` evenly spaced rows of a dataset with different prompts, of this process alone."""
-        key = f"{dataset._fingerprint}/{count}"
-        self.model.eval()
-
-        def draw() -> Pictures:
-            rewards, context = [*self.rewards, *self.eval_rewards], self.reward_context(_ignore)
-            transformer = self.model.active_transformer
-            sampler = next(iter(self.evaluation_samplers().values()))
-            return draw_rows(
-                self.flow, transformer, self.conditioning, dataset, count, rewards, sampler, self.args, self.accelerator, context
-            )
-
-        if key not in self._base_pictures:
-            with self.model.reference():
-                self._base_pictures[key] = draw()
-        with self.averaged_weights():
-            return self._base_pictures[key], draw()
-
-    @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """Inside, the model has the moving average of its weights, where one is kept."""
-        if self.ema is None:
-            yield
-            return
-        self.ema.store(self.trained_parameters())
-        self.ema.copy_to(self.trained_parameters())
-        try:
-            yield
-        finally:
-            self.ema.restore(self.trained_parameters())
