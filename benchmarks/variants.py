@@ -71,7 +71,7 @@ def main() -> None:
     first = next(iter(updates))
     for label, changes in VARIANTS[args.method].items():
         if args.equal_time and label != first:
-            wait(runs[first])  # nothing else is to run beside the probe
+            wait([r for earlier in runs.values() for r in earlier])  # nothing else is to run beside the probe
             probe = run(args.method, changes, 0, 4, args.folder / args.method / f"{label}, probe")
             each = probe["seconds"]["training"] / 4
             updates[label] = round(statistics.mean(r.result()["seconds"]["training"] for r in runs[first]) / each)
