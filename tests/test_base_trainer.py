@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
+from flowrl_trainers import FlowPipeline
 from flowrl_trainers.rewards import differentiable
+from flowrl_trainers.trainers.flow_model import FlowModel
 from flowrl_trainers.trainers.prompt_groups import Image
 
 from .test_adjoint_matching import constant, one_rollout, redness, trainer
@@ -45,6 +47,9 @@ def test_what_a_reward_logs_stands_in_metrics_pictures_and_card(tmp_path, tiny_p
     t.save_model()
     assert "| brightness |" in (tmp_path / "README.md").read_text()
     assert json.loads((tmp_path / "samples" / "step-000001.json").read_text())["extra"] == {"length": [5, 14]}
+    assert "(samples/step-000001.png)" in (tmp_path / "README.md").read_text()
+    t.save_model(str(tmp_path / "elsewhere"))
+    assert ".png" not in (tmp_path / "elsewhere" / "README.md").read_text()  # no picture is there
 
 
 def test_a_second_training_starts_with_a_rollout_of_its_own(tmp_path, tiny_pipeline):
@@ -210,6 +215,13 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, adjoint):
         t.train()
         results.append([p.detach().clone() for p in t.trained_parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_gradient_checkpointing_of_a_network_that_has_none_is_refused(tiny_pipeline):
+    model = FlowModel(FlowPipeline.from_pipeline(tiny_pipeline), has_adapter=True)
+    model.transformer = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="`gradient_checkpointing` is True, but Linear is no `ModelMixin` of diffusers"):
+        model.activation_checkpointing_enable()
 
 
 def test_bfloat16_autocast_trains_float32_weights(tmp_path, tiny_pipeline):

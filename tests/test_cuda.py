@@ -60,7 +60,7 @@ def test_parity_with_the_stock_pipeline_on_the_gpu(family, guidance):
 @pytest.mark.parametrize("trainer", TRAINERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_trains_in_bfloat16(tmp_path, family, trainer):
-    """The network in bfloat16, as `from_pretrained` loads it for `bf16=True`; the base stays as it was bit for bit."""
+    """The transformer in bfloat16, the text encoders in float32; the base stays as it was bit for bit."""
     pipeline = tiny(family)
     pipeline.transformer.to(torch.bfloat16)
     before = {name: value.clone() for name, value in pipeline.transformer.state_dict().items()}
@@ -77,8 +77,8 @@ def test_every_family_trains_in_bfloat16(tmp_path, family, trainer):
 @pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_the_gpu_learns_what_the_cpu_learns(tmp_path, trainer, precision):
-    """The same noise and prompts. A first update of Adam moves each parameter by the learning rate in the direction of its gradient's
-    sign: where the signs agree, so do the adapters.
+    """The same noise and prompts, two updates (AC-Flow's first is its warm-up). Adam moves each parameter by about the learning rate in the
+    direction of its gradient's sign: where the signs agree, so do the adapters.
     """
     if (trainer, precision) == ("ACFlowTrainer", "fp16"):
         pytest.skip("refused: a warm-up makes no gradients that could be scaled")

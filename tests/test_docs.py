@@ -75,5 +75,6 @@ def test_what_a_page_links_to_or_includes_exists(path):
     text = path.read_text()
     for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", text):
         assert (path.parent / target).exists(), target
+    assert "--8 <" not in text  # what a formatter makes of an include in a block of code
     for target in re.findall(r'--8<-- "([^"]+)"', text):
         assert (ROOT / target).exists(), target

@@ -184,6 +184,12 @@ def test_guidance_that_would_be_ignored_is_refused(make, sentence):
         FlowPipeline.from_pipeline(make(), guidance_scale=3.0)
 
 
+@pytest.mark.parametrize(("family", "settings"), [("flux", {}), ("sana", {"guidance_scale": 1.0}), ("z image", {"guidance_scale": 0.0})])
+def test_a_negative_prompt_that_would_be_ignored_is_refused(family, settings):
+    with pytest.raises(ValueError, match=r"`negative_prompt` \('a cross'\) has no effect without guidance"):
+        FlowPipeline.from_pipeline(tiny(family), negative_prompt="a cross", **settings)
+
+
 def test_a_known_checkpoint_is_advised_on(tmp_path, caplog):
     pipeline = tiny_flux_2_klein(is_distilled=True)
     pipeline.register_to_config(_name_or_path="black-forest-labs/FLUX.2-klein-4B")

@@ -1,6 +1,7 @@
 """What a run from the command line is told beside the settings of its trainer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +54,17 @@ class RunArguments:
     )
 
 
+@contextmanager
+def wrong_arguments() -> Iterator[None]:
+    """Raises `ValueError` for whatever `TrlParser` raises inside."""
+    try:
+        yield
+    except IndexError as error:
+        raise ValueError("`--config` needs the name of a YAML file.") from error
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        raise ValueError(str(error)) from error
+
+
 def parse(
     command: str,
     make_config: Callable[..., FlowRLConfig],
@@ -63,14 +75,10 @@ def parse(
     usage = f"flowrl {command} {'[--trainer METHOD] ' if command == 'demo' else ''}[--config run.yaml] [--field value ...]"
     parser = TrlParser([RunArguments, make_config], prog=f"flowrl {command}", usage=usage, allow_abbrev=False)
     parser.set_defaults_with_config(**defaults)
-    try:
+    with wrong_arguments():
         run, config, from_file, from_flags = parser.parse_args_and_config(
             arguments, return_remaining_strings=True, separate_remaining_strings=True
         )
-    except IndexError as error:
-        raise ValueError("`--config` needs the name of a YAML file.") from error
-    except (ValueError, OSError, yaml.YAMLError) as error:
-        raise ValueError(str(error)) from error
     for source, unknown in (("the YAML file", from_file), ("the command line", from_flags)):
         if unknown:
             name = unknown[0].removeprefix("--")

@@ -19,6 +19,7 @@ from ..trainers import FlowRLConfig
 from ..trainers.base_trainer import SETTINGS
 from ..trainers.conditioning import ConditioningCache
 from ..trainers.evaluation import Pictures, Sampler, draw_rows, evaluation_row
+from .arguments import wrong_arguments
 from .run import load_model, load_prompts, named_reward
 
 SHOWN = 8
@@ -95,10 +96,8 @@ def evaluate(arguments: list[str]) -> None:
 def _parse(arguments: list[str]) -> EvaluateArguments:
     usage = "flowrl evaluate --model M --adapter A ... --rewards R ... [--field value ...]"
     parser = TrlParser([EvaluateArguments], prog="flowrl evaluate", usage=usage, allow_abbrev=False)
-    try:
+    with wrong_arguments():
         (told,) = parser.parse_args_and_config(arguments)
-    except (ValueError, OSError) as error:
-        raise ValueError(str(error)) from error
     for name in ("adapter", "rewards", "trained"):  # a single name in YAML is a string
         if isinstance(getattr(told, name), str):
             setattr(told, name, [getattr(told, name)])

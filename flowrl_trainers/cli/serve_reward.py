@@ -28,7 +28,7 @@ def serve_reward(arguments: list[str]) -> None:
     parser.add_argument("--port", type=int, default=8000, help="The port to listen on; 0 takes a free one. Default: 8000.")
     parser.add_argument("--max_pixels", type=int, default=defaults.max_pixels, help="The most pixels of a picture. Default: 2048 x 2048.")
     parser.add_argument("--max_batch", type=int, default=defaults.max_batch, help="The most pictures of a request. Default: 32.")
-    parser.add_argument("--max_bytes", type=int, default=defaults.max_bytes, help="The most bytes of a request. Default: 64 MiB.")
+    parser.add_argument("--max_bytes", type=int, default=defaults.max_bytes, help="The most bytes of a request. Default: 72 MiB.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where the reward computes.")
     told = parser.parse_args(arguments)
     limits = Limits(told.max_pixels, told.max_batch, told.max_bytes)

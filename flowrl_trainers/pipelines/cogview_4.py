@@ -4,7 +4,8 @@ Latents are `(B, 16, h, w)`, not packed. The network predicts the velocity as it
 is the level before the scheduler's shift.
 
 The stock pipeline pads prompts on the left and no attention masks the padding, so what it draws of a prompt depends on the longest of the
-batch. Here each prompt is encoded and read by itself: its pictures are those of the stock pipeline called with that prompt alone.
+batch. Here each prompt is encoded by itself, and the network reads prompts of one length at a time: pictures are those of the stock
+pipeline called with one prompt.
 """
 
 import math

@@ -28,6 +28,9 @@ class DiffusersFlowPipeline(FlowPipeline):
         size = self.default_size()
         self.settings = self.default_settings | {"height": size, "width": size} | settings
         self._check_settings()
+        negative = self.settings.get("negative_prompt") or ""
+        if negative.strip() and not self.guided:
+            raise ValueError(f"`negative_prompt` ({negative!r}) has no effect without guidance: leave it out, or turn guidance on.")
 
     def _check_settings(self) -> None:
         """Raises `ValueError` for a size or a length that the pipeline does not take."""
@@ -78,7 +81,7 @@ class DiffusersFlowPipeline(FlowPipeline):
         return None
 
     def most_tokens(self) -> int:
-        """The largest `max_sequence_length` that the stock pipeline takes."""
+        """The largest `max_sequence_length`: that of the stock pipeline, and 512 where it has none."""
         return 512
 
     @property

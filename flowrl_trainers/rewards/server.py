@@ -49,7 +49,7 @@ class Limits:
 
     max_pixels: int = 2048 * 2048
     max_batch: int = 32
-    max_bytes: int = 64 * 2**20
+    max_bytes: int = 72 * 2**20
 
     def __post_init__(self) -> None:
         for name in ("max_pixels", "max_batch", "max_bytes"):

@@ -57,9 +57,9 @@ class AdjointMatchingConfig(RewardGradientConfig):
     loss_type: Literal["regression", "hamiltonian"] = field(
         default="regression",
         metadata={
-            "help": "'regression' is the squared distance of the control to the best one; 'hamiltonian' is twice the cost of the control "
-            "minus its product with the adjoint, each state weighted by the size of its step: with the full adjoint, its gradient is that "
-            "of the regularised objective."
+            "help": "'regression' is the squared distance of the control to the best one; 'hamiltonian' is twice the difference of the "
+            "control's cost and its product with the adjoint, each state weighted by the size of its step: with the full adjoint, its "
+            "gradient is that of the regularised objective."
         },
     )
     control_cost_order: Literal["2", "4", "2+4"] = field(

@@ -6,6 +6,7 @@ from copy import deepcopy
 from typing import Any, Literal
 
 import torch
+from diffusers import ModelMixin
 from torch import nn
 
 from ..pipelines import Conditioning, FlowPipeline
@@ -82,5 +83,7 @@ class FlowModel(nn.Module):
         """What Trainer calls for `gradient_checkpointing=True`; diffusers checkpoints every block, in its own way."""
         if activation_checkpointing_kwargs or every_n_layers != 1 or offload:
             raise ValueError("`gradient_checkpointing_kwargs` must be left out: diffusers checkpoints every block in its own way.")
-        checkpointed: Any = self.transformer  # a diffusers `ModelMixin`
-        checkpointed.enable_gradient_checkpointing()
+        if not isinstance(self.transformer, ModelMixin):
+            kind = type(self.transformer).__name__
+            raise ValueError(f"`gradient_checkpointing` is True, but {kind} is no `ModelMixin` of diffusers: set it to False.")
+        self.transformer.enable_gradient_checkpointing()

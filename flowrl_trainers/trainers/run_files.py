@@ -159,7 +159,7 @@ class RunFiles(Trainer):
             | self.card_settings(),
             **({"sampling": sampling} | self.card_sampling()),
             rows=self.rows,
-            picture=sheet.relative_to(output).as_posix() if sheet else None,
+            picture=sheet.relative_to(output).as_posix() if sheet and folder.resolve() == output.resolve() else None,
             repository=self.hub_model_id if args.push_to_hub else None,
             dataset=self.dataset_name,
         )
