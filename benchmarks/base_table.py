@@ -2,7 +2,7 @@
 
     python benchmarks/base_table.py [--weights FOLDER] [--pictures 4] [--out docs/tables/base_model.md] [--sheet docs/images/base_grid.png]
 
-Guidance cannot mend the words that it learned wrong. The aim is 40 to 60 % for all prompts together in every row.
+Guidance cannot mend the words that it learned wrong.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """One update of each trainer at full size on one GPU, with random weights: seconds and peak memory.
 
-    python benchmarks/full_size.py [--models stable-diffusion-3.5-medium ...] [--out docs/tables/full_size.md]
+    python benchmarks/full_size.py --models stable-diffusion-3.5-medium --out docs/tables/full_size_stable_diffusion_3.md
+    python benchmarks/full_size.py --models FLUX.2-klein-4B --updates 2 --out docs/tables/full_size_flux_2_klein.md
 
 The transformers and the autoencoders have the published sizes. The text encoders have the published widths but few and thin layers:
 prompts are encoded once, before training, and the encoders leave the GPU. The reward is a PickScore of the published size (CLIP ViT-H/14).
@@ -218,8 +219,8 @@ def main() -> None:
     foot = (
         f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}. Random weights, bfloat16, LoRA of rank {RANK}, {SIZE} x {SIZE} "
         f"pixels, no guidance, {IMAGES} images per update in micro-batches of {MICRO_BATCH}, no gradient checkpointing; reward: PickScore "
-        f"(random ViT-H/14, bfloat16); other settings are the defaults. Seconds: median of {args.updates} updates after a first one that "
-        "is not counted, with rollout, reward and loss."
+        f"(random ViT-H/14, bfloat16); 4 images per prompt, AC-Flow after a warm-up of one rollout, else the defaults. Seconds: median of "
+        f"{args.updates} updates after a first one that is not counted, with rollout, reward and loss."
     )
     with tempfile.TemporaryDirectory() as folder:
         write_pickscore(Path(folder))
