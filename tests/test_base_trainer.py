@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
-from flowrl_trainers import FlowPipeline
+from flowrl_trainers import AdjointMatchingConfig, FlowPipeline
 from flowrl_trainers.rewards import differentiable
+from flowrl_trainers.trainers.checkpoints import MANIFEST
 from flowrl_trainers.trainers.flow_model import FlowModel
 from flowrl_trainers.trainers.prompt_groups import Image
 
@@ -29,6 +30,18 @@ def test_the_probe_tries_the_rewards_of_the_evaluation_too(tmp_path, tiny_pipeli
     t = trainer(tmp_path, tiny_pipeline, eval_dataset=held_out, eval_reward_funcs="checker")
     with pytest.raises(ValueError, match="'a cat' is not a caption of this world"):
         t.train()
+
+
+def test_the_probe_tries_the_rewards_of_training_on_the_rows_of_the_evaluation(tmp_path, tiny_pipeline):
+    @differentiable
+    def needs_answers(images, prompts, answer, **columns):
+        return images.mean(dim=(1, 2, 3))
+
+    rows = Dataset.from_dict({"prompt": [f"prompt {i}" for i in range(8)], "answer": ["yes"] * 8})
+    t = trainer(tmp_path, tiny_pipeline, reward=needs_answers, dataset=rows, eval_dataset=Dataset.from_dict({"prompt": ["a cat"]}))
+    with pytest.raises(TypeError, match="answer"):
+        t.train()
+    assert t.state.global_step == 0
 
 
 def test_what_a_reward_logs_stands_in_metrics_pictures_and_card(tmp_path, tiny_pipeline):
@@ -195,12 +208,57 @@ def test_what_has_no_score_has_no_part_in_the_reward(tmp_path, tiny_pipeline):
     t.log_rewards(torch.tensor([[-2.0], [math.nan], [-4.0], [math.inf]]))
     assert t.rollout_reward == -3.0
     assert t._metrics["reward/redness"] == [-3.0]
+    t.log_rewards(torch.tensor([[math.nan], [math.nan]]))
+    assert t.rollout_reward is None  # not 0, which may be more than any reward is
+    assert t._metrics["reward"] == [-3.0]
 
 
 def test_training_stops_at_the_target_reward(tmp_path, tiny_pipeline):
-    t = trainer(tmp_path, tiny_pipeline, target_reward=-1e9, max_steps=5)
+    """With all that a regular end has: the last log, an evaluation and a checkpoint."""
+    t = trainer(
+        tmp_path, tiny_pipeline, eval_dataset=Dataset.from_dict({"prompt": ["a cat"]}), target_reward=-1e9, max_steps=5, logging_steps=3,
+        save_strategy="steps", eval_strategy="steps",
+    )  # fmt: skip
     t.train()
     assert t.state.global_step == 1
+    assert any("reward/redness" in row for row in t.state.log_history)
+    assert any("eval_reward/redness" in row for row in t.state.log_history)
+    assert (tmp_path / "checkpoint-1" / MANIFEST).exists()
+
+
+def test_what_was_learned_is_kept_when_training_breaks_off(tmp_path, tiny_pipeline, caplog):
+    calls = []
+
+    @differentiable
+    def breaks(images, prompts, **columns):
+        calls.append(1)
+        if len(calls) > 3:  # the probe and two rollouts
+            raise OSError("the judge is gone")
+        return redness(images, prompts)
+
+    t = trainer(tmp_path, tiny_pipeline, reward=breaks, max_steps=9, learning_rate=0.1)
+    with pytest.raises(OSError, match="the judge is gone"):
+        t.train()
+    assert "Training broke off after 2 updates" in caplog.text
+    saved = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert any(value.abs().max() > 0 for name, value in saved.items() if "lora_B" in name)
+
+
+def test_nothing_is_written_where_training_never_began(tmp_path, tiny_pipeline):
+    t = trainer(tmp_path, tiny_pipeline, max_steps=2)
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        t.train(resume_from_checkpoint=True)
+    assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_a_finished_run_is_resumed_without_another_update(tmp_path):
+    t = trainer(tmp_path, tiny_sd3(), save_strategy="steps", save_steps=1, max_steps=3, learning_rate=0.1)
+    t.train()
+    again = trainer(tmp_path, tiny_sd3(), save_strategy="steps", save_steps=1, max_steps=3, learning_rate=0.1)
+    assert again.train(resume_from_checkpoint=True).global_step == 3
+    assert again.state.global_step == 3
+    assert all(torch.equal(a, b) for a, b in zip(t.trained_parameters(), again.trained_parameters(), strict=True))
+    assert not (tmp_path / "checkpoint-4").exists()
 
 
 # ---- options that must not change the result ---------------------------------------------------------------------------------
@@ -222,6 +280,31 @@ def test_gradient_checkpointing_of_a_network_that_has_none_is_refused(tiny_pipel
     model.transformer = torch.nn.Linear(1, 1)
     with pytest.raises(ValueError, match="`gradient_checkpointing` is True, but Linear is no `ModelMixin` of diffusers"):
         model.activation_checkpointing_enable()
+
+
+def test_checkpointing_reaches_the_frozen_reference_of_full_fine_tuning(tiny_pipeline):
+    model = FlowModel(FlowPipeline.from_pipeline(tiny_pipeline), has_adapter=False)
+    model.activation_checkpointing_enable()
+    assert model.transformer.gradient_checkpointing
+    assert model.frozen.gradient_checkpointing
+
+
+def test_mixed_precision_that_accelerate_alone_was_told_of_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match="accelerate's configuration says `mixed_precision` 'bf16' and this one 'no': set `bf16`"):
+        AdjointMatchingConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    AdjointMatchingConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", bf16=True)
+
+
+@pytest.mark.parametrize("metric", [None, "eval_loss", "reward/taste"])
+def test_a_best_checkpoint_by_a_metric_that_no_evaluation_has_is_refused(tmp_path, tiny_pipeline, metric):
+    with pytest.raises(
+        ValueError, match=r"`metric_for_best_model` is '.*', which evaluations here do not have: choose eval_reward/redness"
+    ):
+        trainer(
+            tmp_path, tiny_pipeline, eval_dataset=Dataset.from_dict({"prompt": ["a cat"]}), save_strategy="steps", save_steps=1, eval_strategy="steps",
+            eval_steps=1, load_best_model_at_end=True, metric_for_best_model=metric,
+        )  # fmt: skip
 
 
 def test_bfloat16_autocast_trains_float32_weights(tmp_path, tiny_pipeline):
@@ -320,6 +403,11 @@ def test_an_adapter_that_was_loaded_is_trained_further_and_saved(tmp_path, tiny_
     t.save_model()
     loaded = tiny_sd3()
     loaded.load_lora_weights(str(tmp_path / "first"))
+    (name,) = loaded.get_active_adapters()
+    loaded.set_adapters(name, 0.5)
+    with pytest.raises(ValueError, match=r"has a weight of 0.5, which its file could not keep: call `pipeline.set_adapters"):
+        trainer(tmp_path / "again", loaded, lora=None)
+    loaded.set_adapters(name, 1.0)
     again = trainer(tmp_path / "again", loaded, lora=None, max_steps=1, learning_rate=0.1)
     again.train()
     again.save_model()

@@ -45,6 +45,8 @@ def test_the_rows_are_those_of_the_demo(tmp_path):
     assert "3 steps of the ODE, guidance scale 1" in table
     assert Image.open(tmp_path / "measured" / "pictures.png").width > 400
 
+    (tmp_path / "captions").mkdir()
+    (tmp_path / "captions" / "train.jsonl").write_text('{"caption": "a red circle"}\n')
     for changes, sentence in (
         (["--adapter", "nowhere"], "The adapter 'nowhere' cannot be loaded"),
         (["--adapter", "tuned", "./tuned"], "`adapter` has two of the same name, or one called 'base' (tuned, tuned)"),
@@ -52,6 +54,7 @@ def test_the_rows_are_those_of_the_demo(tmp_path):
         (["--adapter", "tuned", "--pictures_per_prompt", "0"], "must be at least 1"),
         (["--adapter", "tuned", "--dtype", "int8"], "`dtype` is 'int8': choose float32"),
         (["--adapter", "tuned", "--colour", "red"], "colour"),
+        (["--adapter", "tuned", "--dataset", "captions", "--split", "train"], "`dataset` has 'caption' but no 'prompt'"),
     ):
         wrong = flowrl(tmp_path, *shared, *changes)
         assert wrong.returncode == 2

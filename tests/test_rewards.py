@@ -24,6 +24,41 @@ def examples(**columns) -> list[Example]:
     return [Example(Image(i, 0, 0), p, {name: values[i] for name, values in columns.items()}) for i, p in enumerate(PROMPTS)]
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_asynchronous_rewards_compute_gradients_where_the_caller_does(enabled):
+    async def asked(images, prompts, **columns):
+        await asyncio.sleep(0)
+        return [float(torch.is_grad_enabled())] * len(images)
+
+    with torch.set_grad_enabled(enabled):
+        assert call_rewards(as_rewards(asked), pictures(), examples()).flatten().tolist() == [float(enabled)] * 2
+
+
+def test_a_reward_that_takes_other_arguments_is_refused():
+    with pytest.raises(
+        ValueError, match=r"^Reward 'narrow' must take `images, prompts, \*\*columns` by name, as trainers call it: .*'trainer_state'"
+    ):
+        as_rewards(narrow)
+    (reward,) = as_rewards(needs_a_column)
+    assert reward(images=pictures(), prompts=PROMPTS, answer=["a", "b"], trainer_state=None) == [0.0, 0.0]
+
+
+def narrow(images, prompts):
+    return [0.0] * len(images)
+
+
+def needs_a_column(images, prompts, answer, **columns):
+    return [0.0] * len(answer)
+
+
+def test_a_reward_that_returns_nothing_is_named():
+    def forgetful(images, prompts, **columns):
+        pass
+
+    with pytest.raises(ValueError, match=r"^Reward 'forgetful' returned None for 2 images: return one score per image\.$"):
+        call_rewards(as_rewards(forgetful), pictures(), examples())
+
+
 def test_clip_score_is_the_cosine_of_the_two_embeddings():
     clip, tokenizer = load_clip()
     tokens = tokenizer(PROMPTS, padding=True, return_tensors="pt")

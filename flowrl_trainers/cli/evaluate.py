@@ -19,6 +19,7 @@ from ..trainers import FlowRLConfig
 from ..trainers.base_trainer import SETTINGS
 from ..trainers.conditioning import ConditioningCache
 from ..trainers.evaluation import Pictures, Sampler, draw_rows, evaluation_row
+from ..trainers.input_checks import check_dataset
 from .arguments import wrong_arguments
 from .run import load_model, load_prompts, named_reward
 
@@ -108,19 +109,19 @@ def _parse(arguments: list[str]) -> EvaluateArguments:
 
 def _rows(told: EvaluateArguments, labels: list[str]) -> tuple[dict[str, dict[str, float]], dict[str, Pictures]]:
     """The row and some pictures of the base model and of every adapter."""
-    pipeline = load_model(told.model, DTYPES[told.dtype])
-    flow = FlowPipeline.from_pipeline(pipeline, **{name: getattr(told, name) for name in SETTINGS})
-    transformer: PeftAdapterMixin | Any = flow.transformer
+    prompts = check_dataset(load_prompts(told.dataset, told.dataset_config, told.split), "dataset")
     args = FlowRLConfig(
         output_dir=told.out, num_inference_steps=told.num_inference_steps, per_device_eval_batch_size=told.batch_size, seed=told.seed,
         report_to="none",
     )  # fmt: skip
+    pipeline = load_model(told.model, DTYPES[told.dtype])
+    flow = FlowPipeline.from_pipeline(pipeline, **{name: getattr(told, name) for name in SETTINGS})
+    transformer: PeftAdapterMixin | Any = flow.transformer
     accelerator, rewards = Accelerator(), as_rewards([named_reward(name) for name in told.rewards], "rewards")
     for module in flow.decoders():
         module.to(accelerator.device, torch.float32)
     for part in [transformer, *rewards]:
         part.to(accelerator.device)
-    prompts = load_prompts(told.dataset, told.dataset_config, told.split)
     dataset = Dataset.from_list([row for _ in range(told.pictures_per_prompt) for row in prompts])
     cache = ConditioningCache(flow)
     cache.encode(list(prompts["prompt"]), accelerator.device, show_progress=True)

@@ -1,5 +1,6 @@
 """The contract of a reward, and plain functions as rewards."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -34,13 +35,20 @@ class Reward(ABC):
 
 
 class FunctionReward(Reward):
-    """A function, or any other callable, as a reward under its own name."""
+    """A function, or any other callable, as a reward under its own name. Raises `ValueError` for one that takes other arguments."""
 
     def __init__(self, function: Callable[..., Any], differentiable: bool = False) -> None:
         self.function = function
         self.differentiable = differentiable
         named = isinstance(function, type) or (callable(function) and type(function).__name__ in ("function", "method"))
         self.name = function.__name__ if named else type(function).__name__
+        called = function.forward if isinstance(function, torch.nn.Module) else function
+        try:
+            inspect.signature(called).bind_partial(images=None, prompts=None, trainer_state=None, log_metric=None, log_extra=None)
+        except TypeError as error:
+            raise ValueError(
+                f"Reward {self.name!r} must take `images, prompts, **columns` by name, as trainers call it: {error}."
+            ) from error
 
     def __call__(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> Scores | Awaitable[Scores]:
         return self.function(images=images, prompts=prompts, **columns)

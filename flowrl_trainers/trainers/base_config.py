@@ -157,7 +157,12 @@ class FlowRLConfig(TrainingArguments):
         if self.n_gpu > 1:
             raise ValueError(
                 f"One process sees {self.n_gpu} GPUs, which would share each batch: start one process per GPU with `accelerate launch` or "
-                "`flowrl METHOD --accelerate_config ddp`."
+                "`flowrl METHOD --accelerate_config ddp`, or let it see one (`CUDA_VISIBLE_DEVICES=0`)."
+            )
+        if self.mixed_precision != (asked := "fp16" if self.fp16 else "bf16" if self.bf16 else "no"):
+            raise ValueError(
+                f"accelerate's configuration says `mixed_precision` {self.mixed_precision!r} and this one {asked!r}: set `bf16` or `fp16` "
+                "here, where the trainers look."
             )
         for name in ("fsdp", "deepspeed", "fp16_full_eval", "bf16_full_eval"):
             if getattr(self, name):

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import time
 from abc import abstractmethod
 from collections import defaultdict
@@ -17,10 +18,11 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.training_utils import EMAModel, cast_training_params
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, TrainerState, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from ..pipelines import Conditioning, FlowPipeline
@@ -31,7 +33,7 @@ from .conditioning import ConditioningCache
 from .draws import keyed_generator
 from .evaluation import Pictures, Sampler
 from .flow_model import FlowModel
-from .input_checks import check_dataset, check_lora, check_output_dir, check_rewards
+from .input_checks import check_best_metric, check_dataset, check_lora, check_output_dir, check_rewards
 from .loop_callback import LoopCallback
 from .micro_batch import MicroBatch
 from .prompt_groups import Example, Image, PromptDataset, PromptGroupSampler
@@ -87,6 +89,7 @@ class FlowRLTrainer(RunEvaluation):
         self.rewards = as_rewards(reward_funcs)
         self.eval_rewards = as_rewards(eval_reward_funcs, "eval_reward_funcs") if eval_reward_funcs else []
         check_rewards(self.rewards, args, type(self).__name__ if self.needs_reward_gradient else None)
+        check_best_metric(args, [*self.rewards, *self.eval_rewards])
         train_dataset = check_dataset(train_dataset, "train_dataset", args)
         if eval_dataset is not None:
             check_dataset(eval_dataset, "eval_dataset")
@@ -109,6 +112,7 @@ class FlowRLTrainer(RunEvaluation):
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._window: list[MicroBatch] = []
         self._micro_step = 0
+        self._updates = 0  # since `train` was called
         self._base_rows: dict[str, dict[str, float]] = {}
         self._base_pictures: dict[str, Pictures] = {}
         self.rows: dict[str, dict[str, float]] = {}
@@ -259,10 +263,20 @@ class FlowRLTrainer(RunEvaluation):
                 f"The pipeline has {len(active)} active adapters ({', '.join(active)}): choose the one to train with "
                 "`pipeline.set_adapters`."
             )
+        (name,) = active
+        for module in transformer.modules():
+            if isinstance(module, LoraLayer) and name in module.r:
+                rank = module.r[name]
+                full = module.lora_alpha[name] / (math.sqrt(rank) if transformer.peft_config[name].use_rslora else rank)
+                if not math.isclose(module.scaling[name], full):
+                    raise ValueError(
+                        f"The adapter {name!r} has a weight of {module.scaling[name] / full:.3g}, which its file could not keep: call "
+                        f"`pipeline.set_adapters({name!r}, 1.0)` first."
+                    )
         transformer.requires_grad_(False)
         transformer.enable_adapters()  # makes the active adapter trainable
         cast_training_params(transformer, dtype=torch.float32)
-        return transformer.peft_config[active[0]]
+        return transformer.peft_config[name]
 
     def _place_frozen_parts(self) -> None:
         for module in [*self.flow.text_encoders(), *self.flow.decoders()]:
@@ -336,12 +350,34 @@ class FlowRLTrainer(RunEvaluation):
         if self.args.gradient_checkpointing:  # as Trainer will, so that the probe meets a family that refuses it
             self.model.activation_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
         self.probe()
-        self._micro_step, self._window = 0, []
+        self._micro_step, self._window, self._updates = 0, [], 0
+        if folder is not None and self._is_finished(folder):
+            return TrainOutput(self.state.global_step, 0.0, {})
         self._training_since = time.perf_counter()
-        output = super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
+        try:
+            output = super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
+        except (Exception, KeyboardInterrupt):
+            if self._updates:
+                logger.error(
+                    "Training broke off after %d updates: what it has learned is in %s.", self.state.global_step, self.args.output_dir
+                )
+                self.save_model(_internal_call=True)
+            raise
         self.seconds = self.seconds_so_far()
         self._training_since = None
         return output
+
+    def _is_finished(self, folder: Path) -> bool:
+        """Whether a checkpoint has all updates already; if so, it is loaded. Trainer would make one more."""
+        state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        if not 0 < self.args.max_steps <= state.global_step:
+            return False
+        logger.warning(
+            "%s has %d updates, and `max_steps` is %d: nothing is left to train.", folder, state.global_step, self.args.max_steps
+        )
+        self._load_from_checkpoint(str(folder))
+        self.state = state
+        return True
 
     def seconds_so_far(self) -> dict[str, float]:
         """Seconds of training and of evaluation, those before a resumption included."""
@@ -361,12 +397,14 @@ class FlowRLTrainer(RunEvaluation):
         else:
             with torch.no_grad():
                 scores = call_rewards(self.rewards, self.flow.images(latents), examples, **self.reward_context())
-        if self.eval_rewards:
+        # On the rows of the evaluation, where they are known: their columns may be others.
+        judges = self.eval_rewards if self.eval_dataset is None else [*self.rewards, *self.eval_rewards]
+        if judges:
             asked = examples if self.eval_dataset is None else [PromptDataset(self.eval_dataset)[Image(0, 0, 0)]] * PROBE
             with torch.no_grad():
-                judged = call_rewards(self.eval_rewards, self.flow.images(latents), asked, **self.reward_context())
+                judged = call_rewards(judges, self.flow.images(latents), asked, **self.reward_context())
             scores = torch.cat([scores, judged], dim=1)
-        for reward, column in zip([*self.rewards, *self.eval_rewards], scores.unbind(dim=1), strict=True):
+        for reward, column in zip([*self.rewards, *judges], scores.unbind(dim=1), strict=True):
             if column.isinf().any() and not column.isfinite().any():  # None, which is NaN here, is no fault
                 raise ValueError(
                     f"Reward {reward.name!r} gave no finite score to {PROBE} probe pictures ({column.tolist()}): call it on two pictures "
@@ -458,15 +496,18 @@ class FlowRLTrainer(RunEvaluation):
     def log_rewards(self, scores: torch.Tensor) -> None:
         """Note mean and standard deviation of each reward, and the mean weighted sum, over the whole rollout of all processes."""
         scores = self.accelerator.gather(scores)
-        total = 0.0
+        total: float | None = 0.0
         for reward, weight, column in zip(self.rewards, self.reward_weights.tolist(), scores.unbind(dim=1), strict=True):
             column = column[column.isfinite()]
-            if len(column):
-                self.log_metric(f"reward/{reward.name}", column.mean())
-                self.log_metric(f"reward_std/{reward.name}", column.std(correction=0))
-                total += weight * float(column.mean())
+            if not len(column):
+                total = None  # nobody knows the sum
+                continue
+            self.log_metric(f"reward/{reward.name}", column.mean())
+            self.log_metric(f"reward_std/{reward.name}", column.std(correction=0))
+            total = None if total is None else total + weight * float(column.mean())
         self.rollout_reward = total
-        self.log_metric("reward", total)
+        if total is not None:
+            self.log_metric("reward", total)
 
     def count_bad_samples(self, what: str, bad: torch.Tensor) -> None:
         """Note the share of bad samples (B,), 0 or 1 each, over all processes; too large a share ends the run."""

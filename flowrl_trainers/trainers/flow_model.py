@@ -86,4 +86,6 @@ class FlowModel(nn.Module):
         if not isinstance(self.transformer, ModelMixin):
             kind = type(self.transformer).__name__
             raise ValueError(f"`gradient_checkpointing` is True, but {kind} is no `ModelMixin` of diffusers: set it to False.")
-        self.transformer.enable_gradient_checkpointing()
+        for network in (self.transformer, self.frozen):
+            if isinstance(network, ModelMixin):
+                network.enable_gradient_checkpointing()

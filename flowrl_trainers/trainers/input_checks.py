@@ -34,6 +34,14 @@ def check_rewards(rewards: list[Reward], args: FlowRLConfig, needs_gradient: str
         raise ValueError(f"`reward_weights` has {len(args.reward_weights)} numbers for {len(rewards)} rewards: pass one per reward.")
 
 
+def check_best_metric(args: FlowRLConfig, rewards: list[Reward]) -> None:
+    """Raises `ValueError` for a `metric_for_best_model`, or the lack of one, that no evaluation has: Trainer's own default is the loss."""
+    name = args.metric_for_best_model
+    known = [*(f"eval_reward/{r.name}" for r in rewards), "eval_diversity"]
+    if name is not None and name not in known and f"eval_{name}" not in known:
+        raise ValueError(f"`metric_for_best_model` is {name!r}, which evaluations here do not have: choose {', '.join(known)}.")
+
+
 def check_lora(config: LoraConfig) -> None:
     """Raises `ValueError` for a LoRA that does not leave the base model as it was once it is switched off."""
     for name, value, allowed in (

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 if TYPE_CHECKING:
     from .base_trainer import FlowRLTrainer
@@ -32,9 +33,12 @@ class LoopCallback(TrainerCallback):
 
     @torch.no_grad()
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer._updates += 1
         if self.trainer.ema is not None:
             self.trainer.ema.step(self.trainer.trained_parameters())
         reason = self.trainer.reason_to_stop()
         if reason is not None:
             logger.warning("Training stops after %d updates: %s.", state.global_step, reason)
-            control.should_training_stop = True
+            control.should_training_stop = control.should_log = True
+            control.should_evaluate |= args.eval_strategy == IntervalStrategy.STEPS
+            control.should_save |= args.save_strategy == SaveStrategy.STEPS

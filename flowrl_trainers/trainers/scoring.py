@@ -2,8 +2,9 @@
 
 import asyncio
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def ask_rewards(rewards: list[Reward], images: torch.Tensor, examples: list[Exam
     results = [reward(images=images, prompts=prompts, **columns, **context) for reward in rewards]
     waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
     thread = ThreadPoolExecutor(1)  # a notebook's own thread already runs a loop
-    answers = thread.submit(asyncio.run, _together([results[i] for i in waiting])) if waiting else None
+    answers = thread.submit(_wait_for, [results[i] for i in waiting], images.device, torch.is_grad_enabled()) if waiting else None
     thread.shutdown(wait=False)
 
     def scores() -> torch.Tensor:
@@ -41,6 +42,12 @@ def ask_rewards(rewards: list[Reward], images: torch.Tensor, examples: list[Exam
     return scores
 
 
+def _wait_for(awaitables: list[Any], device: torch.device, grad_enabled: bool) -> list[Any]:
+    """The answers; in a thread, which has a gradient mode and a current GPU of its own."""
+    with torch.set_grad_enabled(grad_enabled), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        return asyncio.run(_together(awaitables))
+
+
 async def _together(awaitables: list[Any]) -> list[Any]:
     return await asyncio.gather(*awaitables)
 
@@ -48,6 +55,8 @@ async def _together(awaitables: list[Any]) -> list[Any]:
 def _as_tensor(reward: Reward, scores: Any, images: torch.Tensor) -> torch.Tensor:
     absent = torch.zeros(len(images), dtype=torch.bool, device=images.device)
     if not isinstance(scores, torch.Tensor):
+        if not isinstance(scores, Iterable):
+            raise ValueError(f"Reward {reward.name!r} returned {scores!r} for {len(images)} images: return one score per image.")
         scores = list(scores)
         if len(scores) == len(images):
             absent = torch.tensor([s is None for s in scores], device=images.device)

@@ -76,8 +76,7 @@ class TAFSGRPOTrainer(FlowRLTrainer):
             raise ValueError(
                 f"`lora_dropout` ({self.peft_config.lora_dropout}) must be 0: the rollout could not be replayed, and ratios would be noise."
             )
-        half = self.args.bf16 or self.args.fp16
-        self.exact = not half and all(p.dtype == torch.float32 for p in self.model.transformer.parameters())
+        self.exact = self.args.mixed_precision == "no" and all(p.dtype == torch.float32 for p in self.model.transformer.parameters())
         self.moved = torch.zeros(2, device=self.args.device)  # squares of the distance to the base, and of the base, of this rollout
         self.velocity_distance: float | None = None
         levels = ", ".join(f"{level:.3f}" for level in self.sigmas.tolist())
@@ -174,7 +173,9 @@ class TAFSGRPOTrainer(FlowRLTrainer):
             batch.good &= ~left_out
             if self._needs_base:
                 batch.tensors["base_velocities"] = self._base_velocities(batch)
+            common = batch.tensors["states"][:, 0].clone()
             batch.leave_out_what_is_not_finite()
+            batch.tensors["states"][:, 0] = common  # an image that is left out may be the one whose first call its group shares
         self.count_bad_samples("reward", bad)
         self.moved = torch.zeros(2, device=self.args.device)
 
