@@ -110,6 +110,16 @@ def test_the_card_of_a_full_fine_tuning_loads_the_transformer():
     assert "lora" not in yaml.safe_load(card.split("---")[1])["tags"]
 
 
+def test_the_margin_of_a_sheet_has_room_for_long_labels():
+    sheet, boxes = before_after(
+        ["a prompt"], {"base": torch.ones(1, 3, 32, 32), "a label of thirty letters, say": torch.ones(1, 3, 32, 32)}
+    )
+    left, top, _, bottom = boxes["a label of thirty letters, say"][0]
+    margin = sheet.crop((0, top, left - 3, bottom)).convert("L")  # without the frame
+    inked = [x for x in range(margin.width) if min(margin.getpixel((x, y)) for y in range(margin.height)) < 128]
+    assert 150 < max(inked) < margin.width - 4
+
+
 @pytest.mark.parametrize("count", [1, 5])
 def test_the_sheet_holds_every_picture_where_it_says(count):
     base, tuned = torch.rand(count, 3, 32, 32), torch.rand(count, 3, 32, 32)

@@ -1,11 +1,13 @@
 """Pictures of pictures."""
 
+import math
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 INK, PAPER, RIGHT, WRONG = (40, 40, 40), (255, 255, 255), (46, 140, 70), (200, 60, 50)
-GAP, LABEL_WIDTH, LINE = 12, 84, 20
+GAP, LEAST_MARGIN, LINE = 12, 84, 20
 
 Box = tuple[int, int, int, int]
 
@@ -31,15 +33,16 @@ def before_after(
     tile_width, tile_height = round(width * factor), round(height * factor)
     resampling = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.LANCZOS
     font = ImageFont.load_default(size=14)
+    margin = max(LEAST_MARGIN, *(2 * GAP + math.ceil(font.getlength(name)) for name in rows))  # for the labels
     lines = [_wrapped(p, font, tile_width) for p in prompts]
     text_height = LINE * max(len(text) for text in lines)
     block = len(rows) * (tile_height + GAP) + text_height + 2 * GAP
     blocks = -(-len(prompts) // columns)
-    sheet = Image.new("RGB", (LABEL_WIDTH + min(columns, len(prompts)) * (tile_width + GAP), GAP + blocks * block), PAPER)
+    sheet = Image.new("RGB", (margin + min(columns, len(prompts)) * (tile_width + GAP), GAP + blocks * block), PAPER)
     pen = ImageDraw.Draw(sheet)
     boxes: dict[str, list[Box]] = {name: [] for name in rows}
     for i, text in enumerate(lines):
-        left, top = LABEL_WIDTH + (i % columns) * (tile_width + GAP), GAP + (i // columns) * block
+        left, top = margin + (i % columns) * (tile_width + GAP), GAP + (i // columns) * block
         for name, images in rows.items():
             if i % columns == 0:
                 pen.text((GAP, top + tile_height // 2 - 8), name, INK, font)
