@@ -60,7 +60,7 @@ from flowrl_trainers.shapes import prompts
 from flowrl_trainers.shapes.models import new_tokenizer
 from flowrl_trainers.sit import SiTPipeline, SiTTransformer2DModel
 
-SIZE, IMAGES, MICRO_BATCH, RANK = 512, 8, 4, 32
+SIZE, IMAGES, MICRO_BATCH, GROUP, RANK = 512, 8, 4, 4, 32
 TRAINERS: dict[type[FlowRLTrainer], dict[str, Any]] = {
     AdjointMatchingTrainer: {},
     VGGFlowTrainer: {},
@@ -188,7 +188,7 @@ def measure(model: str, trainer_class: type[FlowRLTrainer], reward: PickScore, u
     asked = [str(number) for number in range(64)] if model.startswith("SiT") else list(prompts("train")["prompt"])[:64]
     clock, folder = Clock(), tempfile.TemporaryDirectory()
     config = trainer_class.config_class(
-        output_dir=folder.name, max_steps=1 + updates, per_device_train_batch_size=MICRO_BATCH, num_generations=4,
+        output_dir=folder.name, max_steps=1 + updates, per_device_train_batch_size=MICRO_BATCH, num_generations=GROUP,
         gradient_accumulation_steps=IMAGES // MICRO_BATCH, height=SIZE, width=SIZE, bf16=True, report_to="none", save_strategy="no",
         disable_tqdm=True, **(settings | own),
     )  # fmt: skip
@@ -219,8 +219,8 @@ def main() -> None:
     foot = (
         f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}. Random weights, bfloat16, LoRA of rank {RANK}, {SIZE} x {SIZE} "
         f"pixels, no guidance, {IMAGES} images per update in micro-batches of {MICRO_BATCH}, no gradient checkpointing; reward: PickScore "
-        f"(random ViT-H/14, bfloat16); 4 images per prompt, AC-Flow after a warm-up of one rollout, else the defaults. Seconds: median of "
-        f"{args.updates} updates after a first one that is not counted, with rollout, reward and loss."
+        f"(random ViT-H/14, bfloat16); {GROUP} images per prompt, AC-Flow after a warm-up of one rollout, else the defaults. Seconds: "
+        f"median of {args.updates} updates after a first one that is not counted, with rollout, reward and loss."
     )
     with tempfile.TemporaryDirectory() as folder:
         write_pickscore(Path(folder))

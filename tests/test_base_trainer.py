@@ -298,13 +298,21 @@ def test_mixed_precision_that_accelerate_alone_was_told_of_is_refused(tmp_path, 
 
 @pytest.mark.parametrize("metric", [None, "eval_loss", "reward/taste"])
 def test_a_best_checkpoint_by_a_metric_that_no_evaluation_has_is_refused(tmp_path, tiny_pipeline, metric):
-    with pytest.raises(
-        ValueError, match=r"`metric_for_best_model` is '.*', which evaluations here do not have: choose eval_reward/redness"
-    ):
+    with pytest.raises(ValueError, match=r"`metric_for_best_model` is '.*', which evaluations here do not have: choose reward/redness"):
         trainer(
             tmp_path, tiny_pipeline, eval_dataset=Dataset.from_dict({"prompt": ["a cat"]}), save_strategy="steps", save_steps=1, eval_strategy="steps",
             eval_steps=1, load_best_model_at_end=True, metric_for_best_model=metric,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("metric", ["eval_colour_entropy", "velocity_distance", "reward/redness"])
+def test_a_best_checkpoint_may_be_by_whatever_an_evaluation_returns(tmp_path, tiny_pipeline, metric):
+    t = trainer(
+        tmp_path, tiny_pipeline, eval_dataset=Dataset.from_dict({"prompt": ["a cat"]}), save_strategy="steps", save_steps=1, eval_strategy="steps",
+        eval_steps=1, max_steps=1, load_best_model_at_end=True, metric_for_best_model=metric,
+    )  # fmt: skip
+    t.train()
+    assert t.state.best_model_checkpoint.endswith("checkpoint-1")
 
 
 def test_bfloat16_autocast_trains_float32_weights(tmp_path, tiny_pipeline):

@@ -74,14 +74,15 @@ def test_every_family_trains_in_bfloat16(tmp_path, family, trainer):
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize(
+    ("trainer", "precision"),
+    # AC-Flow refuses float16: its warm-up makes no gradients that could be scaled.
+    [(t, p) for t in TRAINERS for p in ("float32", "bf16", "fp16") if (t, p) != ("ACFlowTrainer", "fp16")],
+)
 def test_the_gpu_learns_what_the_cpu_learns(tmp_path, trainer, precision):
     """The same noise and prompts, two updates (AC-Flow's first is its warm-up). Adam moves each parameter by about the learning rate in the
     direction of its gradient's sign: where the signs agree, so do the adapters.
     """
-    if (trainer, precision) == ("ACFlowTrainer", "fp16"):
-        pytest.skip("refused: a warm-up makes no gradients that could be scaled")
     settings = {"guidance_scale": 1.0, "max_sequence_length": 8, "num_inference_steps": 4, "max_steps": 2}
     half = {} if precision == "float32" else {precision: True}
     cpu = adapter(train(tmp_path / "cpu", trainer, load_pipeline(), device="cpu", **settings))

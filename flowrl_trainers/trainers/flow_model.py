@@ -83,9 +83,8 @@ class FlowModel(nn.Module):
         """What Trainer calls for `gradient_checkpointing=True`; diffusers checkpoints every block, in its own way."""
         if activation_checkpointing_kwargs or every_n_layers != 1 or offload:
             raise ValueError("`gradient_checkpointing_kwargs` must be left out: diffusers checkpoints every block in its own way.")
-        if not isinstance(self.transformer, ModelMixin):
-            kind = type(self.transformer).__name__
-            raise ValueError(f"`gradient_checkpointing` is True, but {kind} is no `ModelMixin` of diffusers: set it to False.")
-        for network in (self.transformer, self.frozen):
-            if isinstance(network, ModelMixin):
-                network.enable_gradient_checkpointing()
+        for network in [self.transformer] if self.frozen is None else [self.transformer, self.frozen]:
+            if not isinstance(network, ModelMixin):
+                kind = type(network).__name__
+                raise ValueError(f"`gradient_checkpointing` is True, but {kind} is no `ModelMixin` of diffusers: set it to False.")
+            network.enable_gradient_checkpointing()

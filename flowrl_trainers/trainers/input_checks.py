@@ -35,11 +35,13 @@ def check_rewards(rewards: list[Reward], args: FlowRLConfig, needs_gradient: str
 
 
 def check_best_metric(args: FlowRLConfig, rewards: list[Reward]) -> None:
-    """Raises `ValueError` for a `metric_for_best_model`, or the lack of one, that no evaluation has: Trainer's own default is the loss."""
-    name = args.metric_for_best_model
-    known = [*(f"eval_reward/{r.name}" for r in rewards), "eval_diversity"]
-    if name is not None and name not in known and f"eval_{name}" not in known:
-        raise ValueError(f"`metric_for_best_model` is {name!r}, which evaluations here do not have: choose {', '.join(known)}.")
+    """Raises `ValueError` for the loss, which Trainer takes unless told otherwise and no evaluation has, and for the reward of nobody."""
+    name, known = (args.metric_for_best_model or "").removeprefix("eval_"), [f"reward/{r.name}" for r in rewards]
+    if name == "loss" or (name.startswith("reward/") and name not in known):
+        raise ValueError(
+            f"`metric_for_best_model` is {args.metric_for_best_model!r}, which evaluations here do not have: choose {', '.join(known)}, or "
+            "another name that `evaluate` returns."
+        )
 
 
 def check_lora(config: LoraConfig) -> None:
