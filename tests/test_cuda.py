@@ -11,10 +11,14 @@ from peft import LoraConfig
 import flowrl_trainers
 from flowrl_trainers import FlowPipeline, TAFSGRPOTrainer
 from flowrl_trainers.shapes import load_pipeline, prompts
+from flowrl_trainers.sit import SiTPipeline
 
 from .test_families import GUIDANCE, PROMPTS, seeds, stock
 from .test_resume import TRAINERS, assert_same, run
+from .test_sit import PROMPTS as CLASSES
+from .test_sit import original_checkpoint, tiny_sit
 from .test_wrong_input import redness
+from .tiny import tiny_sd3
 from .tiny_families import FAMILIES, tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -29,8 +33,20 @@ def _float32_is_float32():
     torch.backends.cudnn.allow_tf32 = before
 
 
+def sit(folder: Path):
+    """A tiny SiT, converted from a random checkpoint of the original layout."""
+    torch.save(original_checkpoint(), folder / "tiny.pt")
+    return tiny_sit(folder / "tiny.pt")
+
+
+OTHERS = {
+    "stable diffusion 3": (lambda folder: tiny_sd3(), PROMPTS, {"height": 32, "width": 48, "max_sequence_length": 8}),
+    "sit": (sit, CLASSES, {"height": 8, "width": 16}),
+}
+
+
 def train(folder: Path, trainer: str, pipeline, device: str = "cuda", **settings):
-    """Three updates of four images on the prompts of the shapes."""
+    """Three updates of four images on the prompts of the shapes, or on four classes."""
     cls = getattr(flowrl_trainers, trainer)
     config = cls.config_class(
         **{
@@ -38,8 +54,13 @@ def train(folder: Path, trainer: str, pipeline, device: str = "cuda", **settings
             "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": device == "cpu", "log_images": 2,
         } | TRAINERS[trainer] | settings
     )  # fmt: skip
-    held_out = Dataset.from_dict({"prompt": list(prompts("held_out")["prompt"])[:2] * 2})
-    t = cls(pipeline, redness, config, prompts("train"), held_out, eval_reward_funcs="shapes", peft_config=LoraConfig(r=2, lora_alpha=6))
+    if isinstance(pipeline, SiTPipeline):
+        asked, judge = Dataset.from_dict({"prompt": [*CLASSES, "tench", "volcano"]}), redness
+        held_out = asked
+    else:
+        asked, judge = prompts("train"), "shapes"
+        held_out = Dataset.from_dict({"prompt": list(prompts("held_out")["prompt"])[:2] * 2})
+    t = cls(pipeline, redness, config, asked, held_out, eval_reward_funcs=judge, peft_config=LoraConfig(r=2, lora_alpha=6))
     assert t.args.device.type == device
     t.train()
     return t
@@ -57,14 +78,28 @@ def test_parity_with_the_stock_pipeline_on_the_gpu(family, guidance):
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize("family", OTHERS)
+def test_parity_of_stable_diffusion_3_and_sit_on_the_gpu(tmp_path, family, guidance_scale):
+    make, asked, settings = OTHERS[family]
+    pipeline, settings = make(tmp_path).to("cuda"), settings | {"guidance_scale": guidance_scale}
+    ours = FlowPipeline.from_pipeline(pipeline, **settings).sample(asked, 4, generator=seeds(2))
+    theirs = pipeline(list(asked), num_inference_steps=4, generator=seeds(2), output_type="pt", **settings).images
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_every_family_trains_in_bfloat16(tmp_path, family, trainer):
     """The transformer in bfloat16, the text encoders in float32; the base stays as it was bit for bit."""
-    pipeline = tiny(family)
+    if family in FAMILIES:
+        pipeline, settings = tiny(family), {"height": 32, "width": 32} | FAMILIES[family][1]
+    else:
+        make, _, settings = OTHERS[family]
+        pipeline = make(tmp_path)
     pipeline.transformer.to(torch.bfloat16)
     before = {name: value.clone() for name, value in pipeline.transformer.state_dict().items()}
-    t = train(tmp_path, trainer, pipeline, bf16=True, height=32, width=32, **FAMILIES[family][1])
+    t = train(tmp_path / "run", trainer, pipeline, bf16=True, **settings)
     assert all(p.isfinite().all() for p in adapter(t).values())
     assert any(p.abs().max() > 0 for name, p in adapter(t).items() if "lora_B" in name)
     after = {n.replace(".base_layer", ""): v.cpu() for n, v in t.flow.transformer.state_dict().items() if "lora_" not in n}
