@@ -1,7 +1,8 @@
 """One update of each trainer at full size on one GPU, with random weights: seconds and peak memory.
 
     python benchmarks/full_size.py --models stable-diffusion-3.5-medium --out docs/tables/full_size_stable_diffusion_3.md
-    python benchmarks/full_size.py --models FLUX.2-klein-4B --updates 2 --out docs/tables/full_size_flux_2_klein.md
+    python benchmarks/full_size.py --models FLUX.2-klein-4B --out docs/tables/full_size_flux_2_klein.md
+    python benchmarks/full_size.py --models SiT-XL/2 --out docs/tables/full_size_sit.md
 
 The transformers and the autoencoders have the published sizes. The text encoders have the published widths but few and thin layers:
 prompts are encoded once, before training, and the encoders leave the GPU. The reward is a PickScore of the published size (CLIP ViT-H/14).
