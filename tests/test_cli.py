@@ -22,6 +22,15 @@ YAML = {
     "save_steps": 1,
 }  # fmt: skip
 
+BRIGHTNESS = """
+from flowrl_trainers.rewards import differentiable
+
+
+@differentiable
+def brightness(images, prompts, **columns):
+    return images.mean(dim=(1, 2, 3))
+"""
+
 
 def flowrl(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([FLOWRL, *arguments], capture_output=True, text=True, cwd=folder)
@@ -54,22 +63,20 @@ def test_a_run_from_a_yaml_file_with_flags_over_it(tmp_path):
 
 
 def test_what_a_run_leaves_as_configuration_can_be_run_again(tmp_path):
-    first = flowrl(tmp_path, "adjoint_matching", "--config", write_yaml(tmp_path, max_steps=1, eval_split=None), "--output_dir", "first")
+    (tmp_path / "judges.py").write_text(BRIGHTNESS)
+    config = write_yaml(tmp_path, max_steps=1, reward_funcs=["judges.brightness", "shapes"])
+    first = flowrl(tmp_path, "adjoint_matching", "--config", config, "--output_dir", "first")
     assert first.returncode == 0, first.stderr
-    again = flowrl(
-        tmp_path, "adjoint_matching", "--config", "first/config.yaml", "--dataset", "shapes", "--output_dir", "again", "--use_cpu", "true"
-    )
+    again = flowrl(tmp_path, "adjoint_matching", "--config", "first/config.yaml", "--output_dir", "again")
     assert again.returncode == 0, again.stderr
+    assert (tmp_path / "first" / "config.yaml").read_text() == (tmp_path / "again" / "config.yaml").read_text()
     first, again = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("first", "again"))
     assert first.keys() == again.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_a_reward_is_imported_from_the_current_folder(tmp_path):
-    (tmp_path / "judges.py").write_text(
-        "from flowrl_trainers.rewards import differentiable\n\n\n"
-        "@differentiable\ndef brightness(images, prompts, **columns):\n    return images.mean(dim=(1, 2, 3))\n"
-    )
+    (tmp_path / "judges.py").write_text(BRIGHTNESS)
     path = write_yaml(tmp_path, reward_funcs=["judges.brightness"], max_steps=1, eval_split=None)
     result = flowrl(tmp_path, "adjoint_matching", "--config", path, "--output_dir", "out")
     assert result.returncode == 0, result.stderr

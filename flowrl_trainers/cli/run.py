@@ -37,7 +37,7 @@ def make_trainer(method: str, told: RunArguments, config: FlowRLConfig) -> FlowR
         raise ValueError("`reward_funcs` is empty: name at least one reward.")
     rewards, judges = ([named_reward(name) for name in names] for names in (told.reward_funcs, told.eval_reward_funcs))
     lora = LoraConfig(r=told.lora_r, lora_alpha=told.lora_alpha, lora_dropout=told.lora_dropout, target_modules=told.lora_target_modules)
-    return TRAINERS[method](
+    trainer = TRAINERS[method](
         model=load_pipeline() if told.model in EMBEDDED else told.model,
         reward_funcs=rewards,
         args=config,
@@ -46,6 +46,9 @@ def make_trainer(method: str, told: RunArguments, config: FlowRLConfig) -> FlowR
         eval_reward_funcs=judges or None,
         peft_config=lora if told.lora_r else None,
     )
+    # So that config.yaml can be run again: the trainer knows neither the data set nor the module of a reward.
+    trainer.settings |= {name: value for name, value in vars(told).items() if value is not None}
+    return trainer
 
 
 def load_model(name: str, dtype: torch.dtype) -> DiffusionPipeline:
