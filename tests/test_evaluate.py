@@ -45,6 +45,13 @@ def test_the_rows_are_those_of_the_demo(tmp_path):
     assert "3 steps of the ODE, guidance scale 1" in table
     assert Image.open(tmp_path / "measured" / "pictures.png").width > 400
 
+    two = ["--accelerate_config", "ddp", "--num_processes", "2", "--use_cpu", "true"]
+    done = flowrl(tmp_path, *shared, "--adapter", "tuned", "--out", "measured_by_two", *two)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| tuned |") == 1
+    for label, row in json.loads((tmp_path / "measured_by_two" / "table.json").read_text()).items():
+        assert row == pytest.approx(rows[label], abs=1e-5)
+
     (tmp_path / "captions").mkdir()
     (tmp_path / "captions" / "train.jsonl").write_text('{"caption": "a red circle"}\n')
     for changes, sentence in (

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from datasets import Dataset
 from diffusers.loaders import PeftAdapterMixin
 from trl import TrlParser
@@ -54,6 +54,7 @@ class EvaluateArguments:
     width: int | None = field(default=None, metadata={"help": "The width of pictures in pixels. Default: the pipeline's own."})
     max_sequence_length: int | None = field(default=None, metadata={"help": "The number of prompt tokens. Default: the pipeline's own."})
     dtype: str = field(default="float32", metadata={"help": "The precision of the networks: float32, bfloat16 or float16."})
+    use_cpu: bool = field(default=False, metadata={"help": "Whether to draw on the CPU where there is a GPU as well."})
     batch_size: int = field(default=16, metadata={"help": "The pictures drawn at a time."})
     seed: int = field(default=42, metadata={"help": "The seed of all pictures; 42 is that of a run's own evaluation."})
     out: str = field(default="flowrl-evaluation", metadata={"help": "The folder for table.md, table.json and pictures.png."})
@@ -73,9 +74,11 @@ def evaluate(arguments: list[str]) -> None:
     unknown = set(told.trained) - set(told.rewards)
     if unknown:
         raise ValueError(f"`trained` names {', '.join(sorted(unknown))}, which `rewards` does not: add it there.")
+    rows, pictures = _rows(told, labels)
+    if not PartialState().is_main_process:
+        return
     folder = Path(told.out)
     folder.mkdir(parents=True, exist_ok=True)
-    rows, pictures = _rows(told, labels)
     table = _table(rows, told)
     (folder / "table.md").write_text(table + "\n")
     (folder / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
@@ -112,12 +115,12 @@ def _rows(told: EvaluateArguments, labels: list[str]) -> tuple[dict[str, dict[st
     prompts = check_dataset(load_prompts(told.dataset, told.dataset_config, told.split), "dataset")
     args = FlowRLConfig(
         output_dir=told.out, num_inference_steps=told.num_inference_steps, per_device_eval_batch_size=told.batch_size, seed=told.seed,
-        report_to="none",
+        use_cpu=told.use_cpu, report_to="none",
     )  # fmt: skip
     pipeline = load_model(told.model, DTYPES[told.dtype])
     flow = FlowPipeline.from_pipeline(pipeline, **{name: getattr(told, name) for name in SETTINGS})
     transformer: PeftAdapterMixin | Any = flow.transformer
-    accelerator, rewards = Accelerator(), as_rewards([named_reward(name) for name in told.rewards], "rewards")
+    accelerator, rewards = Accelerator(cpu=told.use_cpu), as_rewards([named_reward(name) for name in told.rewards], "rewards")
     for module in flow.decoders():
         module.to(accelerator.device, torch.float32)
     for part in [transformer, *rewards]:
