@@ -366,6 +366,16 @@ def spread_after(folder, rounds: int, alpha: float, seed: int = 0, weights=None)
     return mean, variance
 
 
+def test_the_distance_to_the_base_is_relative_to_it(tmp_path):
+    """As in evaluations and TAFS-GRPO: a velocity that is longer by a tenth is 0.1 away."""
+    t, anchors = ac_flow(tmp_path, wasserstein_coefficient=0.5), torch.randn(8, 1, 1)
+    batch = exact_images(t, 8)
+    batch.tensors |= {"latents": anchors, "sigmas": torch.full((8, 1), 0.5), "targets": anchors, "weights": torch.ones(8, 1), "anchors": anchors}
+    losses = t.micro_batch_losses(lambda z, sigma, conditioning, guidance: 1.1 * anchors[:, 0], batch, {}, 0)
+    torch.testing.assert_close(losses, 1.5 * (0.1 * anchors[:, 0, 0]) ** 2)
+    assert t._metrics["velocity_distance"] == [pytest.approx(0.1)]
+
+
 def test_without_an_anchor_the_variance_collapses_and_with_it_it_does_not(tmp_path):
     """Everything moves towards the single best image, 1; the anchor holds a part of the base's variance of 1."""
     free, anchored = (spread_after(tmp_path, 300, alpha) for alpha in (0.0, 1.0))

@@ -288,8 +288,10 @@ class ACFlowTrainer(FlowRLTrainer):
         losses = weight * (velocity - target).flatten(1).square().mean(dim=1)
         if self.args.wasserstein_coefficient == 0:
             return losses
-        distance = (velocity - batch.tensors["anchors"][:, state]).flatten(1).square().mean(dim=1)
-        self.log_metric("velocity_distance", self.accelerator.gather(distance.detach()).mean())
+        anchor = batch.tensors["anchors"][:, state]
+        distance, length = (v.flatten(1).square().mean(dim=1) for v in (velocity - anchor, anchor))
+        moved, of = self.accelerator.gather(torch.stack([distance.detach(), length], dim=1)).sum(dim=0)
+        self.log_metric("velocity_distance", (moved / of.clamp(min=1e-12)).sqrt())
         return losses + self.args.wasserstein_coefficient * distance
 
     # ---- files ------------------------------------------------------------------------------------------------------------
