@@ -370,7 +370,13 @@ def test_the_distance_to_the_base_is_relative_to_it(tmp_path):
     """As in evaluations and TAFS-GRPO: a velocity that is longer by a tenth is 0.1 away."""
     t, anchors = ac_flow(tmp_path, wasserstein_coefficient=0.5), torch.randn(8, 1, 1)
     batch = exact_images(t, 8)
-    batch.tensors |= {"latents": anchors, "sigmas": torch.full((8, 1), 0.5), "targets": anchors, "weights": torch.ones(8, 1), "anchors": anchors}
+    batch.tensors |= {
+        "latents": anchors,
+        "sigmas": torch.full((8, 1), 0.5),
+        "targets": anchors,
+        "weights": torch.ones(8, 1),
+        "anchors": anchors,
+    }
     losses = t.micro_batch_losses(lambda z, sigma, conditioning, guidance: 1.1 * anchors[:, 0], batch, {}, 0)
     torch.testing.assert_close(losses, 1.5 * (0.1 * anchors[:, 0, 0]) ** 2)
     assert t._metrics["velocity_distance"] == [pytest.approx(0.1)]

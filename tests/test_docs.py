@@ -1,13 +1,17 @@
 """What README and docs show is there, and what they show as code runs or can be built."""
 
 import re
+import runpy
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
+from peft import LoraConfig
 
+from flowrl_trainers import FlowPipeline, trainers
 from flowrl_trainers.cli.arguments import TRAINERS, parse
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +52,23 @@ def test_the_yaml_example_is_understood(tmp_path, name):
     assert config.max_steps == yaml.safe_load(path.read_text())["max_steps"]
 
 
+def test_the_example_of_a_published_model_is_understood(tmp_path):
+    path = ROOT / "examples" / "stable_diffusion_3_5.yaml"
+    config_class = TRAINERS["adjoint_matching"].config_class
+    told, config = parse("adjoint_matching", config_class, ["--config", str(path), "--output_dir", str(tmp_path), "--use_cpu", "true"], {})
+    assert told.reward_funcs == ["pickscore"]
+    assert config.images_per_update == 8
+
+
+@pytest.mark.parametrize("name", ["RewardGradientConfig", "FlowRLConfig", *(t.config_class.__name__ for t in TRAINERS.values())])
+def test_every_setting_stands_in_the_reference(name):
+    config = getattr(trainers, name)
+    page = runpy.run_path(str(ROOT / "docs" / "settings_tables.py"))["on_page_markdown"]((ROOT / "docs/reference/settings.md").read_text())
+    for field in fields(config):
+        if field.name in config.__annotations__:
+            assert f"| `{field.name}` | `{field.default!r}` | {field.metadata['help']} |" in page
+
+
 def test_the_pages_of_the_navigation_exist():
     pages = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.M)
     assert len(pages) >= 8
@@ -57,10 +78,22 @@ def test_the_pages_of_the_navigation_exist():
 @pytest.mark.parametrize("page", ["adjoint_matching", "ac_flow", "tafs_grpo"])
 def test_the_configurations_of_the_docs_are_accepted(tmp_path, page, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = python_blocks(ROOT / "docs" / f"{page}.md")
+    blocks = [block for block in python_blocks(ROOT / "docs" / f"{page}.md") if "Config(" in block]
     assert blocks
     for block in blocks:
         exec(f"from flowrl_trainers import ACFlowConfig, AdjointMatchingConfig, TAFSGRPOConfig\n{block}", {})
+
+
+@pytest.mark.parametrize(("page", "folder"), [("runs", "tuned-shapes"), ("tafs_grpo", "tafs-grpo-shapes")])
+def test_an_adapter_draws_as_the_docs_say(tmp_path, page, folder, shapes_pipeline, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flow = FlowPipeline.from_pipeline(shapes_pipeline)
+    flow.transformer.add_adapter(LoraConfig(r=2, target_modules=flow.lora_target_modules, init_lora_weights=False))
+    flow.save_lora(tmp_path / folder)
+    (code,) = (block for block in python_blocks(ROOT / "docs" / f"{page}.md") if "load_lora_weights" in block)
+    scope: dict = {}
+    exec(code, scope)
+    assert scope["image"].size == (32, 32)
 
 
 def test_the_example_of_the_start_page_is_that_of_the_readme():

@@ -20,7 +20,7 @@ def serve_reward(arguments: list[str]) -> None:
 
         from ..rewards.server import Limits, reward_app
     except ModuleNotFoundError as error:
-        raise RuntimeError(f"`flowrl serve_reward` needs {error.name}: pip install 'flowrl-trainers[rewards]'.") from error
+        raise RuntimeError(f"`flowrl serve_reward` needs {error.name}: install the package with its extra `rewards`.") from error
     defaults = Limits()
     parser = argparse.ArgumentParser("flowrl serve_reward", description=__doc__, allow_abbrev=False)
     parser.add_argument("NAME", help="A known reward such as 'shapes', or a function as 'module.function', looked up in this folder too.")

@@ -1,4 +1,4 @@
-"""A reward behind HTTP: what `RemoteReward` talks to. Needs starlette (`pip install 'flowrl-trainers[rewards]'`).
+"""A reward behind HTTP: what `RemoteReward` talks to. Needs starlette (the extra `rewards`).
 
     GET /health   {"name": "hps", "ready": true}, as soon as the reward is loaded
     POST /score   {"images": ["<base64 of a PNG>", ...], "prompts": ["...", ...], "columns": {"answer": [...], ...}}

@@ -9,10 +9,10 @@ from .base_config import FlowRLConfig
 
 @dataclass
 class ACFlowConfig(FlowRLConfig):
-    r"""Settings of [`ACFlowTrainer`], beside those of [`FlowRLConfig`]. All defaults are our choice: the paper's could not be read.
+    r"""Settings of `ACFlowTrainer`, beside those of `FlowRLConfig`. All defaults are our choice: the paper's could not be read.
 
     ORW-CFM-W2, the predecessor, is `critic="none"`, `reward_shaping="none"`, `advantage_clip=None`, `normalize_weights=False`;
-    reward-weighted flow matching is that with `wasserstein_coefficient=0`. Different from [`FlowRLConfig`]: `num_generations` 8.
+    reward-weighted flow matching is that with `wasserstein_coefficient=0`. Different from `FlowRLConfig`: `num_generations` 8.
     """
 
     num_generations: int = field(

@@ -49,7 +49,7 @@ MAX_CRITIC_GRAD_NORM = 1.0
 class ACFlowTrainer(FlowRLTrainer):
     """Fine-tunes a flow model to raise any reward, by flow matching on its own images, weighted by a critic's advantage.
 
-    Args beside those of [`FlowRLTrainer`]:
+    Args beside those of `FlowRLTrainer`:
         critic: a module called with latents (B, ...), sigma (B,), prompt features (B, L, D) and their mask (B, L), which returns values
             (B,); None for the one that `args.critic` names.
     """

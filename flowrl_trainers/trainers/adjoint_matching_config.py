@@ -9,10 +9,10 @@ from .reward_gradient_config import RewardGradientConfig
 
 @dataclass
 class AdjointMatchingConfig(RewardGradientConfig):
-    r"""Settings of [`AdjointMatchingTrainer`], beside those of [`RewardGradientConfig`] and [`FlowRLConfig`].
+    r"""Settings of `AdjointMatchingTrainer`, beside those of `RewardGradientConfig` and `FlowRLConfig`.
 
     DRaFT-K (arXiv 2309.17400), direct backpropagation through the last K steps, is `adjoint="full"`, `loss_type="hamiltonian"`,
-    `control_cost_weight=0` and `adjoint_steps=K`.
+    `control_cost_weight=0` and `adjoint_steps=K`, with `guidance_scale=1` and a `reward_scale`.
     """
 
     adjoint_steps: int = field(

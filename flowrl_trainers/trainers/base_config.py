@@ -8,7 +8,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 @dataclass
 class FlowRLConfig(TrainingArguments):
-    r"""Settings shared by all trainers, beside those of [`~transformers.TrainingArguments`].
+    r"""Settings shared by all trainers, beside those of `transformers.TrainingArguments`.
 
     `per_device_train_batch_size` counts images per device and micro-step. One update takes
     `per_device_train_batch_size * gradient_accumulation_steps * processes` images, which `num_generations` must divide. One

@@ -7,7 +7,7 @@ from .base_config import FlowRLConfig
 
 @dataclass
 class RewardGradientConfig(FlowRLConfig):
-    r"""Settings that trainers share which differentiate the reward, beside those of [`FlowRLConfig`]."""
+    r"""Settings that trainers share which differentiate the reward, beside those of `FlowRLConfig`."""
 
     reward_scale: float | None = field(
         default=None,

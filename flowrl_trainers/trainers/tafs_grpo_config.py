@@ -9,11 +9,11 @@ from .base_config import FlowRLConfig
 
 @dataclass
 class TAFSGRPOConfig(FlowRLConfig):
-    r"""Settings of [`TAFSGRPOTrainer`], beside those of [`FlowRLConfig`]. All defaults are our choice: the paper's could not be read.
+    r"""Settings of `TAFSGRPOTrainer`, beside those of `FlowRLConfig`. All defaults are our choice: the paper's could not be read.
 
     Flow-GRPO is `kernel="flow_grpo"`, `eta=0.7`, `credit_rule="final"`, `log_prob_form="gaussian"`, `epsilon=1e-4`,
     `share_initial_noise=False`, `num_inference_steps=10`.
-    Different from [`FlowRLConfig`]: `num_inference_steps` 4, `num_generations` 16 and `per_device_train_batch_size` 16.
+    Different from `FlowRLConfig`: `num_inference_steps` 4, `num_generations` 16 and `per_device_train_batch_size` 16.
     """
 
     num_inference_steps: int = field(

@@ -8,7 +8,7 @@ from .reward_gradient_config import RewardGradientConfig
 
 @dataclass
 class VGGFlowConfig(RewardGradientConfig):
-    r"""Settings of [`VGGFlowTrainer`], beside those of [`RewardGradientConfig`] and [`FlowRLConfig`].
+    r"""Settings of `VGGFlowTrainer`, beside those of `RewardGradientConfig` and `FlowRLConfig`.
 
     Different from them: `reward_gradient_clip_quantile` 0.8, the 80th percentile of arXiv 2512.05116, section 5.1.
     """

@@ -40,7 +40,7 @@ from .vgg_flow_config import VGGFlowConfig
 class VGGFlowTrainer(RewardGradientTrainer):
     """Fine-tunes a flow model to raise a differentiable reward by value-gradient guidance.
 
-    Args beside those of [`FlowRLTrainer`]:
+    Args beside those of `FlowRLTrainer`:
         value_network: a module called with latents (B, ...), sigma (B,), prompt features (B, L, D) and their mask (B, L), which returns
             what is added to the value gradient (B, ...), in units of the velocity; None for the one that `args.value_network` names.
     """

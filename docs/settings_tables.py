@@ -1,0 +1,26 @@
+"""mkdocs hook: `<!-- settings: ConfigClass -->` in a page becomes the table of the settings that the class declares, with their help."""
+
+import re
+from dataclasses import MISSING, Field, fields
+from typing import Any
+
+from flowrl_trainers import trainers
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Called by mkdocs with the source of every page."""
+    return re.sub(r"^<!-- settings: (\w+) -->$", lambda match: table(getattr(trainers, match[1])), markdown, flags=re.MULTILINE)
+
+
+def table(config: type) -> str:
+    """Name, default and help of the settings that a config declares itself."""
+    rows = ["| setting | default | what it does |", "|---|---|---|"]
+    for field in fields(config):
+        if field.name in config.__annotations__:
+            rows.append(f"| `{field.name}` | `{default(field)!r}` | {field.metadata['help'].replace('|', '&#124;')} |")
+    return "\n".join(rows)
+
+
+def default(field: Field) -> Any:
+    """The value that a setting has where nobody sets it."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
