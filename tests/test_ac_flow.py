@@ -380,6 +380,24 @@ def test_the_distance_to_the_base_is_relative_to_it(tmp_path):
     losses = t.micro_batch_losses(lambda z, sigma, conditioning, guidance: 1.1 * anchors[:, 0], batch, {}, 0)
     torch.testing.assert_close(losses, 1.5 * (0.1 * anchors[:, 0, 0]) ** 2)
     assert t._metrics["velocity_distance"] == [pytest.approx(0.1)]
+    batch.good[3], anchors[3] = False, 0.0  # left out, whatever the network says there
+    t.micro_batch_losses(lambda z, sigma, conditioning, guidance: 1.1 * anchors[:, 0] + (anchors[:, 0] == 0), batch, {}, 0)
+    assert t._metrics["velocity_distance"][1] == pytest.approx(0.1)
+
+
+def test_advantages_are_taken_from_a_critic_that_does_not_learn(tmp_path):
+    class Moody(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias, self.modes = nn.Parameter(torch.zeros(1)), []
+
+        def forward(self, z, sigma, features, mask):
+            self.modes.append(self.training)
+            return self.bias.expand(len(z))
+
+    t = ac_flow(tmp_path, given=Moody(), critic="default", critic_steps=1, timestep_bins=1)
+    t.prepare([exact_images(t, 8)])
+    assert t.critic.modes == [False, True, False]  # judged, one step, advantages
 
 
 def test_without_an_anchor_the_variance_collapses_and_with_it_it_does_not(tmp_path):

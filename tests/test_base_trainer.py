@@ -12,15 +12,23 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
-from flowrl_trainers import AdjointMatchingConfig, FlowPipeline
+from flowrl_trainers import AdjointMatchingConfig, AdjointMatchingTrainer, FlowPipeline
 from flowrl_trainers.rewards import differentiable
 from flowrl_trainers.trainers.checkpoints import MANIFEST
 from flowrl_trainers.trainers.flow_model import FlowModel
 from flowrl_trainers.trainers.prompt_groups import Image
 
+from .gaussian import GaussianFlow
 from .test_adjoint_matching import constant, one_rollout, redness, trainer
 from .test_wrong_input import make
 from .tiny import tiny_sd3
+
+
+@differentiable
+def square(images, prompts, **columns):
+    """Of vectors (B, d)."""
+    return -images.square().mean(dim=1)
+
 
 # ---- the probe ---------------------------------------------------------------------------------------------------------------
 
@@ -199,8 +207,16 @@ def test_the_moving_average_is_what_is_saved_and_evaluated(tmp_path, tiny_pipeli
 def test_an_optimizer_of_ones_own_must_hold_what_is_trained(tmp_path, tiny_pipeline):
     t = trainer(tmp_path, tiny_pipeline)
     t.optimizer = torch.optim.SGD(t.trained_parameters()[1:], lr=0.1)
-    with pytest.raises(ValueError, match="`optimizers` has an optimizer without some of the trained parameters"):
+    with pytest.raises(
+        ValueError, match=r"The optimizer that was given lacks some of the trained parameters, .*: set `trainer\.optimizer`"
+    ):
         t.train()
+    pipeline, config = tiny_sd3(), AdjointMatchingConfig(output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none")
+    given = torch.optim.SGD(pipeline.transformer.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="The optimizer that was given lacks some"):  # the LoRA was not there yet
+        AdjointMatchingTrainer(
+            pipeline, redness, config, Dataset.from_dict({"prompt": ["a"] * 8}), optimizers=(given, None), peft_config=LoraConfig(r=2)
+        )
 
 
 def test_what_has_no_score_has_no_part_in_the_reward(tmp_path, tiny_pipeline):
@@ -217,13 +233,26 @@ def test_training_stops_at_the_target_reward(tmp_path, tiny_pipeline):
     """With all that a regular end has: the last log, an evaluation and a checkpoint."""
     t = trainer(
         tmp_path, tiny_pipeline, eval_dataset=Dataset.from_dict({"prompt": ["a cat"]}), target_reward=-1e9, max_steps=5, logging_steps=3,
-        save_strategy="steps", eval_strategy="steps",
+        save_strategy="steps", eval_strategy="steps", eval_steps=3,
     )  # fmt: skip
     t.train()
     assert t.state.global_step == 1
     assert any("reward/redness" in row for row in t.state.log_history)
     assert any("eval_reward/redness" in row for row in t.state.log_history)
     assert (tmp_path / "checkpoint-1" / MANIFEST).exists()
+    again = trainer(tmp_path, tiny_sd3(), target_reward=-1e9, max_steps=5)
+    assert again.train(resume_from_checkpoint=True).global_step == 1
+    assert again.rows == t.rows  # of the last evaluation, for card and metrics.json
+    further = trainer(tmp_path, tiny_sd3(), target_reward=1e9, max_steps=2)
+    assert further.train(resume_from_checkpoint=True).global_step == 2
+
+
+def test_a_finished_run_of_a_fraction_of_an_epoch_is_resumed_without_another_update(tmp_path):
+    settings = {"max_steps": -1, "num_train_epochs": 0.5, "save_strategy": "steps", "save_steps": 1}
+    t = trainer(tmp_path, tiny_sd3(), **settings)
+    t.train()
+    assert t.state.global_step == t._updates_per_epoch / 2
+    assert trainer(tmp_path, tiny_sd3(), **settings).train(resume_from_checkpoint=True).global_step == t.state.global_step
 
 
 def test_what_was_learned_is_kept_when_training_breaks_off(tmp_path, tiny_pipeline, caplog):
@@ -269,7 +298,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, adjoint):
     """Also for the adjoint, whose checkpoints are recomputed with the adapter as it is then."""
     results = []
     for checkpointing in (False, True):
-        t = trainer(tmp_path, tiny_sd3(), gradient_checkpointing=checkpointing, max_steps=3, learning_rate=0.1, adjoint=adjoint)
+        t = trainer(tmp_path, tiny_sd3(), activation_checkpointing=checkpointing, max_steps=3, learning_rate=0.1, adjoint=adjoint)
         t.train()
         results.append([p.detach().clone() for p in t.trained_parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -278,7 +307,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, adjoint):
 def test_gradient_checkpointing_of_a_network_that_has_none_is_refused(tiny_pipeline):
     model = FlowModel(FlowPipeline.from_pipeline(tiny_pipeline), has_adapter=True)
     model.transformer = torch.nn.Linear(1, 1)
-    with pytest.raises(ValueError, match="`gradient_checkpointing` is True, but Linear is no `ModelMixin` of diffusers"):
+    with pytest.raises(ValueError, match="`activation_checkpointing` is True, but Linear is no `ModelMixin` of diffusers"):
         model.activation_checkpointing_enable()
 
 
@@ -296,13 +325,44 @@ def test_mixed_precision_that_accelerate_alone_was_told_of_is_refused(tmp_path, 
     AdjointMatchingConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", bf16=True)
 
 
-@pytest.mark.parametrize("metric", [None, "eval_loss", "reward/taste"])
+@pytest.mark.parametrize("metric", [None, "eval_loss", "reward/taste", "eval_diversity"])
 def test_a_best_checkpoint_by_a_metric_that_no_evaluation_has_is_refused(tmp_path, tiny_pipeline, metric):
-    with pytest.raises(ValueError, match=r"`metric_for_best_model` is '.*', which evaluations here do not have: choose reward/redness"):
+    with pytest.raises(
+        ValueError, match=r"`metric_for_best_model` is '.*', which evaluations do not have, or not each of them: choose reward/redness"
+    ):
         trainer(
             tmp_path, tiny_pipeline, eval_dataset=Dataset.from_dict({"prompt": ["a cat"]}), save_strategy="steps", save_steps=1, eval_strategy="steps",
             eval_steps=1, load_best_model_at_end=True, metric_for_best_model=metric,
         )  # fmt: skip
+
+
+def test_a_larger_reward_is_better_whatever_it_is_called(tmp_path):
+    for metric, greater in (("eval_reward/gloss", True), ("reward/redness", True), ("eval_clarity", True), ("eval_gloss", False)):
+        config = AdjointMatchingConfig(output_dir=str(tmp_path), metric_for_best_model=metric, use_cpu=True, report_to="none")
+        assert config.greater_is_better is greater
+
+
+def test_running_statistics_are_part_of_a_checkpoint(tmp_path):
+    class Normalised(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.scale = torch.nn.BatchNorm1d(1), torch.nn.Parameter(torch.ones(1))
+            self.register_buffer("scratch", torch.zeros(1), persistent=False)
+
+        def forward(self, x, sigma):
+            return self.scale * self.norm(x)
+
+    prompts = Dataset.from_dict({"prompt": [str(n) for n in range(8)]})
+    config = AdjointMatchingConfig(
+        output_dir=str(tmp_path), max_steps=2, save_strategy="steps", save_steps=2, num_inference_steps=4, report_to="none", use_cpu=True
+    )
+    t, again = (AdjointMatchingTrainer(GaussianFlow(Normalised(), 1), square, config, prompts) for _ in range(2))
+    t.train()
+    assert t.model.transformer.norm.running_mean.abs() > 0
+    again.train(resume_from_checkpoint=True)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(getattr(again.model.transformer.norm, name), getattr(t.model.transformer.norm, name))
+    assert "transformer.scratch" not in load_file(tmp_path / "checkpoint-2" / "trained_parameters.safetensors")
 
 
 @pytest.mark.parametrize("metric", ["eval_colour_entropy", "velocity_distance", "reward/redness"])
@@ -356,16 +416,29 @@ def test_only_as_many_checkpoints_are_kept_as_asked(tmp_path, tiny_pipeline):
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path, tiny_pipeline):
-    t = trainer(
-        tmp_path, tiny_pipeline, eval_dataset=Dataset.from_dict({"prompt": ["a red circle"] * 2}), save_strategy="steps", save_steps=1,
-        eval_strategy="steps", eval_steps=1, max_steps=3, load_best_model_at_end=True, metric_for_best_model="eval_reward/redness",
-        greater_is_better=True, learning_rate=0.1,
+    settings = dict(
+        eval_dataset=Dataset.from_dict({"prompt": ["a red circle"] * 2}), save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+        max_steps=3, load_best_model_at_end=True, metric_for_best_model="eval_reward/redness", learning_rate=0.1,
     )  # fmt: skip
+    t = trainer(tmp_path, tiny_pipeline, **settings)
     t.train()
     best = max((r for r in t.state.log_history if "eval_reward/redness" in r), key=lambda r: r["eval_reward/redness"])
     assert t.state.best_model_checkpoint.endswith(f"checkpoint-{best['step']}")
+    # What is told of the model is what the best evaluation found.
+    assert t.rows["tuned"]["reward/redness"] == best["eval_reward/redness"]
+    t.save_model()
+    card = (tmp_path / "README.md").read_text()
+    assert f"| `updates` | {best['step']} |" in card
+    assert f"(samples/step-{best['step']:06d}.png)" in card
+    tuned, rows = [p.detach().clone() for p in t.trained_parameters()], t.rows
     again = t.evaluate()
     assert again["eval_reward/redness"] == pytest.approx(best["eval_reward/redness"], abs=1e-6)
+
+    # A finished run that is resumed ends with the same model.
+    resumed = trainer(tmp_path, tiny_sd3(), **settings)
+    assert resumed.train(resume_from_checkpoint=True).global_step == 3
+    assert all(torch.equal(a, b) for a, b in zip(tuned, resumed.trained_parameters(), strict=True))
+    assert resumed.rows == rows
     sheet = json.loads((tmp_path / "samples" / "step-000001.json").read_text())
     assert sheet["prompts"] == ["a red circle"]
 

@@ -146,13 +146,13 @@ def test_a_run_on_the_gpu_goes_on_bit_for_bit(tmp_path, trainer):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-@pytest.mark.parametrize("gradient_checkpointing", [False, True])
-def test_replayed_ratios_are_one_on_the_gpu(tmp_path, precision, gradient_checkpointing):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_replayed_ratios_are_one_on_the_gpu(tmp_path, precision, checkpointing):
     """Rollout and replay see the same batches, so that they agree to rounding even in half precision."""
     half = {} if precision == "float32" else {precision: True}
     t = train(
         tmp_path, TAFSGRPOTrainer.__name__, load_pipeline(), guidance_scale=1.0, max_sequence_length=8, num_inference_steps=4,
-        gradient_checkpointing=gradient_checkpointing, **half,
+        activation_checkpointing=checkpointing, **half,
     )  # fmt: skip
     errors = [row["replay_ratio_error"] for row in t.state.log_history if "replay_ratio_error" in row]
     assert len(errors) == 3

@@ -231,7 +231,7 @@ def test_cogviews_network_is_told_the_time_before_the_shift(shift):
 
 def test_chroma_is_not_trained_without_its_mask(tmp_path):
     config = flowrl_trainers.ACFlowConfig(
-        output_dir=str(tmp_path), gradient_checkpointing=True, height=32, width=32, max_sequence_length=64, report_to="none", use_cpu=True,
+        output_dir=str(tmp_path), activation_checkpointing=True, height=32, width=32, max_sequence_length=64, report_to="none", use_cpu=True,
     )  # fmt: skip
     judged = []
 
@@ -241,7 +241,7 @@ def test_chroma_is_not_trained_without_its_mask(tmp_path):
 
     rows = Dataset.from_dict({"prompt": PROMPTS * 4})
     trainer = flowrl_trainers.ACFlowTrainer(tiny_chroma(), judge, config, rows, peft_config=LoraConfig(r=2))
-    with pytest.raises(ValueError, match="`gradient_checkpointing` is True, with which diffusers drops Chroma's attention mask"):
+    with pytest.raises(ValueError, match="`activation_checkpointing` is True, with which diffusers drops Chroma's attention mask"):
         trainer.train()
     assert not judged  # not even the probe has drawn a picture
 

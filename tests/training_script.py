@@ -25,8 +25,10 @@ PROMPTS = [f"a {colour} {shape}" for colour in ("red", "green") for shape in ("c
 
 
 @differentiable
-def redness(images, prompts, **columns):
+def redness(images, prompts, log_metric, **columns):
     red, green, blue = images.unbind(dim=1)
+    for value in images.detach().mean(dim=(1, 2, 3)).tolist():
+        log_metric("brightness", value)
     return (red - (green + blue) / 2).mean(dim=(1, 2))
 
 
@@ -48,7 +50,7 @@ def main() -> None:
     dropout = settings["config"].pop("lora_dropout", 0.1)
     config = trainer_class.config_class(
         **{"use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1, "guidance_scale": 1.0, "max_sequence_length": 8,
-           "num_inference_steps": 3} | settings["config"]
+           "num_inference_steps": 3, "log_images": 0} | settings["config"]
     )  # fmt: skip
     trainer = trainer_class(
         tiny_sd3(), redness, config, Dataset.from_dict({"prompt": PROMPTS}), peft_config=LoraConfig(r=2, lora_alpha=4, lora_dropout=dropout),
@@ -67,6 +69,7 @@ def main() -> None:
     trainer._make_rollout = remember
     trainer.train(resume_from_checkpoint=settings["resume"])
     folder = Path(config.output_dir)
+    torch.save(trainer.evaluate(Dataset.from_dict({"prompt": PROMPTS[:3]})), folder / f"evaluation_{config.process_index}.pt")
     torch.save(rollouts, folder / f"rollout_{config.process_index}.pt")
     if trainer.is_world_process_zero():
         history = [{k: v for k, v in row.items() if not k.startswith(("seconds/", "train_"))} for row in trainer.state.log_history]

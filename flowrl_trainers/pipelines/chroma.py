@@ -47,7 +47,7 @@ class ChromaFlowPipeline(DiffusersFlowPipeline):
         """Raises `ValueError` with gradient checkpointing."""
         if self.transformer.gradient_checkpointing:
             # Its single blocks would run without the mask (diffusers 0.42), so training would see another network than sampling.
-            raise ValueError("`gradient_checkpointing` is True, with which diffusers drops Chroma's attention mask: set it to False.")
+            raise ValueError("`activation_checkpointing` is True, with which diffusers drops Chroma's attention mask: set it to False.")
         # Packing, position ids and mask are private helpers of the pipeline, but there are no others.
         pipe, dtype = self.pipeline, dtype_of(transformer)
         count, channels, height, width = latents.shape

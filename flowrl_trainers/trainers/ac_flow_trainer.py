@@ -117,6 +117,7 @@ class ACFlowTrainer(FlowRLTrainer):
                 self._judge_critic(rollout)
                 for step in range(self.args.critic_steps):
                     self._critic_step(rollout, f"critic step {step}")
+            self.critic.eval()
         self.log_metric("critic/warming_up", float(self.warming_up))
         if self.warming_up:
             return
@@ -290,7 +291,7 @@ class ACFlowTrainer(FlowRLTrainer):
             return losses
         anchor = batch.tensors["anchors"][:, state]
         distance, length = (v.flatten(1).square().mean(dim=1) for v in (velocity - anchor, anchor))
-        moved, of = self.accelerator.gather(torch.stack([distance.detach(), length], dim=1)).sum(dim=0)
+        moved, of = (self.mean_of_good(v, batch.good) for v in (distance, length))
         self.log_metric("velocity_distance", (moved / of.clamp(min=1e-12)).sqrt())
         return losses + self.args.wasserstein_coefficient * distance
 

@@ -267,7 +267,7 @@ class AdjointMatchingTrainer(RewardGradientTrainer):
         if not self.memoryless or self.args.memoryless_loss_clip is None:
             return losses
         largest = self.args.memoryless_loss_clip * self.known_scale**2 / control[0].numel()
-        self.log_metric("clipped_losses", self.accelerator.gather((losses.detach() > largest).float()).mean())
+        self.log_metric("clipped_losses", self.mean_of_good((losses > largest).float(), batch.good))
         return losses.clamp(max=largest)
 
     def card_settings(self) -> dict[str, Any]:

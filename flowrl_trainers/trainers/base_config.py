@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 
@@ -26,6 +26,12 @@ class FlowRLConfig(TrainingArguments):
     )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Whether DDP looks for parameters without gradients; every trained one has a gradient."}
+    )
+    greater_is_better: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether a larger `metric_for_best_model` is better. Default: yes for rewards; else unless its name ends in 'loss'."
+        },
     )
 
     # Sampling
@@ -126,6 +132,10 @@ class FlowRLConfig(TrainingArguments):
                 raise ValueError(f"`{name}` ({value}) must be above 0.")
 
     def __post_init__(self) -> None:
+        if self.eval_strategy == "steps" and self.eval_steps is None:
+            raise ValueError("`eval_strategy` is 'steps', but `eval_steps` is not set: say after how many updates to evaluate.")
+        if self.greater_is_better is None and "reward/" in (self.metric_for_best_model or ""):
+            self.greater_is_better = True  # also of a reward whose name ends in "loss"
         super().__post_init__()
         self.refuse_below(1, "num_inference_steps", "num_generations", "num_iterations", "gradient_accumulation_steps")
         self.refuse_below(1, "per_device_train_batch_size", "per_device_eval_batch_size")
@@ -181,3 +191,21 @@ class FlowRLConfig(TrainingArguments):
             )
         if self.auto_find_batch_size:
             raise ValueError("`auto_find_batch_size` must be False: it would change the images per update during training.")
+        if self.enable_jit_checkpoint:
+            raise ValueError("`enable_jit_checkpoint` must be False: it saves in the middle of an update. Set `save_steps` instead.")
+        if self.lr_scheduler_type == "constant" and (self.warmup_steps or self.lr_scheduler_kwargs):
+            raise ValueError("`lr_scheduler_type` 'constant' knows no warm-up and no options: take 'constant_with_warmup' or another.")
+        if self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy") and "mode" not in (self.lr_scheduler_kwargs or {}):
+            name = SchedulerType(self.lr_scheduler_type).value
+            raise ValueError(
+                f"`lr_scheduler_type` {name!r} takes less for better unless told: set `lr_scheduler_kwargs` to {{'mode': 'max'}} for a "
+                "reward."
+            )
+        for name, plain, instead in (
+            ("data_seed", None, "`seed` orders the prompts"),
+            ("train_sampling_strategy", "random", "`seed` orders the prompts"),
+            ("torch_empty_cache_steps", None, "memory stays with torch"),
+            ("dataloader_num_workers", 0, "the rows of a rollout are read in the process itself"),
+        ):
+            if getattr(self, name) != plain:
+                raise ValueError(f"`{name}` ({getattr(self, name)}) has no effect here, as {instead}: leave it out.")

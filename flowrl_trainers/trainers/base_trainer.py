@@ -60,7 +60,8 @@ class FlowRLTrainer(RunEvaluation):
         eval_dataset: held-out prompts, one image each; a row that is repeated gives another image of the same prompt.
         eval_reward_funcs: rewards that evaluation adds to `reward_funcs` and training never sees.
         callbacks: as in `transformers.Trainer`.
-        optimizers: as in `transformers.Trainer`.
+        optimizers: as in `transformers.Trainer`, of all trained parameters; where these are made by the trainer (a LoRA from
+            `peft_config`, a value network), set `trainer.optimizer` afterwards instead.
         peft_config: the LoRA to train; None trains the adapter that the pipeline carries or, without one, all weights.
     """
 
@@ -144,6 +145,8 @@ class FlowRLTrainer(RunEvaluation):
         self.ema = EMAModel(self.trained_parameters(), decay=args.ema_decay) if args.ema_decay is not None else None
         self.settings = self.run_settings()
         self.set_up()
+        if self.optimizer is not None:
+            self._check_optimizer(self.optimizer)
 
     # ---- what an algorithm overrides -------------------------------------------------------------------------------------
 
@@ -313,11 +316,7 @@ class FlowRLTrainer(RunEvaluation):
         """That of Trainer, with parameter groups of its own for the head."""
         given = self.optimizer is not None
         optimizer = super().create_optimizer(model)
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if any(id(p) not in held for p in self.trained_parameters()):
-            raise ValueError(
-                "`optimizers` has an optimizer without some of the trained parameters: make it of `trainer.trained_parameters()`."
-            )
+        self._check_optimizer(optimizer)
         if self.model.head is not None and not given:
             heads = {id(p) for p in self.model.head.parameters()}
             for group in list(optimizer.param_groups):
@@ -325,6 +324,14 @@ class FlowRLTrainer(RunEvaluation):
                 group["params"] = [p for p in group["params"] if id(p) not in heads]
                 optimizer.add_param_group({**group, "params": own, "lr": self.head_learning_rate()})
         return optimizer
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if any(id(p) not in held for p in self.trained_parameters()):
+            raise ValueError(
+                "The optimizer that was given lacks some of the trained parameters, which exist once the trainer is made: set "
+                "`trainer.optimizer` to one of `trainer.trained_parameters()` before `trainer.train()`."
+            )
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         """Clip transformer and head apart, each to `max_grad_norm`. Private, as Trainer's callbacks come after its clipping."""
@@ -347,10 +354,10 @@ class FlowRLTrainer(RunEvaluation):
         repeats what the uninterrupted one would have done, bit for bit. Raises `ValueError` for a checkpoint that is incomplete or damaged.
         """
         folder = self.find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
-        if self.args.gradient_checkpointing:  # as Trainer will, so that the probe meets a family that refuses it
-            self.model.activation_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+        if self.args.activation_checkpointing:  # as Trainer will, so that the probe meets a family that refuses it
+            self.model.activation_checkpointing_enable(self.args.activation_checkpointing_kwargs)
         self.probe()
-        self._micro_step, self._window, self._updates = 0, [], 0
+        self._micro_step, self._window, self._updates, self._best_step = 0, [], 0, None
         if folder is not None and self._is_finished(folder):
             return TrainOutput(self.state.global_step, 0.0, {})
         self._training_since = time.perf_counter()
@@ -368,16 +375,23 @@ class FlowRLTrainer(RunEvaluation):
         return output
 
     def _is_finished(self, folder: Path) -> bool:
-        """Whether a checkpoint has all updates already; if so, it is loaded. Trainer would make one more."""
+        """Whether a checkpoint is the end of its run; if so, it is loaded, or the best one. Trainer would make one more update."""
         state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-        if not 0 < self.args.max_steps <= state.global_step:
-            return False
-        logger.warning(
-            "%s has %d updates, and `max_steps` is %d: nothing is left to train.", folder, state.global_step, self.args.max_steps
-        )
+        updates = self.args.max_steps if self.args.max_steps > 0 else math.ceil(self.args.num_train_epochs * self._updates_per_epoch)
         self._load_from_checkpoint(str(folder))
+        reason = f"the run has {updates}" if state.global_step >= updates else self.reason_to_stop()
+        if reason is None:
+            return False
+        logger.warning("%s has %d updates, and nothing is left to train: %s.", folder, state.global_step, reason)
+        state.is_local_process_zero, state.is_world_process_zero = self.is_local_process_zero(), self.is_world_process_zero()
         self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
         return True
+
+    @property
+    def _updates_per_epoch(self) -> int:
+        return self.sampler.rollouts_per_epoch * self.args.updates_per_rollout * self.args.num_iterations
 
     def seconds_so_far(self) -> dict[str, float]:
         """Seconds of training and of evaluation, those before a resumption included."""
@@ -508,6 +522,12 @@ class FlowRLTrainer(RunEvaluation):
         self.rollout_reward = total
         if total is not None:
             self.log_metric("reward", total)
+
+    def mean_of_good(self, values: torch.Tensor, good: torch.Tensor) -> torch.Tensor:
+        """The mean of values (B,) over the images of all processes that were not left out."""
+        own = torch.stack([torch.where(good, values.detach(), 0.0).sum(), good.sum().to(values.dtype)])
+        total, count = self.accelerator.reduce(own, "sum")
+        return total / count.clamp(min=1)
 
     def count_bad_samples(self, what: str, bad: torch.Tensor) -> None:
         """Note the share of bad samples (B,), 0 or 1 each, over all processes; too large a share ends the run."""

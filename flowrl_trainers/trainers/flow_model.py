@@ -80,11 +80,11 @@ class FlowModel(nn.Module):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False
     ) -> None:
-        """What Trainer calls for `gradient_checkpointing=True`; diffusers checkpoints every block, in its own way."""
+        """What Trainer calls for `activation_checkpointing=True`; diffusers checkpoints every block, in its own way."""
         if activation_checkpointing_kwargs or every_n_layers != 1 or offload:
-            raise ValueError("`gradient_checkpointing_kwargs` must be left out: diffusers checkpoints every block in its own way.")
+            raise ValueError("`activation_checkpointing_kwargs` must be left out: diffusers checkpoints every block in its own way.")
         for network in [self.transformer] if self.frozen is None else [self.transformer, self.frozen]:
             if not isinstance(network, ModelMixin):
                 kind = type(network).__name__
-                raise ValueError(f"`gradient_checkpointing` is True, but {kind} is no `ModelMixin` of diffusers: set it to False.")
+                raise ValueError(f"`activation_checkpointing` is True, but {kind} is no `ModelMixin` of diffusers: set it to False.")
             network.enable_gradient_checkpointing()

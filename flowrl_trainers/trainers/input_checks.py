@@ -35,12 +35,15 @@ def check_rewards(rewards: list[Reward], args: FlowRLConfig, needs_gradient: str
 
 
 def check_best_metric(args: FlowRLConfig, rewards: list[Reward]) -> None:
-    """Raises `ValueError` for the loss, which Trainer takes unless told otherwise and no evaluation has, and for the reward of nobody."""
+    """Raises `ValueError` for what evaluations lack: the loss, which Trainer takes unless told otherwise, and the reward of nobody.
+
+    And for diversity, which is absent from an evaluation in which no prompt has two pictures that count.
+    """
     name, known = (args.metric_for_best_model or "").removeprefix("eval_"), [f"reward/{r.name}" for r in rewards]
-    if name == "loss" or (name.startswith("reward/") and name not in known):
+    if name in ("loss", "diversity") or (name.startswith("reward/") and name not in known):
         raise ValueError(
-            f"`metric_for_best_model` is {args.metric_for_best_model!r}, which evaluations here do not have: choose {', '.join(known)}, or "
-            "another name that `evaluate` returns."
+            f"`metric_for_best_model` is {args.metric_for_best_model!r}, which evaluations do not have, or not each of them: choose "
+            f"{', '.join(known)}, or another name that `evaluate` returns."
         )
 
 

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -109,7 +110,7 @@ class RunEvaluation(RunFiles):
         return sample
 
     def _evaluation_row(self, dataset: Dataset, sampler: Sampler, label: str, noted: dict[str, list[float]]) -> dict[str, float]:
-        """With the means of what rewards noted by `log_metric`."""
+        """With the means of what rewards noted by `log_metric`, over all processes."""
         self.model.eval()
         row = evaluation_row(
             self.flow,
@@ -123,7 +124,11 @@ class RunEvaluation(RunFiles):
             label,
             self.reward_context(lambda name, value: noted[name].append(float(value))),
         )
-        return row | {name: sum(values) / len(values) for name, values in noted.items()}
+        everywhere = gather_object([dict(noted)])  # one per process
+        for name in sorted({name for part in everywhere for name in part}):
+            values = [value for part in everywhere for value in part.get(name, [])]
+            row[name] = sum(values) / len(values)
+        return row
 
     @torch.no_grad()
     def _velocity_distance(self, dataset: Dataset) -> float:

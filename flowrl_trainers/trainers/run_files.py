@@ -19,7 +19,7 @@ from diffusers import ModelMixin
 from huggingface_hub import HfApi
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file, save_model
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 from transformers.utils.hub import PushInProgress
@@ -60,6 +60,9 @@ class RunFiles(Trainer):
     _name: ClassVar[str]
     _tag_names: ClassVar[list[str]]
     _paper: ClassVar[dict[str, str]]
+    rollout_reward: float | None
+    _best_step: int | None = None  # of the checkpoint whose weights stand at the end
+    _sheet: Path | None = None  # of the last evaluation
     _metrics: dict[str, list[float]]
     _window: list[MicroBatch]
     _micro_step: int
@@ -138,8 +141,7 @@ class RunFiles(Trainer):
 
     def _write_card(self, folder: Path) -> None:
         output = Path(self.args.output_dir)
-        sheets = [output / "before_after.png", *sorted((output / "samples").glob("step-*.png"), reverse=True)]
-        sheet = next((s for s in sheets if s.exists()), None)
+        sheet = next((s for s in (output / "before_after.png", self._sheet) if s is not None and s.exists()), None)
         args = self.args
         adapter = {} if self.peft_config is None else {"LoRA rank, alpha": f"{self.peft_config.r}, {self.peft_config.lora_alpha}"}
         sampling = self.flow.call_arguments() | {"num_inference_steps": args.eval_num_inference_steps or args.num_inference_steps}
@@ -153,7 +155,7 @@ class RunFiles(Trainer):
             scheduler=self.flow.scheduler_code(self.renoises),
             has_adapter=self.peft_config is not None,
             rewards=dict(zip([r.name for r in self.rewards], self.reward_weights.tolist(), strict=True)),
-            settings={"updates": self.state.global_step, "images per update": args.images_per_update}
+            settings={"updates": self._best_step or self.state.global_step, "images per update": args.images_per_update}
             | {"learning rate": args.learning_rate, "seed": args.seed}
             | adapter
             | self.card_settings(),
@@ -187,6 +189,7 @@ class RunFiles(Trainer):
         sheet.save(f"{stem}.png")
         facts = {"prompts": base.prompts, "seeds": base.seeds, "base": base.scores, "tuned": tuned.scores, "extra": tuned.extra}
         Path(f"{stem}.json").write_text(json.dumps(facts, indent=2, default=str) + "\n")
+        self._sheet = Path(f"{stem}.png")
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 for label, pictures in (("base", base), ("tuned", tuned)):
@@ -214,8 +217,7 @@ class RunFiles(Trainer):
         if not self.args.save_only_model:
             torch.save(self._loop_state(), folder / f"loop_state_{self.args.process_index}.pt")
         if self.args.should_save:
-            weights = {name: p.detach().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
-            save_file(weights, folder / WEIGHTS)
+            save_file({name: value.detach().contiguous() for name, value in self._changed_tensors().items()}, folder / WEIGHTS)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             write_manifest(folder)
@@ -275,6 +277,7 @@ class RunFiles(Trainer):
             "window": window,
             "metrics": dict(self._metrics),
             "seconds": self.seconds_so_far(),
+            "rollout_reward": self.rollout_reward,
             "ema": None if self.ema is None else self.ema.state_dict(),
             "algorithm": self.algorithm_state(),
         }
@@ -294,28 +297,52 @@ class RunFiles(Trainer):
                     "uninterrupted one only with the same."
                 )
         self._load_weights(folder)
+        self._take_up_rows(folder)
         self._micro_step = state["micro_step"]
         self._window = [
             MicroBatch([self.train_dataset[Image(*key)] for key in part["keys"]], part["tensors"], part["good"]) for part in state["window"]
         ]
         self._metrics.update(state["metrics"])
         self.seconds.update(state["seconds"])
+        self.rollout_reward = state["rollout_reward"]
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.load_algorithm_state(state["algorithm"])
 
+    def _changed_tensors(self) -> dict[str, torch.Tensor]:
+        """What training changes: the trained parameters, and the buffers of networks that are trained whole (running statistics)."""
+        tensors: dict[str, torch.Tensor] = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        whole = {"head": self.model.head, "transformer": self.model.transformer if self.peft_config is None else None}
+        for part, network in whole.items():
+            if network is not None:
+                kept = network.state_dict(keep_vars=True)
+                tensors |= {f"{part}.{name}": buffer for name, buffer in network.named_buffers() if name in kept}
+        return tensors
+
     def _load_weights(self, folder: Path) -> None:
-        weights = load_file(folder / WEIGHTS)
-        parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        if set(weights) != set(parameters):
+        weights, tensors = load_file(folder / WEIGHTS), self._changed_tensors()
+        if set(weights) != set(tensors):
             raise ValueError(f"{folder} holds other trained parameters than this run: resume with the same model and `peft_config`.")
         with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(weights[name])
+            for name, tensor in tensors.items():
+                tensor.copy_(weights[name])
+
+    def _take_up_rows(self, folder: Path) -> None:
+        """The last evaluation before a checkpoint, which its card tells of, and its sheet of pictures."""
+        self.rows = json.loads((folder / "metrics.json").read_text())
+        self.rows.pop("seconds")
+        last = f"step-{TrainerState.load_from_json(str(folder / 'trainer_state.json')).global_step:06d}"
+        sheets = sorted((Path(self.args.output_dir) / "samples").glob("step-*.png"), reverse=True)
+        self._sheet = next((sheet for sheet in sheets if self.rows and sheet.stem <= last), None)
 
     def _load_best_model(self) -> None:
         folder = Path(str(self.state.best_model_checkpoint))
         self._load_weights(folder)
-        if self.ema is not None:
-            own = folder / f"loop_state_{self.args.process_index}.pt"
-            self.ema.load_state_dict(torch.load(own, map_location=self.args.device, weights_only=True)["ema"])
+        self._take_up_rows(folder)
+        self._best_step = self.state.best_global_step
+        own = folder / f"loop_state_{self.args.process_index}.pt"
+        if own.exists():  # not with `save_only_model`
+            state = torch.load(own, map_location=self.args.device, weights_only=True)
+            self.load_algorithm_state(state["algorithm"])
+            if self.ema is not None:
+                self.ema.load_state_dict(state["ema"])

@@ -202,18 +202,15 @@ class VGGFlowTrainer(RewardGradientTrainer):
         matching = (velocity - (base + value.detach())).flatten(1).square().mean(dim=1)
         difference = (shifted_value - value) * expand_like(inverse_step, x)
         consistency = (difference - base_term).flatten(1).square().mean(dim=1)
-        self._log_loss("matching", matching)
-        self._log_loss("consistency", consistency)
+        self.log_metric("loss/matching", self.mean_of_good(matching, batch.good))
+        self.log_metric("loss/consistency", self.mean_of_good(consistency, batch.good))
         if not last:
             return matching + consistency
         boundary = residuals[2].flatten(1).square().mean(dim=1)
-        self._log_loss("boundary", boundary)
-        self.log_metric("residual_rms", self.accelerator.gather(root_mean_square(residuals[0].detach())).mean())
+        self.log_metric("loss/boundary", self.mean_of_good(boundary, batch.good))
+        self.log_metric("residual_rms", self.mean_of_good(root_mean_square(residuals[0]), batch.good))
         # The base takes the mean over states, so what counts once is multiplied by their number.
         return matching + consistency + self.num_trained_states * self.args.boundary_coefficient * boundary
-
-    def _log_loss(self, name: str, losses: torch.Tensor) -> None:
-        self.log_metric(f"loss/{name}", self.accelerator.gather(losses.detach()).mean())
 
     def card_settings(self) -> dict[str, Any]:
         """What the card shows of the method."""
