@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
@@ -15,6 +16,7 @@ from transformers import TrainerCallback
 from flowrl_trainers import AdjointMatchingConfig, AdjointMatchingTrainer, FlowPipeline
 from flowrl_trainers.rewards import differentiable
 from flowrl_trainers.trainers.checkpoints import MANIFEST
+from flowrl_trainers.trainers.conditioning import ConditioningCache
 from flowrl_trainers.trainers.flow_model import FlowModel
 from flowrl_trainers.trainers.prompt_groups import Image
 
@@ -406,6 +408,31 @@ def test_decoding_in_parts_changes_nothing(tmp_path):
 
 
 # ---- folders -----------------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_encoded_before_the_network_is_placed(tmp_path, tiny_pipeline, monkeypatch):
+    """Text encoders and transformer need not fit onto the device together."""
+    order = []
+    encode, to = ConditioningCache.encode, FlowModel.to
+    monkeypatch.setattr(ConditioningCache, "encode", lambda self, *args, **kwargs: order.append("encode") or encode(self, *args, **kwargs))
+    monkeypatch.setattr(FlowModel, "to", lambda self, *args, **kwargs: order.append("place") or to(self, *args, **kwargs))
+    trainer(tmp_path, tiny_pipeline)
+    assert order[0] == "encode"
+    assert "place" in order
+
+
+def test_the_card_says_where_the_adapter_is_and_what_was_told_of_it(tmp_path, tiny_pipeline):
+    t = trainer(tmp_path, tiny_pipeline)
+    t.hub_model_id = "me/red"  # as `push_to_hub` makes it, whatever `args.push_to_hub` says
+    t.create_model_card(dataset_name="me/prompts", license="apache-2.0", tags="red")
+    t.save_model()
+    card = (tmp_path / "README.md").read_text()
+    assert 'pipe.load_lora_weights("me/red")' in card
+    head = yaml.safe_load(card.split("---")[1])
+    assert (head["datasets"], head["license"]) == (["me/prompts"], "apache-2.0")
+    assert "red" in head["tags"]
+    with pytest.raises(TypeError, match="colour"):
+        t.create_model_card(colour="red")
 
 
 def test_only_as_many_checkpoints_are_kept_as_asked(tmp_path, tiny_pipeline):

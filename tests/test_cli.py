@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from flowrl_trainers.cli.arguments import TRAINERS, RunArguments
+from flowrl_trainers.cli.arguments import TRAINERS, RunArguments, parse
 from flowrl_trainers.trainers import FlowRLConfig
 
 FLOWRL = Path(sys.executable).parent / "flowrl"
@@ -136,6 +136,7 @@ def test_wrong_arguments_get_one_sentence_and_status_2(tmp_path, arguments, sent
     ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size` (0) must be at least 1."),
     ({"lora_target_modules": ["no_such_layer"]}, "`peft_config` does not fit the transformer"),
     ({"eval_split": None, "eval_strategy": "steps", "eval_steps": 1}, "`eval_strategy` is 'steps', but there is no `eval_dataset`"),
+    ({"reward_weights": [1, "heavy"]}, "`reward_weights` is [1, 'heavy']: name one number per reward."),
     ({"report_to": "notebook"}, "`report_to` names 'notebook', which is unknown or not installed"),
     ({"train_split": "validation"}, "have no split 'validation': choose 'train' or 'held_out'"),
 ])  # fmt: skip
@@ -152,6 +153,22 @@ def test_a_file_that_is_no_yaml_gets_one_sentence(tmp_path):
     assert result.returncode == 2
     assert "while parsing a flow sequence" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_numbers_mean_what_they_look_like(tmp_path):
+    path = tmp_path / "run.yaml"
+    for text, weights in (("[1, 1e-2]", [1.0, 0.01]), ("0.5", [0.5]), ("1e-2", [0.01])):
+        path.write_text(f"model: shapes\ndataset: shapes\nreward_weights: {text}\n")
+        _, config = parse("ac_flow", TRAINERS["ac_flow"].config_class, ["--config", str(path), "--output_dir", str(tmp_path)], {})
+        assert config.reward_weights == weights
+
+
+def test_a_value_may_begin_with_a_minus(tmp_path):
+    result = flowrl(
+        tmp_path, "adjoint_matching", "--config=" + write_yaml(tmp_path, eval_split=None), "--target_reward=-1e9", "--output_dir=out"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Training stops after 1 updates" in result.stderr
 
 
 def test_a_fault_of_ours_keeps_its_traceback(tmp_path):

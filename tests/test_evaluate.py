@@ -11,11 +11,14 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from flowrl_trainers import VGGFlowConfig, VGGFlowTrainer
+from flowrl_trainers import FlowPipeline, VGGFlowConfig, VGGFlowTrainer
 from flowrl_trainers.metrics import signs_of_over_optimisation
 from flowrl_trainers.rewards import differentiable
 from flowrl_trainers.shapes import prompts
+
+from .tiny import tiny_sd3
 
 FLOWRL = Path(sys.executable).parent / "flowrl"
 SHORT = ["--num_inference_steps", "3", "--seed", "7"]
@@ -44,6 +47,38 @@ def test_the_rows_are_those_of_the_demo(tmp_path):
     assert table in done.stdout
     assert "3 steps of the ODE, guidance scale 1" in table
     assert Image.open(tmp_path / "measured" / "pictures.png").width > 400
+
+    (tmp_path / "judges.py").write_text("def darkness(images, prompts, **columns):\n    return (-images.mean(dim=(1, 2, 3))).tolist()\n")
+    named = [
+        *shared[: shared.index("--rewards")],
+        "--rewards",
+        "judges.darkness",
+        "--trained",
+        "judges.darkness",
+        *shared[shared.index("--batch_size") :],
+    ]
+    done = flowrl(tmp_path, *named, "--adapter", "tuned", "--out", "darkness", "--pictures_per_prompt", "1", "--decode_batch_size", "20")
+    assert done.returncode == 0, done.stderr
+    assert "reward/darkness" in (tmp_path / "darkness" / "table.md").read_text()
+
+    wider = tiny_sd3()  # of another width
+    wider.transformer.add_adapter(LoraConfig(r=2, target_modules=["attn.to_q"], init_lora_weights=False))
+    FlowPipeline.from_pipeline(wider).save_lora(tmp_path / "wider")
+    weights = load_file(tmp_path / "tuned" / "pytorch_lora_weights.safetensors")
+    (tmp_path / "unknown").mkdir()
+    save_file(
+        {name.replace("transformer.", "unet."): value for name, value in weights.items()},
+        tmp_path / "unknown" / "pytorch_lora_weights.safetensors",
+    )
+    for adapter, sentence in (
+        ("wider", "The adapter 'wider' cannot be loaded"),
+        ("unknown", "The adapter 'unknown' changes no part of this pipeline"),
+    ):
+        wrong = flowrl(tmp_path, *shared, "--adapter", "tuned", adapter)
+        assert wrong.returncode == 2
+        assert sentence in wrong.stderr
+        assert "Traceback" not in wrong.stderr
+        assert "Drawing" not in wrong.stderr
 
     two = ["--accelerate_config", "ddp", "--num_processes", "2", "--use_cpu", "true"]
     done = flowrl(tmp_path, *shared, "--adapter", "tuned", "--out", "measured_by_two", *two)

@@ -220,6 +220,64 @@ def test_sanas_solver_is_replaced_with_its_own_shift(caplog):
     assert "Sana's DPM-Solver is replaced by the Euler sampler of flow matching with its shift, 3" in caplog.text
 
 
+def test_the_card_of_sana_has_code_that_sets_the_solver():
+    pipeline = tiny_sana()
+    solver = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=2.5)
+    pipeline.register_modules(scheduler=solver)
+    code = FlowPipeline.from_pipeline(pipeline, height=32, width=32).scheduler_code(renoises=False)
+    exec(code, {"pipe": pipeline})
+    assert pipeline.scheduler.shift == 2.5
+
+
+@pytest.mark.parametrize("family", ["flux schnell", "cogview 4", "aura flow"])
+def test_a_shift_that_was_set_is_kept(family):
+    pipeline = tiny(family)
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, use_dynamic_shifting=False)
+    pipeline.scheduler.set_shift(5.0)
+    flow = FlowPipeline.from_pipeline(pipeline, **FAMILIES[family][1], height=32, width=32)
+    torch.testing.assert_close(flow.sample(PROMPTS, 4, generator=seeds(2)), stock(family, pipeline, flow), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["flux", "flux 2", "qwen image", "chroma", "sana"])
+def test_weights_that_are_stored_in_eight_bits_are_fed_what_they_compute_in(family):
+    pipeline = tiny(family)
+    pipeline.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert any(p.dtype == torch.float8_e4m3fn for p in pipeline.transformer.parameters())
+    flow = FlowPipeline.from_pipeline(pipeline, **FAMILIES[family][1], height=32, width=32)
+    torch.testing.assert_close(flow.sample(PROMPTS, 4, generator=seeds(2)), stock(family, pipeline, flow), atol=1e-5, rtol=0)
+
+
+def test_tiles_of_qwen_images_decoder_are_those_of_the_stock_pipeline():
+    pipeline = tiny("qwen image")
+    pipeline.vae.enable_tiling(tile_sample_min_height=16, tile_sample_min_width=16, tile_sample_stride_height=8, tile_sample_stride_width=8)
+    flow = FlowPipeline.from_pipeline(pipeline, **FAMILIES["qwen image"][1], height=32, width=32)
+    ours = flow.sample(PROMPTS, 4, generator=seeds(2))
+    torch.testing.assert_close(ours, stock("qwen image", pipeline, flow), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="Tiles and slices of Qwen-Image's autoencoder have no gradient"):
+        flow.decode(flow.initial_latents(1))
+    pipeline.vae.disable_tiling()
+    assert (flow.sample(PROMPTS, 4, generator=seeds(2)) - ours).abs().max() > 1e-3
+
+
+def test_aura_flow_decodes_in_single_precision_as_the_stock_pipeline():
+    pipeline = tiny("aura flow")
+    pipeline.vae.register_to_config(force_upcast=True)
+    pipeline.vae.to(torch.float16)
+    flow = FlowPipeline.from_pipeline(pipeline, height=32, width=32)
+    flow.decode(flow.initial_latents(1))
+    assert pipeline.vae.dtype == torch.float32
+
+
+def test_a_lora_in_a_text_encoder_is_refused(tmp_path):
+    pipeline = tiny("flux schnell")
+    pipeline.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    config = flowrl_trainers.ACFlowConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(
+        ValueError, match="A text encoder of the pipeline carries a LoRA, which training would use and its file would not keep"
+    ):
+        flowrl_trainers.ACFlowTrainer(pipeline, redness, config, Dataset.from_dict({"prompt": PROMPTS * 4}), peft_config=LoraConfig(r=2))
+
+
 @pytest.mark.parametrize("shift", [{}, {"time_shift_type": "exponential"}, {"use_dynamic_shifting": False, "shift": 3.0}])
 def test_cogviews_network_is_told_the_time_before_the_shift(shift):
     """The stock pipeline hands its scheduler whole numbers from 1000 down to 1, and the same to the network."""

@@ -103,6 +103,11 @@ def test_the_card_names_base_model_tags_and_numbers():
     assert "guidance_scale=4.5, num_inference_steps=20" in card
 
 
+def test_the_card_tells_weights_and_what_is_lowered():
+    card = model_card(facts(rewards={"pickscore": 1.0, "aesthetic": 0.5, "jpeg": -1.0}))
+    assert "to raise `pickscore` and `aesthetic` (weight 0.5) and to lower `jpeg` with flowrl-trainers" in card
+
+
 def test_the_card_of_a_full_fine_tuning_loads_the_transformer():
     card = model_card(facts(has_adapter=False, repository="me/red"))
     assert "load_lora_weights" not in card

@@ -279,6 +279,12 @@ def test_an_update_changes_the_adapter_alone_and_the_loader_reads_it(tmp_path, c
     check_update(tmp_path, trainer, lambda: tiny_sit(checkpoint), draw, [*PROMPTS, "tench", "volcano"], {"height": SIZE, "width": 2 * SIZE})
 
 
+def test_the_card_shows_a_class_and_no_task_that_is_not_its_own(tmp_path, tiny):
+    flow = FlowPipeline.from_pipeline(tiny)
+    assert tiny.class_labels([flow.example_prompt]).tolist() == [0]
+    assert flow.task is None
+
+
 def test_classes_in_one_batch_do_not_mix(tiny):
     flow = FlowPipeline.from_pipeline(tiny, guidance_scale=4.0)
     latents, sigma = flow.initial_latents(2, torch.Generator().manual_seed(0)), torch.tensor([0.7, 0.2])

@@ -7,6 +7,8 @@ from pathlib import Path
 METHODS = ("adjoint_matching", "vgg_flow", "ac_flow", "tafs_grpo")
 COMMANDS = (*METHODS, "demo", "evaluate", "serve_reward", "convert_sit", "convert_image_reward", "env")
 
+LOOKED_FOR = ("--config=", "--trainer=", "--accelerate_config=", "--num_processes=")
+
 USAGE = """usage: flowrl COMMAND [--config run.yaml] [--field value ...] [--help]
 
 commands:
@@ -32,7 +34,8 @@ Every setting is a flag and a key of the YAML file, explained by `flowrl COMMAND
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit status. A wrong input is answered by one sentence and status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--") else [a])]
+    # These are looked for by name, before argparse would take `--config=run.yaml` apart.
+    arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith(LOOKED_FOR) else [a])]
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help"):
         print(USAGE)

@@ -86,4 +86,10 @@ def parse(
     for name in ("reward_funcs", "eval_reward_funcs", "lora_target_modules"):  # a single name in YAML is a string
         if isinstance(getattr(run, name), str):
             setattr(run, name, [getattr(run, name)])
+    weights: Any = config.reward_weights  # YAML has a single number as a number, and 1e-2 as a string
+    if weights is not None:
+        try:
+            config.reward_weights = [float(weight) for weight in (weights if isinstance(weights, list) else [weights])]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`reward_weights` is {weights!r}: name one number per reward.") from error
     return run, config

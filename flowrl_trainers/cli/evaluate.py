@@ -56,6 +56,9 @@ class EvaluateArguments:
     dtype: str = field(default="float32", metadata={"help": "The precision of the networks: float32, bfloat16 or float16."})
     use_cpu: bool = field(default=False, metadata={"help": "Whether to draw on the CPU where there is a GPU as well."})
     batch_size: int = field(default=16, metadata={"help": "The pictures drawn at a time."})
+    decode_batch_size: int | None = field(
+        default=None, metadata={"help": "The pictures decoded and scored at a time. Default: `batch_size`."}
+    )
     seed: int = field(default=42, metadata={"help": "The seed of all pictures; 42 is that of a run's own evaluation."})
     out: str = field(default="flowrl-evaluation", metadata={"help": "The folder for table.md, table.json and pictures.png."})
 
@@ -63,7 +66,7 @@ class EvaluateArguments:
 def evaluate(arguments: list[str]) -> None:
     """Draw, score, print the table and write the files. Raises `ValueError` for wrong arguments."""
     told = _parse(arguments)
-    if told.pictures_per_prompt < 1 or told.batch_size < 1 or told.num_inference_steps < 1:
+    if min(told.pictures_per_prompt, told.batch_size, told.num_inference_steps) < 1:
         raise ValueError("`pictures_per_prompt`, `batch_size` and `num_inference_steps` must be at least 1.")
     labels = [Path(name).name or Path(name).resolve().name for name in told.adapter]
     if len({"base", *labels}) <= len(labels):
@@ -74,7 +77,9 @@ def evaluate(arguments: list[str]) -> None:
     unknown = set(told.trained) - set(told.rewards)
     if unknown:
         raise ValueError(f"`trained` names {', '.join(sorted(unknown))}, which `rewards` does not: add it there.")
-    rows, pictures = _rows(told, labels)
+    rewards = as_rewards([named_reward(name) for name in told.rewards], "rewards")
+    called = {name: reward.name for name, reward in zip(told.rewards, rewards, strict=True)}  # `module.function` is called `function`
+    rows, pictures = _rows(told, labels, rewards)
     if not PartialState().is_main_process:
         return
     folder = Path(told.out)
@@ -90,8 +95,9 @@ def evaluate(arguments: list[str]) -> None:
     sheet.save(folder / "pictures.png")
     print(f"\n{table}\n")
     for label in labels:
-        judges = [name for name in told.rewards if name not in told.trained]
-        signs = signs_of_over_optimisation(rows["base"], rows[label], told.trained, judges) if told.trained else []
+        trained = [called[name] for name in told.trained]
+        judges = [name for name in called.values() if name not in trained]
+        signs = signs_of_over_optimisation(rows["base"], rows[label], trained, judges) if trained else []
         if signs:
             print(f"{label}: the trained reward rose, but {'; '.join(signs)}: it may have been hacked.")
     print(f"table.md, table.json and pictures.png are in {folder}/.")
@@ -110,24 +116,27 @@ def _parse(arguments: list[str]) -> EvaluateArguments:
     return told
 
 
-def _rows(told: EvaluateArguments, labels: list[str]) -> tuple[dict[str, dict[str, float]], dict[str, Pictures]]:
+def _rows(told: EvaluateArguments, labels: list[str], rewards: list[Reward]) -> tuple[dict[str, dict[str, float]], dict[str, Pictures]]:
     """The row and some pictures of the base model and of every adapter."""
     prompts = check_dataset(load_prompts(told.dataset, told.dataset_config, told.split), "dataset")
     args = FlowRLConfig(
         output_dir=told.out, num_inference_steps=told.num_inference_steps, per_device_eval_batch_size=told.batch_size, seed=told.seed,
-        use_cpu=told.use_cpu, report_to="none",
+        decode_batch_size=told.decode_batch_size, use_cpu=told.use_cpu, report_to="none",
     )  # fmt: skip
     pipeline = load_model(told.model, DTYPES[told.dtype])
     flow = FlowPipeline.from_pipeline(pipeline, **{name: getattr(told, name) for name in SETTINGS})
     transformer: PeftAdapterMixin | Any = flow.transformer
-    accelerator, rewards = Accelerator(cpu=told.use_cpu), as_rewards([named_reward(name) for name in told.rewards], "rewards")
+    for adapter in told.adapter:  # before hours of drawing
+        _load_adapter(pipeline, adapter)
+        pipeline.delete_adapters(ADAPTER)
+    accelerator = Accelerator(cpu=told.use_cpu)
+    cache = ConditioningCache(flow)
+    cache.encode(list(prompts["prompt"]), accelerator.device, show_progress=True)
     for module in flow.decoders():
         module.to(accelerator.device, torch.float32)
     for part in [transformer, *rewards]:
         part.to(accelerator.device)
     dataset = Dataset.from_list([row for _ in range(told.pictures_per_prompt) for row in prompts])
-    cache = ConditioningCache(flow)
-    cache.encode(list(prompts["prompt"]), accelerator.device, show_progress=True)
     sigmas = flow.sigmas(told.num_inference_steps).to(accelerator.device)
 
     def ode(network: torch.nn.Module, latents: torch.Tensor, conditioning: Any, generators: list[torch.Generator]) -> torch.Tensor:
@@ -144,10 +153,17 @@ def _rows(told: EvaluateArguments, labels: list[str]) -> tuple[dict[str, dict[st
 
 
 def _load_adapter(pipeline: Any, source: str) -> None:
+    """Raises `ValueError` for what is no adapter of the pipeline's transformer, or of more than that."""
     try:
         pipeline.load_lora_weights(source, adapter_name=ADAPTER)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"The adapter {source!r} cannot be loaded: {error}") from error
+    changed = [part for part, names in pipeline.get_list_adapters().items() if ADAPTER in names]
+    if changed != ["transformer"]:
+        raise ValueError(
+            f"The adapter {source!r} changes {' and '.join(changed) or 'no part of this pipeline'}, but what is measured is the "
+            "transformer: pass one that changes it alone."
+        )
 
 
 def _row(

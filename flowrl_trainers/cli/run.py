@@ -2,6 +2,7 @@
 
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import torch
 from datasets import Dataset, load_dataset
@@ -48,6 +49,8 @@ def make_trainer(method: str, told: RunArguments, config: FlowRLConfig) -> FlowR
     )
     # So that config.yaml can be run again: the trainer knows neither the data set nor the module of a reward.
     trainer.settings |= {name: value for name, value in vars(told).items() if value is not None}
+    if told.dataset != "shapes" and not Path(told.dataset).exists():
+        trainer.told_for_card["dataset"] = told.dataset
     return trainer
 
 

@@ -16,8 +16,9 @@ class CardFacts:
 
     base_model: a Hub id, `flowrl_trainers.shapes`, or None if it is known under no name others could load. rows: `base` and `tuned`
     of the last evaluation, empty if there was none. sampling: the arguments of the pipeline's call; sampling_note: what they leave
-    unsaid; scheduler: the expression of that which the pipeline needs, None for its own. loader: module and class that load the base model.
-    picture: the path of a sheet beside the card.
+    unsaid; scheduler: the lines that set the one which the pipeline needs, None for its own. loader: module and class that load the base
+    model. prompt: an example of what it draws. task: its `pipeline_tag`, None where the Hub knows none. license, further_tags: what the
+    user said. picture: the path of a sheet beside the card.
     """
 
     name: str
@@ -36,6 +37,10 @@ class CardFacts:
     sampling_note: str = ""
     scheduler: str | None = None
     loader: tuple[str, str] = ("diffusers", "DiffusionPipeline")
+    prompt: str = "your prompt"
+    task: str | None = "text-to-image"
+    license: str | None = None
+    further_tags: list[str] = field(default_factory=list)
 
 
 def model_card(facts: CardFacts) -> str:
@@ -43,10 +48,13 @@ def model_card(facts: CardFacts) -> str:
     known = facts.base_model is not None and facts.base_model != SHAPES
     head = ModelCardData(
         library_name="diffusers",
-        pipeline_tag="text-to-image",
+        pipeline_tag=facts.task,
+        license=facts.license,
         base_model=facts.base_model if known else None,
         datasets=[facts.dataset] if facts.dataset else None,
-        tags=["text-to-image", "flow-matching", "flowrl-trainers", *facts.tags, *(["lora"] if facts.has_adapter else [])],
+        tags=[*([facts.task] if facts.task else []), "flow-matching", "flowrl-trainers", *facts.tags]
+        + (["lora"] if facts.has_adapter else [])
+        + facts.further_tags,
     )
     parts = [f"---\n{head.to_yaml()}\n---", f"# {facts.name}", _summary(facts)]
     if facts.picture:
@@ -60,8 +68,11 @@ def model_card(facts: CardFacts) -> str:
 def _summary(facts: CardFacts) -> str:
     what = "A LoRA for" if facts.has_adapter else "The fine-tuned transformer of"
     base = f"`{facts.base_model}`" if facts.base_model else "a flow-matching pipeline"
-    rewards = " and ".join(f"`{name}`" for name in facts.rewards)
-    return f"{what} {base}, tuned by {facts.method} to raise {rewards} with flowrl-trainers."
+    aims = []
+    for verb, sign in (("raise", 1), ("lower", -1)):
+        named = [f"`{name}`" + ("" if abs(w) == 1 else f" (weight {abs(w):g})") for name, w in facts.rewards.items() if sign * w > 0]
+        aims += [f"{verb} {' and '.join(named)}"] if named else []
+    return f"{what} {base}, tuned by {facts.method} to {' and to '.join(aims)} with flowrl-trainers."
 
 
 def _table(facts: CardFacts) -> str:
@@ -90,9 +101,9 @@ def _usage(facts: CardFacts) -> str:
     else:
         load += f'\npipe.transformer = type(pipe.transformer).from_pretrained("{here}", subfolder="transformer")'
     if facts.scheduler is not None:
-        load += f"\npipe.scheduler = {facts.scheduler}"
+        load += f"\n{facts.scheduler}"
     arguments = ", ".join(f"{name}={value!r}" for name, value in facts.sampling.items())
-    return f'```python\n{load}\nimage = pipe("your prompt", {arguments}).images[0]\n```'
+    return f'```python\n{load}\nimage = pipe("{facts.prompt}", {arguments}).images[0]\n```'
 
 
 def _training(facts: CardFacts) -> str:

@@ -1,6 +1,6 @@
 """What is measured of pictures beside their rewards."""
 
-from .diversity import diversity, diversity_by_prompt
+from .diversity import diversity, diversity_by_prompt, mean_distance
 from .evaluate_metrics import CheckerAccuracy, Diversity, MeanReward, PriorPreservation
 from .image_statistics import colour_entropy, edge_density
 from .over_optimisation import signs_of_over_optimisation
@@ -14,5 +14,6 @@ __all__ = [
     "diversity",
     "diversity_by_prompt",
     "edge_density",
+    "mean_distance",
     "signs_of_over_optimisation",
 ]

@@ -5,25 +5,23 @@ from itertools import combinations
 import torch
 
 
-def diversity_by_prompt(images: torch.Tensor, prompts: list[str], accepted: list[bool] | None = None) -> dict[str, float]:
-    """Mean pairwise pixel distance between the accepted images of each prompt.
+def mean_distance(images: list[torch.Tensor]) -> float:
+    """The mean of `d(a, b) = sqrt(mean over pixels and channels of (a - b)^2)` over pairs of at least two images (3, H, W) in [0, 1]."""
+    distances = [(a - b).square().mean().sqrt() for a, b in combinations(images, 2)]
+    return float(torch.stack(distances).mean())
 
-        d(a, b) = sqrt(mean over pixels and channels of (a - b)^2)
+
+def diversity_by_prompt(images: torch.Tensor, prompts: list[str], accepted: list[bool] | None = None) -> dict[str, float]:
+    """The `mean_distance` between the accepted images of each prompt.
 
     Only pictures that a checker accepts count, so a wrong picture is no variety; prompts with fewer than two of them are left out.
     images: (B, 3, H, W) in [0, 1]. accepted: B values, None to count all. Values lie in [0, 1]. Our choice.
     """
-    groups: dict[str, list[int]] = {}
+    groups: dict[str, list[torch.Tensor]] = {}
     for index, prompt in enumerate(prompts):
         if accepted is None or accepted[index]:
-            groups.setdefault(prompt, []).append(index)
-    distances = {}
-    for prompt, indices in groups.items():
-        if len(indices) >= 2:
-            pairs = torch.tensor(list(combinations(indices, 2)))
-            square = (images[pairs[:, 0]] - images[pairs[:, 1]]).square().flatten(1).mean(dim=1)
-            distances[prompt] = float(square.sqrt().mean())
-    return distances
+            groups.setdefault(prompt, []).append(images[index])
+    return {prompt: mean_distance(group) for prompt, group in groups.items() if len(group) >= 2}
 
 
 def diversity(images: torch.Tensor, prompts: list[str], accepted: list[bool] | None = None) -> float:

@@ -23,5 +23,7 @@ def colour_entropy(images: torch.Tensor) -> torch.Tensor:
     """
     level = (images * LEVELS).long().clamp(0, LEVELS - 1)
     colour = (level[:, 0] * LEVELS + level[:, 1]) * LEVELS + level[:, 2]
-    shares = torch.nn.functional.one_hot(colour.flatten(1), LEVELS**3).float().mean(dim=1)
+    of_picture = colour.flatten(1) + LEVELS**3 * torch.arange(len(images), device=images.device)[:, None]
+    counts = torch.bincount(of_picture.flatten(), minlength=len(images) * LEVELS**3).reshape(len(images), -1)
+    shares = counts / colour[0].numel()
     return torch.special.entr(shares).sum(dim=1) / torch.log(shares.new_tensor(2.0))

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from .base import Conditioning
-from .diffusers_pipeline import DiffusersFlowPipeline, dtype_of
+from .diffusers_pipeline import DiffusersFlowPipeline
 
 
 class AuraFlowFlowPipeline(DiffusersFlowPipeline):
@@ -49,7 +49,7 @@ class AuraFlowFlowPipeline(DiffusersFlowPipeline):
         return None
 
     def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        dtype = dtype_of(transformer)
+        dtype = transformer.dtype
         return transformer(
             latents.to(dtype),
             encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),
@@ -58,4 +58,7 @@ class AuraFlowFlowPipeline(DiffusersFlowPipeline):
         )[0].float()
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return self._decoded(latents / self.pipeline.vae.config.scaling_factor)
+        vae = self.pipeline.vae
+        if vae.dtype == torch.float16 and vae.config.force_upcast:
+            vae.to(torch.float32)  # as the stock pipeline does, since it overflows
+        return self._decoded(latents / vae.config.scaling_factor)

@@ -36,6 +36,12 @@ class FlowPipeline(ABC):
     default_settings: ClassVar[dict[str, Any]] = {}
     """The settings that a family understands, with its defaults."""
 
+    task: ClassVar[str | None] = "text-to-image"
+    """The `pipeline_tag` of a model card."""
+
+    example_prompt: ClassVar[str] = "your prompt"
+    """What the code of a model card draws."""
+
     # ---- what a model must say -------------------------------------------------------------------------------------------
 
     @property

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from .base import Conditioning, Generators
-from .diffusers_pipeline import DiffusersFlowPipeline, dtype_of, rounded_sigma
+from .diffusers_pipeline import DiffusersFlowPipeline, rounded_sigma
 
 
 class ChromaFlowPipeline(DiffusersFlowPipeline):
@@ -49,7 +49,7 @@ class ChromaFlowPipeline(DiffusersFlowPipeline):
             # Its single blocks would run without the mask (diffusers 0.42), so training would see another network than sampling.
             raise ValueError("`activation_checkpointing` is True, with which diffusers drops Chroma's attention mask: set it to False.")
         # Packing, position ids and mask are private helpers of the pipeline, but there are no others.
-        pipe, dtype = self.pipeline, dtype_of(transformer)
+        pipe, dtype = self.pipeline, transformer.dtype
         count, channels, height, width = latents.shape
         embeds, mask = conditioning["prompt_embeds"].to(dtype), conditioning["prompt_embeds_mask"].to(dtype)
         packed = transformer(

@@ -16,7 +16,7 @@ import torch
 from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
 
 from .base import Conditioning
-from .diffusers_pipeline import DiffusersFlowPipeline, dtype_of, pad_prompts
+from .diffusers_pipeline import DiffusersFlowPipeline, pad_prompts
 
 
 class CogView4FlowPipeline(DiffusersFlowPipeline):
@@ -55,15 +55,14 @@ class CogView4FlowPipeline(DiffusersFlowPipeline):
 
     def unshifted(self, sigma: torch.Tensor) -> torch.Tensor:
         """The u of levels `sigma = f u / (1 + (f - 1) u)`: every shift of the scheduler has this form."""
-        config = self.pipeline.scheduler.config
-        f = config.shift
+        config, f = self.pipeline.scheduler.config, self.pipeline.scheduler.shift
         if config.use_dynamic_shifting:
             mu = self._mu(0)  # it depends on the size alone
             f = mu if config.time_shift_type == "linear" else math.exp(mu)
         return sigma / (sigma + f * (1 - sigma))
 
     def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        dtype, mask = dtype_of(transformer), conditioning["prompt_embeds_mask"]
+        dtype, mask = transformer.dtype, conditioning["prompt_embeds_mask"]
         embeds, timestep = conditioning["prompt_embeds"].to(dtype), 1000 * self.unshifted(sigma)
         size = embeds.new_tensor([[self.settings["height"], self.settings["width"]]])
         lengths, velocity = mask.sum(dim=1), torch.empty_like(latents, dtype=torch.float32)

@@ -1,5 +1,6 @@
 """What the families of diffusers share around their own encoding, packing and decoding."""
 
+import copy
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any, Literal
@@ -52,7 +53,10 @@ class DiffusersFlowPipeline(FlowPipeline):
 
     @abstractmethod
     def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """The float32 velocity of one branch: spatial latents in, spatial velocity out."""
+        """The float32 velocity of one branch: spatial latents in, spatial velocity out.
+
+        The network's input has `transformer.dtype`, which is that of its computation where weights are quantised or cast layer by layer.
+        """
 
     def _guide(self, velocity: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
         """The pipeline's guidance formula."""
@@ -110,7 +114,7 @@ class DiffusersFlowPipeline(FlowPipeline):
     def scheduler_code(self, renoises: bool) -> str | None:
         # A stock grid may be pulled down to near zero at its end, which the sampler that re-noises is not.
         changed = "type(pipe.scheduler).from_config(pipe.scheduler.config, stochastic_sampling=True, shift_terminal=None)"
-        return changed if renoises else None
+        return f"pipe.scheduler = {changed}" if renoises else None
 
     def text_encoders(self) -> list[nn.Module]:
         parts = self.pipeline.components
@@ -138,7 +142,7 @@ class DiffusersFlowPipeline(FlowPipeline):
 
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         """A scheduler of its own, as the pipeline's must stay as it is."""
-        return FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
+        return copy.deepcopy(self.pipeline.scheduler)  # its configuration would not tell of `set_shift`
 
     def sigmas(self, num_inference_steps: int, spacing: Literal["pipeline", "uniform"] = "pipeline") -> torch.Tensor:
         scheduler = self.scheduler()
@@ -197,11 +201,6 @@ class DiffusersFlowPipeline(FlowPipeline):
 
     def save_transformer(self, directory: str | Path) -> None:
         self.transformer.save_pretrained(directory)
-
-
-def dtype_of(transformer: nn.Module) -> torch.dtype:
-    """The precision that a network's input must have."""
-    return next(transformer.parameters()).dtype
 
 
 def rounded_sigma(sigma: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

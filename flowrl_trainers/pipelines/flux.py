@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from .base import Conditioning, Generators
-from .diffusers_pipeline import DiffusersFlowPipeline, dtype_of, rounded_sigma, without_guidance
+from .diffusers_pipeline import DiffusersFlowPipeline, rounded_sigma, without_guidance
 
 
 class FluxFlowPipeline(DiffusersFlowPipeline):
@@ -58,7 +58,7 @@ class FluxFlowPipeline(DiffusersFlowPipeline):
 
     def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         # Packing and position ids are private helpers of the pipeline, but there are no others.
-        pipe, dtype = self.pipeline, dtype_of(transformer)
+        pipe, dtype = self.pipeline, transformer.dtype
         count, channels, height, width = latents.shape
         embeds = conditioning["prompt_embeds"].to(dtype)
         guidance = latents.new_full((count,), self.settings["guidance_scale"])

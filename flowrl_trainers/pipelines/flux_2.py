@@ -11,7 +11,7 @@ import torch
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
 from .base import Conditioning, Generators
-from .diffusers_pipeline import DiffusersFlowPipeline, dtype_of, rounded_sigma, without_guidance
+from .diffusers_pipeline import DiffusersFlowPipeline, rounded_sigma, without_guidance
 
 
 class Flux2FlowPipeline(DiffusersFlowPipeline):
@@ -48,7 +48,7 @@ class Flux2FlowPipeline(DiffusersFlowPipeline):
 
     def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         # Packing and position ids are private helpers of the pipeline, but there are no others.
-        pipe, dtype = self.pipeline, dtype_of(transformer)
+        pipe, dtype = self.pipeline, transformer.dtype
         embeds = conditioning["prompt_embeds"].to(dtype)
         packed = transformer(
             hidden_states=pipe._pack_latents(latents).to(dtype),

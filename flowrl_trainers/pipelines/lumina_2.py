@@ -10,7 +10,7 @@ import torch
 from diffusers.pipelines.lumina2.pipeline_lumina2 import calculate_shift
 
 from .base import Conditioning
-from .diffusers_pipeline import DiffusersFlowPipeline, dtype_of
+from .diffusers_pipeline import DiffusersFlowPipeline
 
 
 class Lumina2FlowPipeline(DiffusersFlowPipeline):
@@ -52,7 +52,7 @@ class Lumina2FlowPipeline(DiffusersFlowPipeline):
         return {"prompt_embeds": embeds, "prompt_embeds_mask": mask.bool()}
 
     def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        dtype = dtype_of(transformer)
+        dtype = transformer.dtype
         return -transformer(
             hidden_states=latents.to(dtype),
             timestep=1 - sigma,

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from .base import Conditioning, Generators
-from .diffusers_pipeline import DiffusersFlowPipeline, dtype_of, rounded_sigma
+from .diffusers_pipeline import DiffusersFlowPipeline, rounded_sigma
 
 
 class QwenImageFlowPipeline(DiffusersFlowPipeline):
@@ -71,7 +71,7 @@ class QwenImageFlowPipeline(DiffusersFlowPipeline):
         return self._unpacked(guided * (own.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)))
 
     def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        dtype = dtype_of(transformer)
+        dtype = transformer.dtype
         mask = conditioning["prompt_embeds_mask"]
         longest = int(mask.sum(dim=1).max())  # what is cached may be padded further than this batch needs
         _, _, height, width = latents.shape
@@ -85,10 +85,21 @@ class QwenImageFlowPipeline(DiffusersFlowPipeline):
         )[0]
         return self._unpacked(packed.float())
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        config = self.pipeline.vae.config
-        mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std))
+    def _frames(self, latents: torch.Tensor) -> torch.Tensor:
+        """What the autoencoder decodes: single frames (B, C, 1, h, w) in its own units."""
         vae = self.pipeline.vae
+        mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
+        return (latents * std + mean)[:, :, None].to(vae.dtype)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        vae = self.pipeline.vae
+        if vae.use_tiling or vae.use_slicing:
+            raise ValueError(
+                "Tiles and slices of Qwen-Image's autoencoder have no gradient: call `pipeline.vae.disable_tiling()` and "
+                "`disable_slicing()`, and set `decode_batch_size` to 1 if memory is short."
+            )
         # `vae.decode` clamps, which would kill gradients; for a single frame this is the same without it.
-        frame = vae.post_quant_conv((latents * std + mean)[:, :, None].to(vae.dtype))
-        return vae.decoder(frame)[:, :, 0].float() / 2 + 0.5
+        return vae.decoder(vae.post_quant_conv(self._frames(latents)))[:, :, 0].float() / 2 + 0.5
+
+    def images(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.pipeline.vae.decode(self._frames(latents), return_dict=False)[0][:, :, 0].float() / 2 + 0.5

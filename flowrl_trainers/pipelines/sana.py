@@ -12,7 +12,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SanaPipeline
 
 from .base import Conditioning
-from .diffusers_pipeline import DiffusersFlowPipeline, dtype_of
+from .diffusers_pipeline import DiffusersFlowPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,8 @@ class SanaFlowPipeline(DiffusersFlowPipeline):
         if not isinstance(self.pipeline.scheduler, DPMSolverMultistepScheduler):
             return super().scheduler_code(renoises)
         stochastic = ", stochastic_sampling=True" if renoises else ""
-        return f"FlowMatchEulerDiscreteScheduler(shift={self.scheduler().config.shift:g}{stochastic})  # of diffusers"
+        made = f"FlowMatchEulerDiscreteScheduler(shift={self.scheduler().shift:g}{stochastic})"
+        return f"from diffusers import FlowMatchEulerDiscreteScheduler\n\npipe.scheduler = {made}"
 
     def default_size(self) -> int:
         return self.transformer.config.sample_size * self.pipeline.vae_scale_factor
@@ -76,7 +77,7 @@ class SanaFlowPipeline(DiffusersFlowPipeline):
         return None
 
     def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        dtype, config = dtype_of(transformer), self.transformer.config
+        dtype, config = transformer.dtype, self.transformer.config
         out = transformer(
             latents.to(dtype),
             encoder_hidden_states=conditioning["prompt_embeds"].to(dtype),

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from .base import Conditioning
-from .diffusers_pipeline import DiffusersFlowPipeline, dtype_of
+from .diffusers_pipeline import DiffusersFlowPipeline
 
 
 class SiTFlowPipeline(DiffusersFlowPipeline):
@@ -19,6 +19,8 @@ class SiTFlowPipeline(DiffusersFlowPipeline):
 
     lora_target_modules: ClassVar[list[str]] = ["to_q", "to_k", "to_v", "to_out.0"]
     default_settings: ClassVar[dict[str, Any]] = {"height": None, "width": None, "guidance_scale": 4.0}
+    task = None  # the Hub has none for pictures of classes
+    example_prompt = "0"
 
     def _check_settings(self) -> None:
         self.pipeline.check_size(self.settings["height"], self.settings["width"])  # there is no text whose length could be set
@@ -43,4 +45,4 @@ class SiTFlowPipeline(DiffusersFlowPipeline):
 
     def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         labels = conditioning["class_labels"]
-        return transformer(latents.to(dtype_of(transformer)), 1000 * sigma, labels, return_dict=False)[0].float()
+        return transformer(latents.to(transformer.dtype), 1000 * sigma, labels, return_dict=False)[0].float()

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from .base import Conditioning
-from .diffusers_pipeline import DiffusersFlowPipeline, dtype_of
+from .diffusers_pipeline import DiffusersFlowPipeline
 
 
 class StableDiffusion3FlowPipeline(DiffusersFlowPipeline):
@@ -48,7 +48,7 @@ class StableDiffusion3FlowPipeline(DiffusersFlowPipeline):
         return None
 
     def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        dtype = dtype_of(transformer)
+        dtype = transformer.dtype
         return transformer(
             hidden_states=latents.to(dtype),
             timestep=1000 * sigma,

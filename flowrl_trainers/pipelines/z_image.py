@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from .base import Conditioning
-from .diffusers_pipeline import DiffusersFlowPipeline, dtype_of, pad_prompts
+from .diffusers_pipeline import DiffusersFlowPipeline, pad_prompts
 
 
 class ZImageFlowPipeline(DiffusersFlowPipeline):
@@ -44,7 +44,7 @@ class ZImageFlowPipeline(DiffusersFlowPipeline):
         return pad_prompts(embeds)
 
     def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        dtype = dtype_of(transformer)
+        dtype = transformer.dtype
         embeds, mask = conditioning["prompt_embeds"].to(dtype), conditioning["prompt_embeds_mask"]
         out = transformer(
             list(latents.to(dtype)[:, :, None].unbind(dim=0)),

@@ -22,7 +22,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerState, set_seed
+from transformers import TrainerCallback, TrainerState, enable_full_determinism, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from ..pipelines import Conditioning, FlowPipeline
@@ -99,8 +99,20 @@ class FlowRLTrainer(RunEvaluation):
         self.flow = self._flow_pipeline(model, args)
         for sentence in self.flow.advice(args.num_inference_steps):
             logger.warning(sentence)
-        set_seed(args.seed)  # a LoRA starts from random numbers
+        (enable_full_determinism if args.full_determinism else set_seed)(args.seed)  # a LoRA starts from random numbers
         self.peft_config = self._add_adapter(peft_config)
+        self.sampler = PromptGroupSampler(
+            num_prompts=len(train_dataset),
+            num_generations=args.num_generations,
+            images_per_update=args.images_per_update,
+            updates_per_rollout=args.updates_per_rollout,
+            repeats=args.micro_steps_per_rollout * args.num_iterations,
+            num_processes=args.world_size,
+            seed=args.seed,
+        )
+        self.conditioning = ConditioningCache(self.flow)
+        # Before Trainer places the network: it and the text encoders need not fit onto the device together.
+        self._encode_prompts(args, train_dataset, eval_dataset)
         super().__init__(
             model=FlowModel(self.flow, has_adapter=self.peft_config is not None),
             args=args,
@@ -117,6 +129,7 @@ class FlowRLTrainer(RunEvaluation):
         self._base_rows: dict[str, dict[str, float]] = {}
         self._base_pictures: dict[str, Pictures] = {}
         self.rows: dict[str, dict[str, float]] = {}
+        self.told_for_card: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         self._training_since: float | None = None
         self.rollout_reward: float | None = None
@@ -129,17 +142,6 @@ class FlowRLTrainer(RunEvaluation):
             logger.warning("cuDNN's attention is turned off in this process: its backward pass fails on some shapes on Hopper cards.")
         self._place_frozen_parts()
         self.sigmas = self.flow.sigmas(args.num_inference_steps).to(args.device)
-        self.sampler = PromptGroupSampler(
-            num_prompts=len(train_dataset),
-            num_generations=args.num_generations,
-            images_per_update=args.images_per_update,
-            updates_per_rollout=args.updates_per_rollout,
-            repeats=args.micro_steps_per_rollout * args.num_iterations,
-            num_processes=args.world_size,
-            seed=args.seed,
-        )
-        self.conditioning = ConditioningCache(self.flow)
-        self._encode_prompts(train_dataset, eval_dataset)
         head = self.make_head()
         self.model.head = None if head is None else self.same_on_all_processes(head.to(args.device))
         self.ema = EMAModel(self.trained_parameters(), decay=args.ema_decay) if args.ema_decay is not None else None
@@ -228,6 +230,11 @@ class FlowRLTrainer(RunEvaluation):
 
     def _add_adapter(self, peft_config: LoraConfig | None) -> LoraConfig | None:
         """Prepare the transformer's trainable parameters; returns the configuration of the adapter that is trained, if any."""
+        if any(isinstance(module, BaseTunerLayer) for encoder in self.flow.text_encoders() for module in encoder.modules()):
+            raise ValueError(
+                "A text encoder of the pipeline carries a LoRA, which training would use and its file would not keep: call "
+                "`pipeline.fuse_lora()` and `pipeline.unload_lora_weights()` first, or load the transformer's part alone."
+            )
         transformer: Any = self.flow.transformer
         carries = any(isinstance(module, BaseTunerLayer) for module in transformer.modules())
         if peft_config is None:
@@ -282,24 +289,25 @@ class FlowRLTrainer(RunEvaluation):
         return transformer.peft_config[name]
 
     def _place_frozen_parts(self) -> None:
-        for module in [*self.flow.text_encoders(), *self.flow.decoders()]:
-            module.requires_grad_(False).eval()
         for module in self.flow.decoders():
+            module.requires_grad_(False).eval()
             module.to(self.args.device, torch.float32)  # rewards and their gradients are float32
         if self.model.frozen is not None:
             self.model.frozen.to(self.args.device)
         for reward in [*self.rewards, *self.eval_rewards]:
             reward.to(self.args.device)
 
-    def _encode_prompts(self, train_dataset: Dataset, eval_dataset: Dataset | None) -> None:
+    def _encode_prompts(self, args: FlowRLConfig, train_dataset: Dataset, eval_dataset: Dataset | None) -> None:
         """Only those prompts that the run will ask for."""
+        for module in self.flow.text_encoders():
+            module.requires_grad_(False).eval()
         rows = list(range(len(train_dataset)))
-        if self.args.max_steps > 0:
-            rollouts = -(-self.args.max_steps // (self.args.updates_per_rollout * self.args.num_iterations))
+        if args.max_steps > 0:
+            rollouts = -(-args.max_steps // (args.updates_per_rollout * args.num_iterations))
             rows = sorted({*range(min(PROBE, len(train_dataset))), *self.sampler.rows_of(rollouts)})
         prompts = list(train_dataset["prompt"])
         wanted = [prompts[row] for row in rows] + (list(eval_dataset["prompt"]) if eval_dataset is not None else [])
-        self.conditioning.encode(wanted, self.args.device, show_progress=self.is_local_process_zero() and not self.args.disable_tqdm)
+        self.conditioning.encode(wanted, args.device, show_progress=args.local_process_index == 0 and not args.disable_tqdm)
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters that training changes."""

@@ -1,6 +1,5 @@
 """Held-out prompts and fixed seeds: what a model is worth."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,7 @@ from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
 
-from ..metrics import colour_entropy, diversity_by_prompt, edge_density
+from ..metrics import colour_entropy, edge_density, mean_distance
 from ..pipelines import Conditioning, FlowPipeline
 from ..rewards import CheckerReward, Reward
 from .base_config import FlowRLConfig
@@ -129,22 +128,26 @@ def evaluation_row(
     is among the rewards, else all; without two such pictures of any prompt it is left out. The checker's mean also stands as
     `checker_accuracy`.
     """
-    examples = _examples(dataset)
-    owner = {prompt: i % accelerator.num_processes for i, prompt in enumerate(dict.fromkeys(e.prompt for e in examples))}
-    own = [e for e in examples if owner[e.prompt] == accelerator.process_index]
-    often = {prompt for prompt, count in Counter(e.prompt for e in own).items() if count > 1}
+    rows_of: dict[str, list[Example]] = {}
+    for e in _examples(dataset):
+        rows_of.setdefault(e.prompt, []).append(e)
+    # Prompt by prompt, so that only the pictures of one are kept.
+    own = [e for prompt in list(rows_of)[accelerator.process_index :: accelerator.num_processes] for e in rows_of[prompt]]
     checker = next((i for i, reward in enumerate(rewards) if isinstance(reward, CheckerReward)), None)
     scores: list[list[float]] = []
     statistics: list[list[float]] = []
-    kept: list[tuple[torch.Tensor, str]] = []  # only what diversity compares
+    kept: dict[str, list[torch.Tensor]] = {}  # only what diversity compares
+    distances: list[float] = []
     for part, images in _draw(flow, transformer, conditioning, own, sampler, args, accelerator, label):
         values = call_rewards(rewards, images, part, **context).tolist()
-        accepted = [e.prompt in often and (checker is None or v[checker] == 1) for e, v in zip(part, values, strict=True)]
-        kept += [(image, e.prompt) for image, e, good in zip(images.cpu(), part, accepted, strict=True) if good]
+        for image, e, v in zip(images.cpu(), part, values, strict=True):
+            if len(rows_of[e.prompt]) > 1 and (checker is None or v[checker] == 1):
+                kept.setdefault(e.prompt, []).append(image)
+        done = [prompt for prompt in kept if prompt != part[-1].prompt or part[-1] is own[-1]]
+        distances += [mean_distance(group) for group in map(kept.pop, done) if len(group) > 1]
         scores += values
         if images.dim() == 4:  # a model of vectors has no edges
             statistics += torch.stack([edge_density(images), colour_entropy(images)], dim=1).tolist()
-    distances = diversity_by_prompt(torch.stack([image for image, _ in kept]), [prompt for _, prompt in kept]) if kept else {}
     everything = torch.tensor(gather_object(scores), dtype=torch.float64)
     everything = torch.where(everything.isfinite(), everything, torch.nan)
     row = {f"reward/{r.name}": float(c.nanmean()) for r, c in zip(rewards, everything.unbind(dim=1), strict=True)}
@@ -153,5 +156,5 @@ def evaluation_row(
     found = gather_object(statistics)
     if found:
         row["edge_density"], row["colour_entropy"] = (sum(column) / len(column) for column in zip(*found, strict=True))
-    values = gather_object(list(distances.values()))
+    values = gather_object(distances)
     return row | ({"diversity": sum(values) / len(values)} if values else {})

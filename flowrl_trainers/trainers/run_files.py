@@ -53,6 +53,7 @@ class RunFiles(Trainer):
     rows: dict[str, dict[str, float]]
     seconds: dict[str, float]
     settings: dict[str, Any]
+    told_for_card: dict[str, Any]
     replayed_settings: ClassVar[tuple[str, ...]]
     ema: Any
     push_in_progress: PushInProgress | None
@@ -131,13 +132,23 @@ class RunFiles(Trainer):
         report = self.rows | {"seconds": {phase: round(value, 1) for phase, value in self.seconds_so_far().items()}}
         (folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
 
-    def create_model_card(self, *_: Any, dataset_name: str | None = None, **__: Any) -> None:
-        """Write the card of the run into `output_dir`; `dataset_name` names the data set of the prompts on the Hub."""
-        self.dataset_name = dataset_name
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        license: str | None = None,
+    ) -> None:
+        """Write the card of the run into `output_dir`; what is told once stands in later cards too.
+
+        model_name: the heading. dataset_name: the data set of the prompts on the Hub. tags: added to those of the method.
+        """
+        told = {"name": model_name, "dataset": dataset_name, "license": license}
+        self.told_for_card |= {name: value for name, value in told.items() if value is not None}
+        if tags is not None:
+            self.told_for_card["further_tags"] = [tags] if isinstance(tags, str) else list(tags)
         if self.is_world_process_zero():
             self._write_card(Path(self.args.output_dir))
-
-    dataset_name: str | None = None
 
     def _write_card(self, folder: Path) -> None:
         output = Path(self.args.output_dir)
@@ -145,8 +156,9 @@ class RunFiles(Trainer):
         args = self.args
         adapter = {} if self.peft_config is None else {"LoRA rank, alpha": f"{self.peft_config.r}, {self.peft_config.lora_alpha}"}
         sampling = self.flow.call_arguments() | {"num_inference_steps": args.eval_num_inference_steps or args.num_inference_steps}
+        told: dict[str, Any] = {"name": args.hub_model_id.split("/")[-1] if args.hub_model_id else output.resolve().name}
+        told |= self.told_for_card
         facts = CardFacts(
-            name=args.hub_model_id.split("/")[-1] if args.hub_model_id else output.resolve().name,
             method=self._name,
             paper=self._paper,
             tags=self._tag_names,
@@ -162,8 +174,10 @@ class RunFiles(Trainer):
             **({"sampling": sampling} | self.card_sampling()),
             rows=self.rows,
             picture=sheet.relative_to(output).as_posix() if sheet and folder.resolve() == output.resolve() else None,
-            repository=self.hub_model_id if args.push_to_hub else None,
-            dataset=self.dataset_name,
+            repository=self.hub_model_id,
+            prompt=self.flow.example_prompt,
+            task=self.flow.task,
+            **told,
         )
         (folder / "README.md").write_text(model_card(facts))
 
