@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+from itertools import combinations
 
 import pytest
 import torch
@@ -73,6 +74,25 @@ def test_what_a_reward_logs_stands_in_metrics_pictures_and_card(tmp_path, tiny_p
     assert "(samples/step-000001.png)" in (tmp_path / "README.md").read_text()
     t.save_model(str(tmp_path / "elsewhere"))
     assert ".png" not in (tmp_path / "elsewhere" / "README.md").read_text()  # no picture is there
+
+
+def test_the_diversity_of_an_evaluation_is_that_of_its_pictures(tmp_path, tiny_pipeline):
+    """Whatever the order of the rows and the size of the batches."""
+    seen: list[tuple[str, torch.Tensor]] = []
+
+    @differentiable
+    def looks(images, prompts, **columns):
+        seen.extend(zip(prompts, images, strict=True))
+        return images.mean(dim=(1, 2, 3))
+
+    rows = Dataset.from_dict({"prompt": ["a fox", "a cat", "a dog", "a cat", "a dog", "a cat"]})
+    t = trainer(tmp_path, tiny_pipeline, reward=looks, eval_dataset=rows, per_device_eval_batch_size=2, log_images=0)
+    found = t.evaluate()["eval_diversity"]
+    prompts, images = zip(*seen[:6], strict=True)  # of the tuned model
+    assert sorted(prompts) == sorted(rows["prompt"])
+    cats, dogs = ([image for prompt, image in zip(prompts, images, strict=True) if prompt == name] for name in ("a cat", "a dog"))
+    distances = [[float((a - b).square().mean() ** 0.5) for a, b in combinations(group, 2)] for group in (cats, dogs)]
+    assert found == pytest.approx(sum(sum(d) / len(d) for d in distances) / 2, rel=1e-5)
 
 
 def test_a_second_training_starts_with_a_rollout_of_its_own(tmp_path, tiny_pipeline):
