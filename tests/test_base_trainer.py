@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import shutil
 from itertools import combinations
 
 import pytest
@@ -358,6 +359,16 @@ def test_a_best_checkpoint_by_a_metric_that_no_evaluation_has_is_refused(tmp_pat
         )  # fmt: skip
 
 
+def test_the_best_of_a_reward_that_is_lowered_is_the_lowest(tmp_path, tiny_pipeline):
+    settings = dict(
+        eval_dataset=Dataset.from_dict({"prompt": ["a cat"]}), save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="reward/redness", reward_weights=[-1.0],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="`greater_is_better` is True for 'redness', which a weight of -1 lowers: set it to False"):
+        trainer(tmp_path, tiny_pipeline, **settings)
+    trainer(tmp_path, tiny_pipeline, greater_is_better=False, **settings)
+
+
 def test_a_larger_reward_is_better_whatever_it_is_called(tmp_path):
     for metric, greater in (("eval_reward/gloss", True), ("reward/redness", True), ("eval_clarity", True), ("eval_gloss", False)):
         config = AdjointMatchingConfig(output_dir=str(tmp_path), metric_for_best_model=metric, use_cpu=True, report_to="none")
@@ -451,6 +462,9 @@ def test_the_card_says_where_the_adapter_is_and_what_was_told_of_it(tmp_path, ti
     head = yaml.safe_load(card.split("---")[1])
     assert (head["datasets"], head["license"]) == (["me/prompts"], "apache-2.0")
     assert "red" in head["tags"]
+    t.create_model_card(model_name="Red")
+    t.create_model_card(model_name=tmp_path.name)  # as Trainer's `push_to_hub` says
+    assert "# Red\n" in (tmp_path / "README.md").read_text()
     with pytest.raises(TypeError, match="colour"):
         t.create_model_card(colour="red")
 
@@ -481,13 +495,35 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path, tiny_pipeline):
     again = t.evaluate()
     assert again["eval_reward/redness"] == pytest.approx(best["eval_reward/redness"], abs=1e-6)
 
-    # A finished run that is resumed ends with the same model.
-    resumed = trainer(tmp_path, tiny_sd3(), **settings)
+    sheet = json.loads((tmp_path / "samples" / "step-000001.json").read_text())
+    assert sheet["prompts"] == ["a red circle"]
+
+    # A finished run that is resumed ends with the same model, wherever it was moved.
+    (tmp_path / "moved").mkdir()
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        checkpoint.rename(tmp_path / "moved" / checkpoint.name)
+    resumed = trainer(tmp_path / "moved", tiny_sd3(), **settings)
     assert resumed.train(resume_from_checkpoint=True).global_step == 3
     assert all(torch.equal(a, b) for a, b in zip(tuned, resumed.trained_parameters(), strict=True))
     assert resumed.rows == rows
-    sheet = json.loads((tmp_path / "samples" / "step-000001.json").read_text())
-    assert sheet["prompts"] == ["a red circle"]
+    shutil.rmtree(tmp_path / "moved" / f"checkpoint-{best['step']}")
+    assert trainer(tmp_path / "moved", tiny_sd3(), **settings).train(resume_from_checkpoint=True).global_step == 3
+
+
+def test_the_card_names_the_update_of_the_best_checkpoint(tmp_path, tiny_pipeline, monkeypatch):
+    """The best evaluation may have no checkpoint: then the best that has one is loaded."""
+    t = trainer(
+        tmp_path, tiny_pipeline, eval_dataset=Dataset.from_dict({"prompt": ["a cat"]}), save_strategy="steps", save_steps=2, eval_strategy="steps",
+        eval_steps=1, max_steps=4, load_best_model_at_end=True, metric_for_best_model="eval_score", greater_is_better=True,
+    )  # fmt: skip
+    scores = {1: 0.0, 2: 1.0, 3: 2.0, 4: -1.0}
+    row = t._evaluation_row
+    monkeypatch.setattr(t, "_evaluation_row", lambda *args: row(*args) | {"score": scores[t.state.global_step]})
+    t.train()
+    assert t.state.best_global_step == 3
+    assert t.rows["tuned"]["score"] == 1.0
+    t.save_model()
+    assert "| `updates` | 2 |" in (tmp_path / "README.md").read_text()
 
 
 def test_tensorboard_gets_the_pictures(tmp_path, tiny_pipeline, monkeypatch):

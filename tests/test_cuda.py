@@ -10,6 +10,7 @@ from peft import LoraConfig
 
 import flowrl_trainers
 from flowrl_trainers import FlowPipeline, TAFSGRPOTrainer
+from flowrl_trainers.rewards.preprocessing import resize_and_crop
 from flowrl_trainers.shapes import load_pipeline, prompts
 from flowrl_trainers.sit import SiTPipeline
 
@@ -143,6 +144,18 @@ def test_a_run_on_the_gpu_goes_on_bit_for_bit(tmp_path, trainer):
     result, expected = (torch.load(tmp_path / name / "result.pt", map_location="cpu") for name in ("cut", "whole"))
     for part in ("weights", "optimizer", "state"):
         assert_same(result[part], expected[part])
+
+
+def test_pictures_are_resized_alike_every_time_on_the_gpu(monkeypatch):
+    """Of rewards that resize, as all with a vision tower do, torch's own gradient is refused by `full_determinism`."""
+    images, weight = torch.rand(4, 3, 512, 384, device="cuda", requires_grad=True), torch.rand(4, 3, 224, 224, device="cuda")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (torch.autograd.grad((resize_and_crop(images, 224) * weight).sum(), images)[0] for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])

@@ -4,15 +4,19 @@ import re
 import runpy
 import subprocess
 import sys
+import textwrap
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from peft import LoraConfig
 
 from flowrl_trainers import FlowPipeline, trainers
 from flowrl_trainers.cli.arguments import TRAINERS, parse
+
+from .tiny_families import FAMILIES, tiny
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,6 +86,17 @@ def test_the_configurations_of_the_docs_are_accepted(tmp_path, page, monkeypatch
     assert blocks
     for block in blocks:
         exec(f"from flowrl_trainers import ACFlowConfig, AdjointMatchingConfig, TAFSGRPOConfig\n{block}", {})
+
+
+def test_the_branch_in_the_guide_for_families_computes_what_the_family_does():
+    (code,) = (block for block in python_blocks(ROOT / "docs" / "adding-a-model.md") if "def _branch" in block)
+    scope: dict = {"torch": torch}
+    exec(textwrap.dedent(code), scope)
+    flow = FlowPipeline.from_pipeline(tiny("z image"), **FAMILIES["z image"][1], height=32, width=32)
+    latents, sigma = flow.initial_latents(2), torch.tensor([0.7, 0.2])
+    conditioning = flow.encode_prompts(["a cat", "a dog in the rain"])
+    own = {name: value for name, value in conditioning.items() if not name.startswith("negative_")}
+    assert torch.equal(scope["_branch"](flow, flow.transformer, latents, sigma, own), flow._branch(flow.transformer, latents, sigma, own))
 
 
 @pytest.mark.parametrize(("page", "folder"), [("runs", "tuned-shapes"), ("tafs_grpo", "tafs-grpo-shapes")])

@@ -236,6 +236,10 @@ def test_a_shift_that_was_set_is_kept(family):
     pipeline.scheduler.set_shift(5.0)
     flow = FlowPipeline.from_pipeline(pipeline, **FAMILIES[family][1], height=32, width=32)
     torch.testing.assert_close(flow.sample(PROMPTS, 4, generator=seeds(2)), stock(family, pipeline, flow), atol=1e-5, rtol=0)
+    assert flow.scheduler_code(renoises=False) == "pipe.scheduler.set_shift(5)"  # for the card
+    lines = flow.scheduler_code(renoises=True)
+    exec(lines, {"pipe": pipeline})
+    assert (pipeline.scheduler.shift, pipeline.scheduler.config.stochastic_sampling) == (5.0, True)
 
 
 @pytest.mark.parametrize("family", ["flux", "flux 2", "qwen image", "chroma", "sana"])
@@ -253,10 +257,12 @@ def test_tiles_of_qwen_images_decoder_are_those_of_the_stock_pipeline():
     flow = FlowPipeline.from_pipeline(pipeline, **FAMILIES["qwen image"][1], height=32, width=32)
     ours = flow.sample(PROMPTS, 4, generator=seeds(2))
     torch.testing.assert_close(ours, stock("qwen image", pipeline, flow), atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="Tiles and slices of Qwen-Image's autoencoder have no gradient"):
+    with pytest.raises(ValueError, match="Tiles of Qwen-Image's autoencoder have no gradient"):
         flow.decode(flow.initial_latents(1))
     pipeline.vae.disable_tiling()
     assert (flow.sample(PROMPTS, 4, generator=seeds(2)) - ours).abs().max() > 1e-3
+    pipeline.vae.enable_slicing()
+    assert flow.decode(flow.initial_latents(2)).shape == (2, 3, 32, 32)
 
 
 def test_aura_flow_decodes_in_single_precision_as_the_stock_pipeline():

@@ -5,9 +5,11 @@ import asyncio
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image as PILImage
 
 from flowrl_trainers.rewards import CheckerReward, CLIPScore, Reward, ShapesReward, as_rewards, differentiable
+from flowrl_trainers.rewards.preprocessing import _resize
 from flowrl_trainers.shapes import WEIGHTS, all_prompts, draw, load_clip, parse, random_scene
 from flowrl_trainers.trainers.prompt_groups import Example, Image
 from flowrl_trainers.trainers.scoring import call_rewards
@@ -66,6 +68,18 @@ def test_clip_score_is_the_cosine_of_the_two_embeddings():
         text = clip.text_projection(clip.text_model(**tokens).pooler_output)
         image = clip.visual_projection(clip.vision_model((pictures() - 0.5) / 0.5).pooler_output)
     torch.testing.assert_close(ShapesReward()(pictures(), PROMPTS), torch.cosine_similarity(text, image), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (37, 64), (200, 90), (24, 24)])
+def test_resizing_is_torchs_own_in_values_and_gradients(shape):
+    images, weight = torch.rand(2, 3, *shape, requires_grad=True), torch.rand(2, 3, 24, 30)
+    with torch.inference_mode():  # what it keeps may be asked for here first
+        _resize(images.detach(), 24, 30)
+    expected = F.interpolate(images, size=(24, 30), mode="bicubic", antialias=True, align_corners=False)
+    ours = _resize(images, 24, 30)
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
+    gradients = [torch.autograd.grad((resized * weight).sum(), images)[0] for resized in (ours, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=0)
 
 
 def test_clip_score_resizes_as_pillow_does():

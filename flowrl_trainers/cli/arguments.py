@@ -81,7 +81,7 @@ def parse(
         )
     for source, unknown in (("the YAML file", from_file), ("the command line", from_flags)):
         if unknown:
-            name = unknown[0].removeprefix("--")
+            name = unknown[0].removeprefix("--").split("=")[0]
             raise ValueError(f"{name!r} in {source} is no setting of `flowrl {command}`: see `flowrl {command} --help`.")
     for name in ("reward_funcs", "eval_reward_funcs", "lora_target_modules"):  # a single name in YAML is a string
         if isinstance(getattr(run, name), str):

@@ -101,7 +101,7 @@ class FlowPipeline(ABC):
         return "diffusers", "DiffusionPipeline"
 
     def scheduler_code(self, renoises: bool) -> str | None:
-        """The Python expression of the scheduler with which the stock pipeline `pipe` draws as here, for cards; None for its own.
+        """The lines of Python that set the scheduler with which the stock pipeline `pipe` draws as here, for cards; None for its own.
 
         renoises: whether the sampler draws all noise afresh at every step.
         """

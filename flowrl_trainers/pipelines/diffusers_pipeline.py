@@ -114,7 +114,10 @@ class DiffusersFlowPipeline(FlowPipeline):
     def scheduler_code(self, renoises: bool) -> str | None:
         # A stock grid may be pulled down to near zero at its end, which the sampler that re-noises is not.
         changed = "type(pipe.scheduler).from_config(pipe.scheduler.config, stochastic_sampling=True, shift_terminal=None)"
-        return f"pipe.scheduler = {changed}" if renoises else None
+        scheduler, lines = self.pipeline.scheduler, [f"pipe.scheduler = {changed}"] if renoises else []
+        if scheduler.shift != scheduler.config.shift:
+            lines.append(f"pipe.scheduler.set_shift({scheduler.shift:g})")
+        return "\n".join(lines) or None
 
     def text_encoders(self) -> list[nn.Module]:
         parts = self.pipeline.components

@@ -93,13 +93,15 @@ class QwenImageFlowPipeline(DiffusersFlowPipeline):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         vae = self.pipeline.vae
-        if vae.use_tiling or vae.use_slicing:
+        if vae.use_tiling:
             raise ValueError(
-                "Tiles and slices of Qwen-Image's autoencoder have no gradient: call `pipeline.vae.disable_tiling()` and "
-                "`disable_slicing()`, and set `decode_batch_size` to 1 if memory is short."
+                "Tiles of Qwen-Image's autoencoder have no gradient here: call `pipeline.vae.disable_tiling()`, and set "
+                "`decode_batch_size` to 1 if memory is short."
             )
         # `vae.decode` clamps, which would kill gradients; for a single frame this is the same without it.
         return vae.decoder(vae.post_quant_conv(self._frames(latents)))[:, :, 0].float() / 2 + 0.5
 
     def images(self, latents: torch.Tensor) -> torch.Tensor:
+        if not self.pipeline.vae.use_tiling:
+            return super().images(latents)  # in less memory: `vae.decode` keeps what a next frame would need
         return self.pipeline.vae.decode(self._frames(latents), return_dict=False)[0][:, :, 0].float() / 2 + 0.5

@@ -77,8 +77,10 @@ class ACFlowTrainer(FlowRLTrainer):
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """See `FlowRLTrainer.train`; says so where the run ended before the critic's warm-up did."""
         output = super().train(*args, **kwargs)
-        if self.warming_up:
+        if self.warming_up and self._best_step is None:
             logger.warning("The run ended while the critic still warmed up: the model is as it was. Raise `max_steps`.")
+        elif self.warming_up:
+            logger.warning("The best checkpoint is one of the critic's warm-up: the model is as it was.")
         return output
 
     def set_up(self) -> None:

@@ -132,8 +132,8 @@ class FlowRLConfig(TrainingArguments):
                 raise ValueError(f"`{name}` ({value}) must be above 0.")
 
     def __post_init__(self) -> None:
-        if self.eval_strategy == "steps" and self.eval_steps is None:
-            raise ValueError("`eval_strategy` is 'steps', but `eval_steps` is not set: say after how many updates to evaluate.")
+        if self.eval_strategy == "steps" and not self.eval_steps:
+            raise ValueError(f"`eval_strategy` is 'steps', but `eval_steps` is {self.eval_steps}: say after how many updates to evaluate.")
         if self.greater_is_better is None and "reward/" in (self.metric_for_best_model or ""):
             self.greater_is_better = True  # also of a reward whose name ends in "loss"
         super().__post_init__()

@@ -37,7 +37,7 @@ from .input_checks import check_best_metric, check_dataset, check_lora, check_ou
 from .loop_callback import LoopCallback
 from .micro_batch import MicroBatch
 from .prompt_groups import Example, Image, PromptDataset, PromptGroupSampler
-from .run_evaluation import RunEvaluation
+from .run_evaluation import RunEvaluation, means
 from .scoring import ask_rewards, call_rewards, score_with_gradient
 
 logger = logging.getLogger(__name__)
@@ -394,7 +394,12 @@ class FlowRLTrainer(RunEvaluation):
         state.is_local_process_zero, state.is_world_process_zero = self.is_local_process_zero(), self.is_world_process_zero()
         self.state = state
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self._load_best_model()
+            best = folder.parent / Path(state.best_model_checkpoint).name  # the run may have been moved
+            if best.is_dir():
+                state.best_model_checkpoint = str(best)
+                self._load_best_model()
+            else:
+                logger.warning("The best checkpoint, %s, is gone: the model is that of %s.", best, folder)
         return True
 
     @property
@@ -448,7 +453,7 @@ class FlowRLTrainer(RunEvaluation):
         if not self.learns:
             return torch.zeros((), device=self.args.device)
         model.train()
-        with self.timed("update"):
+        with self.timed("micro_step"):
             return self._accumulate_gradient(model, batch)
 
     def _accumulate_gradient(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
@@ -550,7 +555,7 @@ class FlowRLTrainer(RunEvaluation):
     # ---- logs ------------------------------------------------------------------------------------------------------------
 
     def log_metric(self, name: str, value: float | torch.Tensor) -> None:
-        """Note a number; the mean of all that were noted since the last log is logged."""
+        """Note a number; the mean of all that were noted since the last log, by all processes, is logged."""
         self._metrics[name].append(float(value))
 
     @contextmanager
@@ -569,6 +574,6 @@ class FlowRLTrainer(RunEvaluation):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of the noted numbers to what Trainer logs of training."""
         if "loss" in logs:
-            logs |= {name: sum(values) / len(values) for name, values in self._metrics.items()}
+            logs |= means(self._metrics)
             self._metrics.clear()
         super().log(logs, start_time)

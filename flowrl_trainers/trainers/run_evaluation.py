@@ -34,6 +34,14 @@ def _ignore(name: str, value: float) -> None:
     """For calls of rewards whose numbers nobody logs."""
 
 
+def means(noted: dict[str, list[float]]) -> dict[str, float]:
+    """The mean of the numbers that all processes noted under each name; to be called by all of them."""
+    everywhere = gather_object([dict(noted)])  # one per process
+    names = dict.fromkeys(name for part in everywhere for name in part)
+    values = {name: [value for part in everywhere for value in part.get(name, [])] for name in names}
+    return {name: sum(found) / len(found) for name, found in values.items()}
+
+
 class RunEvaluation(RunFiles):
     """The part of `FlowRLTrainer` that evaluates."""
 
@@ -124,11 +132,7 @@ class RunEvaluation(RunFiles):
             label,
             self.reward_context(lambda name, value: noted[name].append(float(value))),
         )
-        everywhere = gather_object([dict(noted)])  # one per process
-        for name in sorted({name for part in everywhere for name in part}):
-            values = [value for part in everywhere for value in part.get(name, [])]
-            row[name] = sum(values) / len(values)
-        return row
+        return row | means(noted)
 
     @torch.no_grad()
     def _velocity_distance(self, dataset: Dataset) -> float:

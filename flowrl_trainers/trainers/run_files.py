@@ -143,7 +143,8 @@ class RunFiles(Trainer):
 
         model_name: the heading. dataset_name: the data set of the prompts on the Hub. tags: added to those of the method.
         """
-        told = {"name": model_name, "dataset": dataset_name, "license": license}
+        # `push_to_hub` passes the name that the card has anyway.
+        told = {"name": None if model_name == self._default_name else model_name, "dataset": dataset_name, "license": license}
         self.told_for_card |= {name: value for name, value in told.items() if value is not None}
         if tags is not None:
             self.told_for_card["further_tags"] = [tags] if isinstance(tags, str) else list(tags)
@@ -156,8 +157,7 @@ class RunFiles(Trainer):
         args = self.args
         adapter = {} if self.peft_config is None else {"LoRA rank, alpha": f"{self.peft_config.r}, {self.peft_config.lora_alpha}"}
         sampling = self.flow.call_arguments() | {"num_inference_steps": args.eval_num_inference_steps or args.num_inference_steps}
-        told: dict[str, Any] = {"name": args.hub_model_id.split("/")[-1] if args.hub_model_id else output.resolve().name}
-        told |= self.told_for_card
+        told: dict[str, Any] = {"name": self._default_name} | self.told_for_card
         facts = CardFacts(
             method=self._name,
             paper=self._paper,
@@ -180,6 +180,11 @@ class RunFiles(Trainer):
             **told,
         )
         (folder / "README.md").write_text(model_card(facts))
+
+    @property
+    def _default_name(self) -> str:
+        args = self.args
+        return args.hub_model_id.split("/")[-1] if args.hub_model_id else Path(args.output_dir).resolve().name
 
     @property
     def renoises(self) -> bool:
@@ -277,6 +282,8 @@ class RunFiles(Trainer):
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
             "number of processes": self.args.world_size,
             "steps_per_generation": self.args.micro_steps_per_rollout,
+            "reward_weights": self.reward_weights.tolist(),
+            "arguments of the pipeline": self.flow.call_arguments(),
         } | {name: getattr(self.args, name) for name in self.replayed_settings}
 
     def _loop_state(self) -> dict[str, Any]:
@@ -353,7 +360,7 @@ class RunFiles(Trainer):
         folder = Path(str(self.state.best_model_checkpoint))
         self._load_weights(folder)
         self._take_up_rows(folder)
-        self._best_step = self.state.best_global_step
+        self._best_step = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step
         own = folder / f"loop_state_{self.args.process_index}.pt"
         if own.exists():  # not with `save_only_model`
             state = torch.load(own, map_location=self.args.device, weights_only=True)
