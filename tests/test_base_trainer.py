@@ -517,8 +517,13 @@ def test_the_card_names_the_update_of_the_best_checkpoint(tmp_path, tiny_pipelin
         eval_steps=1, max_steps=4, load_best_model_at_end=True, metric_for_best_model="eval_score", greater_is_better=True,
     )  # fmt: skip
     scores = {1: 0.0, 2: 1.0, 3: 2.0, 4: -1.0}
-    row = t._evaluation_row
-    monkeypatch.setattr(t, "_evaluation_row", lambda *args: row(*args) | {"score": scores[t.state.global_step]})
+    evaluation_row = t._evaluation_row
+
+    def with_score(*args):
+        row, found = evaluation_row(*args)
+        return row | {"score": scores[t.state.global_step]}, found
+
+    monkeypatch.setattr(t, "_evaluation_row", with_score)
     t.train()
     assert t.state.best_global_step == 3
     assert t.rows["tuned"]["score"] == 1.0

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from flowrl_trainers import FlowPipeline, VGGFlowConfig, VGGFlowTrainer
-from flowrl_trainers.metrics import signs_of_over_optimisation
+from flowrl_trainers.metrics import signs_of_over_optimisation, standard_error_of_change
 from flowrl_trainers.rewards import differentiable
 from flowrl_trainers.shapes import prompts
 
@@ -109,16 +110,27 @@ def test_the_rows_are_those_of_the_demo(tmp_path):
 def test_signs_of_over_optimisation():
     base = {"reward/a": 0.2, "reward/judge": 0.5, "diversity": 0.4, "edge_density": 0.1, "colour_entropy": 2.0}
     better = {"reward/a": 0.9, "reward/judge": 0.6, "diversity": 0.35, "edge_density": 0.12, "colour_entropy": 1.8}
-    assert signs_of_over_optimisation(base, better, ["a"], ["judge"]) == []
+    sure = {"a": 0.05, "judge": 0.05}
+    assert signs_of_over_optimisation(base, better, ["a"], ["judge"], sure) == []
     hacked = {"reward/a": 0.9, "reward/judge": 0.3, "diversity": 0.2, "edge_density": 0.02, "colour_entropy": 0.5}
-    judge, diversity, edges, colours = signs_of_over_optimisation(base, hacked, ["a"], ["judge"])
+    judge, diversity, edges, colours = signs_of_over_optimisation(base, hacked, ["a"], ["judge"], sure)
     assert judge == "judge, which training never saw, fell from 0.5 to 0.3"
     assert diversity == "diversity fell from 0.4 to 0.2"
     assert edges == "edge density went from 0.1 to 0.02"
     assert colours == "colour entropy went from 2 to 0.5"
-    assert signs_of_over_optimisation(base, hacked | {"reward/a": 0.1}, ["a"], ["judge"]) == []  # nothing was gained by it
+    assert signs_of_over_optimisation(base, hacked | {"reward/a": 0.1}, ["a"], ["judge"], sure) == []  # nothing was gained by it
+    assert signs_of_over_optimisation(base, hacked, ["a"], ["judge"], sure | {"a": 0.4}) == []  # or nobody knows whether there was
+    assert len(signs_of_over_optimisation(base, hacked, ["a"], ["judge"], sure | {"judge": 0.11})) == 3  # whether it fell
     lost = {k: v for k, v in better.items() if k != "diversity"}
-    assert signs_of_over_optimisation(base, lost, ["a"], ["judge"]) == ["diversity fell from 0.4 to 0"]
+    assert signs_of_over_optimisation(base, lost, ["a"], ["judge"], sure) == ["diversity fell from 0.4 to 0"]
+
+
+def test_the_standard_error_is_that_of_paired_pictures():
+    before = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 10
+    after = before + 0.1 * torch.randn(4000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert standard_error_of_change(before, after) == pytest.approx(0.1 / math.sqrt(4000), rel=0.05)
+    assert standard_error_of_change(torch.tensor([1.0, 2.0, math.nan, 4.0]), torch.tensor([2.0, 4.0, 5.0, math.nan])) == pytest.approx(0.5)
+    assert standard_error_of_change(torch.tensor([1.0]), torch.tensor([2.0])) == math.inf
 
 
 @differentiable

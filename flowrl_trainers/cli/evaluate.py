@@ -12,7 +12,7 @@ from diffusers.loaders import PeftAdapterMixin
 from trl import TrlParser
 
 from ..hub import before_after
-from ..metrics import signs_of_over_optimisation
+from ..metrics import signs_of_over_optimisation, standard_error_of_change
 from ..pipelines import FlowPipeline
 from ..rewards import CheckerReward, Reward, as_rewards
 from ..trainers import FlowRLConfig
@@ -79,7 +79,7 @@ def evaluate(arguments: list[str]) -> None:
         raise ValueError(f"`trained` names {', '.join(sorted(unknown))}, which `rewards` does not: add it there.")
     rewards = as_rewards([named_reward(name) for name in told.rewards], "rewards")
     called = {name: reward.name for name, reward in zip(told.rewards, rewards, strict=True)}  # `module.function` is called `function`
-    rows, pictures = _rows(told, labels, rewards)
+    rows, scores, pictures = _rows(told, labels, rewards)
     if not PartialState().is_main_process:
         return
     folder = Path(told.out)
@@ -97,7 +97,8 @@ def evaluate(arguments: list[str]) -> None:
     for label in labels:
         trained = [called[name] for name in told.trained]
         judges = [name for name in called.values() if name not in trained]
-        signs = signs_of_over_optimisation(rows["base"], rows[label], trained, judges) if trained else []
+        errors = {name: standard_error_of_change(before, scores[label][name]) for name, before in scores["base"].items()}
+        signs = signs_of_over_optimisation(rows["base"], rows[label], trained, judges, errors) if trained else []
         if signs:
             print(f"{label}: the trained reward rose, but {'; '.join(signs)}: it may have been hacked.")
     print(f"table.md, table.json and pictures.png are in {folder}/.")
@@ -116,8 +117,10 @@ def _parse(arguments: list[str]) -> EvaluateArguments:
     return told
 
 
-def _rows(told: EvaluateArguments, labels: list[str], rewards: list[Reward]) -> tuple[dict[str, dict[str, float]], dict[str, Pictures]]:
-    """The row and some pictures of the base model and of every adapter."""
+def _rows(
+    told: EvaluateArguments, labels: list[str], rewards: list[Reward]
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, torch.Tensor]], dict[str, Pictures]]:
+    """The row, all scores and some pictures of the base model and of every adapter."""
     prompts = check_dataset(load_prompts(told.dataset, told.dataset_config, told.split), "dataset")
     args = FlowRLConfig(
         output_dir=told.out, num_inference_steps=told.num_inference_steps, per_device_eval_batch_size=told.batch_size, seed=told.seed,
@@ -142,14 +145,14 @@ def _rows(told: EvaluateArguments, labels: list[str], rewards: list[Reward]) -> 
     def ode(network: torch.nn.Module, latents: torch.Tensor, conditioning: Any, generators: list[torch.Generator]) -> torch.Tensor:
         return flow.sample_latents(network, conditioning, latents, sigmas)
 
-    rows, pictures = {}, {}
+    rows, scores, pictures = {}, {}, {}
     for label, source in [("base", None), *zip(labels, told.adapter, strict=True)]:
         if source is not None:
             _load_adapter(pipeline, source)
-        rows[label], pictures[label] = _row(flow, transformer, cache, dataset, rewards, ode, args, accelerator, label)
+        rows[label], scores[label], pictures[label] = _row(flow, transformer, cache, dataset, rewards, ode, args, accelerator, label)
         if source is not None:
             pipeline.delete_adapters(ADAPTER)
-    return rows, pictures
+    return rows, scores, pictures
 
 
 def _load_adapter(pipeline: Any, source: str) -> None:
@@ -176,11 +179,11 @@ def _row(
     args: FlowRLConfig,
     accelerator: Accelerator,
     label: str,
-) -> tuple[dict[str, float], Pictures]:
+) -> tuple[dict[str, float], dict[str, torch.Tensor], Pictures]:
     context: dict[str, Any] = {"trainer_state": None, "log_metric": lambda name, value: None, "log_extra": lambda name, values: None}
     transformer.eval()
-    row = evaluation_row(flow, transformer, cache, dataset, rewards, sampler, args, accelerator, label, context)
-    return row, draw_rows(flow, transformer, cache, dataset, SHOWN, rewards, sampler, args, accelerator, context)
+    row, scores = evaluation_row(flow, transformer, cache, dataset, rewards, sampler, args, accelerator, label, context)
+    return row, scores, draw_rows(flow, transformer, cache, dataset, SHOWN, rewards, sampler, args, accelerator, context)
 
 
 def _right(pictures: dict[str, Pictures]) -> dict[str, list[bool]] | None:

@@ -3,7 +3,7 @@
 from .diversity import diversity, diversity_by_prompt, mean_distance
 from .evaluate_metrics import CheckerAccuracy, Diversity, MeanReward, PriorPreservation
 from .image_statistics import colour_entropy, edge_density
-from .over_optimisation import signs_of_over_optimisation
+from .over_optimisation import signs_of_over_optimisation, standard_error_of_change
 
 __all__ = [
     "CheckerAccuracy",
@@ -16,4 +16,5 @@ __all__ = [
     "edge_density",
     "mean_distance",
     "signs_of_over_optimisation",
+    "standard_error_of_change",
 ]

@@ -126,7 +126,7 @@ class FlowRLTrainer(RunEvaluation):
         self._window: list[MicroBatch] = []
         self._micro_step = 0
         self._updates = 0  # since `train` was called
-        self._base_rows: dict[str, dict[str, float]] = {}
+        self._base_rows: dict[str, tuple[dict[str, float], dict[str, torch.Tensor]]] = {}
         self._base_pictures: dict[str, Pictures] = {}
         self.rows: dict[str, dict[str, float]] = {}
         self.told_for_card: dict[str, Any] = {}

@@ -121,8 +121,10 @@ def evaluation_row(
     accelerator: Accelerator,
     label: str,
     context: dict[str, Any],
-) -> dict[str, float]:
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """`reward/<name>`, the mean over all rows of the dataset, `diversity`, and of pictures `edge_density` and `colour_entropy`.
+
+    And the scores of every reward, (N,) for N rows in an order that is always the same, NaN where it said None.
 
     Over all processes, each of which draws the rows of its own prompts. Diversity counts the pictures that the checker accepts where it
     is among the rewards, else all; without two such pictures of any prompt it is left out. The checker's mean also stands as
@@ -150,11 +152,12 @@ def evaluation_row(
             statistics += torch.stack([edge_density(images), colour_entropy(images)], dim=1).tolist()
     everything = torch.tensor(gather_object(scores), dtype=torch.float64)
     everything = torch.where(everything.isfinite(), everything, torch.nan)
-    row = {f"reward/{r.name}": float(c.nanmean()) for r, c in zip(rewards, everything.unbind(dim=1), strict=True)}
+    by_reward = {reward.name: column for reward, column in zip(rewards, everything.unbind(dim=1), strict=True)}
+    row = {f"reward/{name}": float(column.nanmean()) for name, column in by_reward.items()}
     if checker is not None:
         row["checker_accuracy"] = row[f"reward/{rewards[checker].name}"]
     found = gather_object(statistics)
     if found:
         row["edge_density"], row["colour_entropy"] = (sum(column) / len(column) for column in zip(*found, strict=True))
     values = gather_object(distances)
-    return row | ({"diversity": sum(values) / len(values)} if values else {})
+    return row | ({"diversity": sum(values) / len(values)} if values else {}), by_reward

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import TrainerControl
 
 from ..flow import euler_step
-from ..metrics import signs_of_over_optimisation
+from ..metrics import signs_of_over_optimisation, standard_error_of_change
 from ..pipelines import Conditioning
 from .conditioning import ConditioningCache
 from .evaluation import Pictures, Sampler, draw_rows, evaluation_row, picture_seed
@@ -49,7 +49,7 @@ class RunEvaluation(RunFiles):
     sigmas: torch.Tensor
     ema: EMAModel | None
     control: TrainerControl
-    _base_rows: dict[str, dict[str, float]]
+    _base_rows: dict[str, tuple[dict[str, float], dict[str, torch.Tensor]]]
     _base_pictures: dict[str, Pictures]
 
     @abstractmethod
@@ -83,19 +83,22 @@ class RunEvaluation(RunFiles):
             suffix = f"_{name}" if name else ""
             noted: dict[str, list[float]] = defaultdict(list)
             with self.averaged_weights():
-                tuned = self._evaluation_row(dataset, sampler, f"tuned{suffix}", noted)
+                tuned, tuned_scores = self._evaluation_row(dataset, sampler, f"tuned{suffix}", noted)
                 if not name:
                     tuned["velocity_distance"] = self._velocity_distance(dataset)
             if known + suffix not in self._base_rows:
                 with self.model.reference():
                     self._base_rows[known + suffix] = self._evaluation_row(dataset, sampler, f"base{suffix}", defaultdict(list))
-            self.rows |= {f"base{suffix}": self._base_rows[known + suffix], f"tuned{suffix}": tuned}
+            base, base_scores = self._base_rows[known + suffix]
+            if not name:
+                errors = {reward: standard_error_of_change(before, tuned_scores[reward]) for reward, before in base_scores.items()}
+            self.rows |= {f"base{suffix}": base, f"tuned{suffix}": tuned}
         if self.args.log_images and self.is_world_process_zero():
             base_pictures, tuned_pictures = self.pictures(dataset, self.args.log_images)
             if base_pictures.images.dim() == 4:  # a model of vectors has nothing to show
                 self.write_sheet(base_pictures, tuned_pictures)
         raised = [r.name for r, weight in zip(self.rewards, self.reward_weights.tolist(), strict=True) if weight > 0]
-        signs = signs_of_over_optimisation(self.rows["base"], self.rows["tuned"], raised, [r.name for r in self.eval_rewards])
+        signs = signs_of_over_optimisation(self.rows["base"], self.rows["tuned"], raised, [r.name for r in self.eval_rewards], errors)
         if signs and self.is_world_process_zero():
             logger.warning("The trained reward rose, but %s: it may have been hacked. Look at the pictures.", "; ".join(signs))
         self.seconds["evaluation"] = self.seconds.get("evaluation", 0.0) + time.perf_counter() - start
@@ -117,10 +120,12 @@ class RunEvaluation(RunFiles):
 
         return sample
 
-    def _evaluation_row(self, dataset: Dataset, sampler: Sampler, label: str, noted: dict[str, list[float]]) -> dict[str, float]:
+    def _evaluation_row(
+        self, dataset: Dataset, sampler: Sampler, label: str, noted: dict[str, list[float]]
+    ) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
         """With the means of what rewards noted by `log_metric`, over all processes."""
         self.model.eval()
-        row = evaluation_row(
+        row, scores = evaluation_row(
             self.flow,
             self.model.active_transformer,
             self.conditioning,
@@ -132,7 +137,7 @@ class RunEvaluation(RunFiles):
             label,
             self.reward_context(lambda name, value: noted[name].append(float(value))),
         )
-        return row | means(noted)
+        return row | means(noted), scores
 
     @torch.no_grad()
     def _velocity_distance(self, dataset: Dataset) -> float:
