@@ -136,7 +136,7 @@ def _rows(
     cache = ConditioningCache(flow)
     cache.encode(list(prompts["prompt"]), accelerator.device, show_progress=True)
     for module in flow.decoders():
-        module.to(accelerator.device, torch.float32)
+        module.to(accelerator.device).float()
     for part in [transformer, *rewards]:
         part.to(accelerator.device)
     dataset = Dataset.from_list([row for _ in range(told.pictures_per_prompt) for row in prompts])

@@ -291,7 +291,7 @@ class FlowRLTrainer(RunEvaluation):
     def _place_frozen_parts(self) -> None:
         for module in self.flow.decoders():
             module.requires_grad_(False).eval()
-            module.to(self.args.device, torch.float32)  # rewards and their gradients are float32
+            module.to(self.args.device).float()  # rewards and their gradients are float32
         if self.model.frozen is not None:
             self.model.frozen.to(self.args.device)
         for reward in [*self.rewards, *self.eval_rewards]:
