@@ -317,6 +317,7 @@ def test_a_run_leaves_what_it_says(tmp_path, tiny_pipeline):
     ({"timestep_bins": 6}, r"`timestep_bins` \(6\) must be between 1 and `num_inference_steps` - 1 \(5\)"),
     ({"eta_schedule": "cubic"}, "`eta_schedule` is 'cubic': choose 'quadratic', 'linear', 'constant'"),
     ({"value_network": "lora"}, "`value_network` is 'lora': choose 'unet', 'none'"),
+    ({"ddp_find_unused_parameters": True}, "`ddp_find_unused_parameters` must be False beside a value network"),
     ({"boundary_coefficient": 0.0}, r"`boundary_coefficient` \(0.0\) must be above 0"),
     ({"finite_difference_step": -1.0}, r"`finite_difference_step` \(-1.0\) must be above 0"),
     ({"reward_gradient_clip_quantile": 0.0}, r"`reward_gradient_clip_quantile` \(0.0\) must be above 0 and at most 1"),
