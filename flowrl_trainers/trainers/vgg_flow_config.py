@@ -67,5 +67,5 @@ class VGGFlowConfig(RewardGradientConfig):
         self.refuse_not_positive("boundary_coefficient", "finite_difference_step", "value_network_learning_rate")
         if self.ddp_find_unused_parameters and self.value_network != "none":
             raise ValueError(
-                "`ddp_find_unused_parameters` must be False beside a value network: each update calls the model twice before it differentiates."
+                "`ddp_find_unused_parameters` must be False beside a value network: the model is called twice before each backward pass."
             )
