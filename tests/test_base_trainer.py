@@ -506,7 +506,14 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path, tiny_pipeline):
     assert resumed.train(resume_from_checkpoint=True).global_step == 3
     assert all(torch.equal(a, b) for a, b in zip(tuned, resumed.trained_parameters(), strict=True))
     assert resumed.rows == rows
-    shutil.rmtree(tmp_path / "moved" / f"checkpoint-{best['step']}")
+    shutil.copytree(tmp_path / "moved" / "checkpoint-3", tmp_path / "backup" / "checkpoint-3")  # of the last alone
+    state = json.loads((tmp_path / "backup" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / f"checkpoint-{best['step']}")
+    (tmp_path / "moved" / f"checkpoint-{best['step']}").rename(tmp_path / f"checkpoint-{best['step']}")
+    resumed = trainer(tmp_path / "elsewhere", tiny_sd3(), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "backup" / "checkpoint-3"))
+    assert all(torch.equal(a, b) for a, b in zip(tuned, resumed.trained_parameters(), strict=True))
+    shutil.rmtree(tmp_path / f"checkpoint-{best['step']}")
     assert trainer(tmp_path / "moved", tiny_sd3(), **settings).train(resume_from_checkpoint=True).global_step == 3
 
 

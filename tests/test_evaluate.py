@@ -110,19 +110,23 @@ def test_the_rows_are_those_of_the_demo(tmp_path):
 def test_signs_of_over_optimisation():
     base = {"reward/a": 0.2, "reward/judge": 0.5, "diversity": 0.4, "edge_density": 0.1, "colour_entropy": 2.0}
     better = {"reward/a": 0.9, "reward/judge": 0.6, "diversity": 0.35, "edge_density": 0.12, "colour_entropy": 1.8}
-    sure = {"a": 0.05, "judge": 0.05}
-    assert signs_of_over_optimisation(base, better, ["a"], ["judge"], sure) == []
+    sure, raised = {"a": 0.05, "judge": 0.05}, {"a": 1.0}
+    assert signs_of_over_optimisation(base, better, raised, ["judge"], sure) == []
     hacked = {"reward/a": 0.9, "reward/judge": 0.3, "diversity": 0.2, "edge_density": 0.02, "colour_entropy": 0.5}
-    judge, diversity, edges, colours = signs_of_over_optimisation(base, hacked, ["a"], ["judge"], sure)
+    judge, diversity, edges, colours = signs_of_over_optimisation(base, hacked, raised, ["judge"], sure)
     assert judge == "judge, which training never saw, fell from 0.5 to 0.3"
     assert diversity == "diversity fell from 0.4 to 0.2"
     assert edges == "edge density went from 0.1 to 0.02"
     assert colours == "colour entropy went from 2 to 0.5"
-    assert signs_of_over_optimisation(base, hacked | {"reward/a": 0.1}, ["a"], ["judge"], sure) == []  # nothing was gained by it
-    assert signs_of_over_optimisation(base, hacked, ["a"], ["judge"], sure | {"a": 0.4}) == []  # or nobody knows whether there was
-    assert len(signs_of_over_optimisation(base, hacked, ["a"], ["judge"], sure | {"judge": 0.11})) == 3  # whether it fell
+    assert signs_of_over_optimisation(base, hacked | {"reward/a": 0.1}, raised, ["judge"], sure) == []  # nothing was gained by it
+    assert signs_of_over_optimisation(base, hacked, raised, ["judge"], sure | {"a": 0.4}) == []  # or nobody knows whether there was
+    assert len(signs_of_over_optimisation(base, hacked, raised, ["judge"], sure | {"judge": 0.11})) == 3  # whether it fell
+    lowered = hacked | {"reward/a": -0.5}
+    assert len(signs_of_over_optimisation(base, lowered, {"a": -1.0}, ["judge"], sure)) == 4
+    assert signs_of_over_optimisation(base, lowered, raised, ["judge"], sure) == []
+    assert signs_of_over_optimisation(base, hacked, {}, ["judge"], sure) == []  # nothing was trained
     lost = {k: v for k, v in better.items() if k != "diversity"}
-    assert signs_of_over_optimisation(base, lost, ["a"], ["judge"], sure) == ["diversity fell from 0.4 to 0"]
+    assert signs_of_over_optimisation(base, lost, raised, ["judge"], sure) == ["diversity fell from 0.4 to 0"]
 
 
 def test_the_standard_error_is_that_of_paired_pictures():
@@ -158,7 +162,7 @@ def test_a_planted_hack_shows_in_the_table_and_the_log(tmp_path, shapes_pipeline
     assert tuned["reward/whiteness"] > base["reward/whiteness"] + 0.02
     assert tuned["reward/shapes"] < base["reward/shapes"] - 0.1
     assert tuned["checker_accuracy"] <= base["checker_accuracy"]
-    assert "The trained reward rose, but shapes, which training never saw, fell from" in caplog.text
+    assert "The trained reward moved as it should, but shapes, which training never saw, fell from" in caplog.text
     assert "it may have been hacked" in caplog.text
     t.save_model()
     assert "whiteness" in (tmp_path / "README.md").read_text()

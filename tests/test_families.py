@@ -261,6 +261,12 @@ def test_tiles_of_qwen_images_decoder_are_those_of_the_stock_pipeline():
         flow.decode(flow.initial_latents(1))
     pipeline.vae.disable_tiling()
     assert (flow.sample(PROMPTS, 4, generator=seeds(2)) - ours).abs().max() > 1e-3
+    pipeline.vae.enable_tiling()
+    with torch.no_grad():
+        pipeline.vae.decoder.conv_out.weight.mul_(100)
+    loud = flow.images(flow.initial_latents(1))
+    assert (loud.min(), loud.max()) == (0, 1)
+    pipeline.vae.disable_tiling()
     pipeline.vae.enable_slicing()
     assert flow.decode(flow.initial_latents(2)).shape == (2, 3, 32, 32)
 

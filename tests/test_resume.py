@@ -114,9 +114,17 @@ def test_an_incomplete_checkpoint_is_passed_over_and_a_damaged_one_refused(tmp_p
 def test_a_resumed_run_must_deal_its_images_as_before(tmp_path):
     name = "AdjointMatchingTrainer"
     assert run(tmp_path, name, WINDOW | {"max_steps": 2}).returncode == 0
-    refused = run(tmp_path, name, WINDOW | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}, resume=True)
-    assert refused.returncode != 0
-    assert "was saved with per_device_train_batch_size 2, but this run has 4" in refused.stderr
+    for changes, sentence in (
+        (
+            {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
+            "was saved with per_device_train_batch_size 2, but this run has 4",
+        ),
+        ({"reward_weights": [2.0]}, "was saved with reward_weights [1.0], but this run has [2.0]"),
+        ({"guidance_scale": 4.0}, "was saved with arguments of the pipeline {"),
+    ):
+        refused = run(tmp_path, name, WINDOW | changes, resume=True)
+        assert refused.returncode != 0
+        assert sentence in refused.stderr
 
 
 # ---- the manifest ------------------------------------------------------------------------------------------------------------

@@ -95,10 +95,10 @@ def evaluate(arguments: list[str]) -> None:
     sheet.save(folder / "pictures.png")
     print(f"\n{table}\n")
     for label in labels:
-        trained = [called[name] for name in told.trained]
+        trained = {called[name]: 1.0 for name in told.trained}
         judges = [name for name in called.values() if name not in trained]
         errors = {name: standard_error_of_change(before, scores[label][name]) for name, before in scores["base"].items()}
-        signs = signs_of_over_optimisation(rows["base"], rows[label], trained, judges, errors) if trained else []
+        signs = signs_of_over_optimisation(rows["base"], rows[label], trained, judges, errors)
         if signs:
             print(f"{label}: the trained reward rose, but {'; '.join(signs)}: it may have been hacked.")
     print(f"table.md, table.json and pictures.png are in {folder}/.")

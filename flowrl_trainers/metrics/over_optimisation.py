@@ -18,24 +18,25 @@ def standard_error_of_change(before: torch.Tensor, after: torch.Tensor) -> float
 
 
 def signs_of_over_optimisation(
-    base: dict[str, float], tuned: dict[str, float], trained: list[str], judges: list[str], errors: dict[str, float]
+    base: dict[str, float], tuned: dict[str, float], trained: dict[str, float], judges: list[str], errors: dict[str, float]
 ) -> list[str]:
-    """What speaks against the rise of the trained rewards: one clause each, none where they did not rise or nothing does.
+    """What speaks against what training reached: one clause each, none where it reached nothing or nothing does.
 
-    base, tuned: rows of an evaluation. trained: the rewards that training saw. judges: those that it never saw. errors: the
-    `standard_error_of_change` of each reward; what changed by less than two of them neither rose nor fell. The bounds are our choice: a
-    judge below the base's mean, diversity below 75 % of it, edge density or colour entropy changed by a factor of 1.5.
+    base, tuned: rows of an evaluation. trained: the weights of the rewards that training saw, negative where they were lowered. judges:
+    those that it never saw. errors: the `standard_error_of_change` of each reward; what changed by less than two of them neither rose nor
+    fell. The bounds are our choice: a judge below the base's mean, diversity below 75 % of it, edge density or colour entropy changed by a
+    factor of 1.5.
     """
 
-    def rose(name: str, way: int = 1) -> bool:
-        return way * (tuned[f"reward/{name}"] - base[f"reward/{name}"]) > SURE * errors[name]
+    def moved(name: str, way: float) -> bool:
+        return math.copysign(1, way) * (tuned[f"reward/{name}"] - base[f"reward/{name}"]) > SURE * errors[name]
 
-    if not all(rose(name) for name in trained):
+    if not trained or not all(moved(name, weight) for name, weight in trained.items()):
         return []
     signs = [
         f"{name}, which training never saw, fell from {base[f'reward/{name}']:.3g} to {tuned[f'reward/{name}']:.3g}"
         for name in judges
-        if rose(name, way=-1)
+        if moved(name, way=-1)
     ]
     if "diversity" in base and tuned.get("diversity", 0.0) < LEAST_DIVERSITY * base["diversity"]:
         signs.append(f"diversity fell from {base['diversity']:.3g} to {tuned.get('diversity', 0.0):.3g}")

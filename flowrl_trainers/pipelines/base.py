@@ -53,7 +53,8 @@ class FlowPipeline(ABC):
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """What the network reads of the prompts, the negative prompt included where guidance needs it.
 
-        Every tensor has the prompt as its first dimension, so that it can be indexed, repeated and kept.
+        The text encoders may be on another device than the network: encode where they are. Every tensor has the prompt as its first
+        dimension, so that it can be indexed, repeated and kept.
         """
 
     @abstractmethod
@@ -93,7 +94,10 @@ class FlowPipeline(ABC):
         return None
 
     def call_arguments(self) -> dict[str, Any]:
-        """The settings that somebody who calls the stock pipeline has to pass, for cards."""
+        """The settings that somebody who calls the stock pipeline has to pass: for cards, and what a resumed run must have as before.
+
+        Plain numbers, strings and lists of them, as they are part of a checkpoint.
+        """
         return {}
 
     def loader(self) -> tuple[str, str]:

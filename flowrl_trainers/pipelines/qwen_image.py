@@ -104,4 +104,5 @@ class QwenImageFlowPipeline(DiffusersFlowPipeline):
     def images(self, latents: torch.Tensor) -> torch.Tensor:
         if not self.pipeline.vae.use_tiling:
             return super().images(latents)  # in less memory: `vae.decode` keeps what a next frame would need
-        return self.pipeline.vae.decode(self._frames(latents), return_dict=False)[0][:, :, 0].float() / 2 + 0.5
+        pictures = self.pipeline.vae.decode(self._frames(latents), return_dict=False)[0][:, :, 0]
+        return (pictures.float() / 2 + 0.5).clamp(0, 1)

@@ -84,6 +84,8 @@ class ACFlowConfig(FlowRLConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.save_only_model and self.load_best_model_at_end and self.critic != "none":
+            raise ValueError("`load_best_model_at_end` needs the critic of a checkpoint, which `save_only_model` leaves out: choose one.")
         self.refuse_unknown(
             reward_shaping=("standardise", "none"),
             weighting=WEIGHTINGS,

@@ -394,12 +394,13 @@ class FlowRLTrainer(RunEvaluation):
         state.is_local_process_zero, state.is_world_process_zero = self.is_local_process_zero(), self.is_world_process_zero()
         self.state = state
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            best = folder.parent / Path(state.best_model_checkpoint).name  # the run may have been moved
-            if best.is_dir():
+            noted = Path(state.best_model_checkpoint)
+            best = next((place for place in (folder.parent / noted.name, noted) if place.is_dir()), None)  # the run may have been moved
+            if best is not None:
                 state.best_model_checkpoint = str(best)
                 self._load_best_model()
             else:
-                logger.warning("The best checkpoint, %s, is gone: the model is that of %s.", best, folder)
+                logger.warning("The best checkpoint, %s, is gone: the model is that of %s.", noted, folder)
         return True
 
     @property

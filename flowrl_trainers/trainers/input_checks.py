@@ -46,7 +46,7 @@ def check_best_metric(args: FlowRLConfig, rewards: list[Reward]) -> None:
             f"{', '.join(known)}, or another name that `evaluate` returns."
         )
     for reward, weight in zip(rewards, args.reward_weights or [], strict=False):
-        if name == f"reward/{reward.name}" and weight < 0 and args.greater_is_better:
+        if name.removeprefix("ode_") == f"reward/{reward.name}" and weight < 0 and args.greater_is_better:
             raise ValueError(f"`greater_is_better` is True for {reward.name!r}, which a weight of {weight:g} lowers: set it to False.")
 
 

@@ -97,10 +97,12 @@ class RunEvaluation(RunFiles):
             base_pictures, tuned_pictures = self.pictures(dataset, self.args.log_images)
             if base_pictures.images.dim() == 4:  # a model of vectors has nothing to show
                 self.write_sheet(base_pictures, tuned_pictures)
-        raised = [r.name for r, weight in zip(self.rewards, self.reward_weights.tolist(), strict=True) if weight > 0]
-        signs = signs_of_over_optimisation(self.rows["base"], self.rows["tuned"], raised, [r.name for r in self.eval_rewards], errors)
+        trained = {r.name: weight for r, weight in zip(self.rewards, self.reward_weights.tolist(), strict=True) if weight != 0}
+        signs = signs_of_over_optimisation(self.rows["base"], self.rows["tuned"], trained, [r.name for r in self.eval_rewards], errors)
         if signs and self.is_world_process_zero():
-            logger.warning("The trained reward rose, but %s: it may have been hacked. Look at the pictures.", "; ".join(signs))
+            logger.warning(
+                "The trained reward moved as it should, but %s: it may have been hacked. Look at the pictures.", "; ".join(signs)
+            )
         self.seconds["evaluation"] = self.seconds.get("evaluation", 0.0) + time.perf_counter() - start
         metrics: dict[str, float] = {}
         for label, row in self.rows.items():

@@ -144,7 +144,7 @@ class RunFiles(Trainer):
         model_name: the heading. dataset_name: the data set of the prompts on the Hub. tags: added to those of the method.
         """
         # `push_to_hub` passes the name that the card has anyway.
-        told = {"name": None if model_name == self._default_name else model_name, "dataset": dataset_name, "license": license}
+        told = {"name": None if model_name in ("", self._default_name) else model_name, "dataset": dataset_name, "license": license}
         self.told_for_card |= {name: value for name, value in told.items() if value is not None}
         if tags is not None:
             self.told_for_card["further_tags"] = [tags] if isinstance(tags, str) else list(tags)
@@ -204,7 +204,8 @@ class RunFiles(Trainer):
         folder = Path(self.args.output_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         sheet, _ = before_after(base.prompts, {"base": base.images, "tuned": tuned.images}, Pictures.right(base, tuned))
-        stem = folder / f"step-{self.state.global_step:06d}"
+        step = self._best_step or self.state.global_step
+        stem = folder / f"step-{step:06d}"
         sheet.save(f"{stem}.png")
         facts = {"prompts": base.prompts, "seeds": base.seeds, "base": base.scores, "tuned": tuned.scores, "extra": tuned.extra}
         Path(f"{stem}.json").write_text(json.dumps(facts, indent=2, default=str) + "\n")
@@ -212,7 +213,7 @@ class RunFiles(Trainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 for label, pictures in (("base", base), ("tuned", tuned)):
-                    callback.tb_writer.add_images(f"samples/{label}", pictures.images.cpu().numpy(), self.state.global_step)
+                    callback.tb_writer.add_images(f"samples/{label}", pictures.images.cpu().numpy(), step)
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------------
 

@@ -65,7 +65,7 @@ class VGGFlowConfig(RewardGradientConfig):
                 f"`timestep_bins` ({self.timestep_bins}) must be between 1 and `num_inference_steps` - 1 ({self.num_inference_steps - 1})."
             )
         self.refuse_not_positive("boundary_coefficient", "finite_difference_step", "value_network_learning_rate")
-        if self.ddp_find_unused_parameters and self.value_network != "none":
+        if self.ddp_find_unused_parameters is not False:  # None too, of which Trainer makes True
             raise ValueError(
-                "`ddp_find_unused_parameters` must be False beside a value network: the model is called twice before each backward pass."
+                "`ddp_find_unused_parameters` must be False: with a value network the model is called twice before each backward pass."
             )
