@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainerCallback
 
 from flowrl_trainers import AdjointMatchingConfig, AdjointMatchingTrainer, FlowPipeline
-from flowrl_trainers.rewards import differentiable
+from flowrl_trainers.rewards import Reward, differentiable
 from flowrl_trainers.trainers.checkpoints import MANIFEST
 from flowrl_trainers.trainers.conditioning import ConditioningCache
 from flowrl_trainers.trainers.flow_model import FlowModel
@@ -324,6 +324,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, adjoint):
         t = trainer(tmp_path, tiny_sd3(), activation_checkpointing=checkpointing, max_steps=3, learning_rate=0.1, adjoint=adjoint)
         t.train()
         results.append([p.detach().clone() for p in t.trained_parameters()])
+        assert t.flow.pipeline.vae.decoder.gradient_checkpointing is checkpointing
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -467,6 +468,59 @@ def test_the_card_says_where_the_adapter_is_and_what_was_told_of_it(tmp_path, ti
     assert "# Red\n" in (tmp_path / "README.md").read_text()
     with pytest.raises(TypeError, match="colour"):
         t.create_model_card(colour="red")
+
+
+@pytest.mark.parametrize("name", ["AdjointMatchingTrainer", "ACFlowTrainer"])
+def test_a_megapixel_is_decoded_at_a_time(tmp_path, monkeypatch, name):
+    """A reward that is differentiated is called on as many; any other sees the whole batch."""
+    monkeypatch.setattr("flowrl_trainers.trainers.scoring.MEGAPIXEL", 3 * 32 * 32)
+    seen, decodings = [], []
+
+    @differentiable
+    def looks(images, prompts, **columns):
+        seen.append(len(images))
+        return images.mean(dim=(1, 2, 3))
+
+    t = make(name, tmp_path, reward=looks, max_steps=1)
+    decode = t.flow.decode
+    monkeypatch.setattr(t.flow, "decode", lambda latents: decodings.append(len(latents)) or decode(latents))
+    t._make_rollout(next(iter(t.get_train_dataloader())))
+    assert decodings == [3, 1]
+    assert seen == ([3, 1] if name == "AdjointMatchingTrainer" else [4])
+
+
+def test_judges_leave_the_device_to_training(tmp_path, tiny_pipeline):
+    class Judge(Reward):
+        name, differentiable = "judge", False
+
+        def __init__(self):
+            self.moves, self.called = [], 0
+
+        def to(self, device):
+            self.moves.append(str(device))
+
+        def __call__(self, images, prompts, **columns):
+            self.called += 1
+            return [0.0] * len(prompts)
+
+    judge, rows = Judge(), Dataset.from_dict({"prompt": ["a cat", "a dog"]})
+    t = trainer(tmp_path, tiny_pipeline, eval_dataset=rows, eval_reward_funcs=judge, log_images=0, max_steps=1)
+    assert judge.moves == []
+    t.train()
+    assert (judge.moves, judge.called) == (["cpu", "cpu"], 1)  # to the probe and back
+    t.evaluate()
+    assert (judge.moves, judge.called) == (["cpu"] * 4, 3)
+
+
+def test_the_negative_prompt_is_encoded_once(tiny_pipeline, monkeypatch):
+    flow, asked = FlowPipeline.from_pipeline(tiny_pipeline, guidance_scale=3.0), []
+    encode = flow._encode
+    monkeypatch.setattr(
+        flow, "_encode", lambda prompts, negative: asked.append((len(prompts), negative)) or encode(prompts, negative=negative)
+    )
+    conditioning = flow.encode_prompts(["a cat", "a dog", "a fox"])
+    assert asked == [(3, False), (1, True)]
+    assert {len(value) for value in conditioning.values()} == {3}
 
 
 def test_only_as_many_checkpoints_are_kept_as_asked(tmp_path, tiny_pipeline):

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,9 +59,23 @@ def test_the_rows_are_those_of_the_demo(tmp_path):
         "judges.darkness",
         *shared[shared.index("--batch_size") :],
     ]
-    done = flowrl(tmp_path, *named, "--adapter", "tuned", "--out", "darkness", "--pictures_per_prompt", "1", "--decode_batch_size", "20")
+    shutil.copytree(tmp_path / "tuned", tmp_path / "another" / "tuned")
+    done = flowrl(
+        tmp_path,
+        *named,
+        "--adapter",
+        "tuned",
+        "another/tuned",
+        "--out",
+        "darkness",
+        "--pictures_per_prompt",
+        "1",
+        "--decode_batch_size",
+        "20",
+    )
     assert done.returncode == 0, done.stderr
     assert "reward/darkness" in (tmp_path / "darkness" / "table.md").read_text()
+    assert list(json.loads((tmp_path / "darkness" / "table.json").read_text())) == ["base", "tuned", "another/tuned"]
 
     wider = tiny_sd3()  # of another width
     wider.transformer.add_adapter(LoraConfig(r=2, target_modules=["attn.to_q"], init_lora_weights=False))
@@ -92,7 +107,7 @@ def test_the_rows_are_those_of_the_demo(tmp_path):
     (tmp_path / "captions" / "train.jsonl").write_text('{"caption": "a red circle"}\n')
     for changes, sentence in (
         (["--adapter", "nowhere"], "The adapter 'nowhere' cannot be loaded"),
-        (["--adapter", "tuned", "./tuned"], "`adapter` has two of the same name, or one called 'base' (tuned, tuned)"),
+        (["--adapter", "tuned", "tuned"], "`adapter` has two of the same name, or one called 'base' (tuned, tuned)"),
         (["--adapter", "tuned", "--trained", "taste"], "`trained` names taste, which `rewards` does not"),
         (["--adapter", "tuned", "--pictures_per_prompt", "0"], "must be at least 1"),
         (["--adapter", "tuned", "--dtype", "int8"], "`dtype` is 'int8': choose float32"),

@@ -50,6 +50,7 @@ def make(name: str, folder, pipeline=None, reward=redness, dataset=None, lora=Tr
     ({"eval_strategy": "steps", "eval_steps": 0}, "`eval_strategy` is 'steps', but `eval_steps` is 0"),
     ({"warmup_steps": 10}, "`lr_scheduler_type` 'constant' knows no warm-up and no options: take 'constant_with_warmup'"),
     ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}, "`lr_scheduler_type` 'reduce_lr_on_plateau' takes less for better"),
+    ({"torch_compile": True}, "`torch_compile` must be False: it would compile updates alone"),
     ({"enable_jit_checkpoint": True}, "`enable_jit_checkpoint` must be False"),
     ({"data_seed": 1}, r"`data_seed` \(1\) has no effect here, as `seed` orders the prompts"),
     ({"train_sampling_strategy": "sequential"}, r"`train_sampling_strategy` \(sequential\) has no effect here"),

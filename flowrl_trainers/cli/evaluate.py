@@ -57,7 +57,7 @@ class EvaluateArguments:
     use_cpu: bool = field(default=False, metadata={"help": "Whether to draw on the CPU where there is a GPU as well."})
     batch_size: int = field(default=16, metadata={"help": "The pictures drawn at a time."})
     decode_batch_size: int | None = field(
-        default=None, metadata={"help": "The pictures decoded and scored at a time. Default: `batch_size`."}
+        default=None, metadata={"help": "The pictures decoded and scored at a time. Default: `batch_size`, decoded a megapixel at a time."}
     )
     seed: int = field(default=42, metadata={"help": "The seed of all pictures; 42 is that of a run's own evaluation."})
     out: str = field(default="flowrl-evaluation", metadata={"help": "The folder for table.md, table.json and pictures.png."})
@@ -69,6 +69,8 @@ def evaluate(arguments: list[str]) -> None:
     if min(told.pictures_per_prompt, told.batch_size, told.num_inference_steps) < 1:
         raise ValueError("`pictures_per_prompt`, `batch_size` and `num_inference_steps` must be at least 1.")
     labels = [Path(name).name or Path(name).resolve().name for name in told.adapter]
+    if len(set(labels)) < len(labels):  # as with run-a/checkpoint-100 and run-b/checkpoint-100
+        labels = told.adapter
     if len({"base", *labels}) <= len(labels):
         raise ValueError(
             f"`adapter` has two of the same name, or one called 'base' ({', '.join(labels)}): rename a folder, so that rows can be "

@@ -130,8 +130,8 @@ class DiffusersFlowPipeline(FlowPipeline):
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         conditioning = self._encode(list(prompts), negative=False)
         if self.guided:
-            negative = self._encode([self.settings.get("negative_prompt", "")] * len(prompts), negative=True)
-            conditioning |= {f"{NEGATIVE}{name}": value for name, value in negative.items()}
+            negative = self._encode([self.settings.get("negative_prompt", "")], negative=True)  # the same for all
+            conditioning |= {f"{NEGATIVE}{name}": value.expand(len(prompts), *value.shape[1:]) for name, value in negative.items()}
         return conditioning
 
     def prompt_features(self, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:

@@ -66,7 +66,10 @@ class FlowRLConfig(TrainingArguments):
     num_iterations: int = field(default=1, metadata={"help": "How many times each rollout is used."})
     decode_batch_size: int | None = field(
         default=None,
-        metadata={"help": "The number of images decoded and scored at a time. Default: `per_device_train_batch_size`."},
+        metadata={
+            "help": "The number of images decoded and scored at a time. Default: a batch, decoded a megapixel at a time, and scored so too "
+            "where a gradient is taken."
+        },
     )
 
     log_images: int = field(
@@ -191,6 +194,8 @@ class FlowRLConfig(TrainingArguments):
             )
         if self.auto_find_batch_size:
             raise ValueError("`auto_find_batch_size` must be False: it would change the images per update during training.")
+        if self.torch_compile:
+            raise ValueError("`torch_compile` must be False: it would compile updates alone, and not the rollouts they must agree with.")
         if self.enable_jit_checkpoint:
             raise ValueError("`enable_jit_checkpoint` must be False: it saves in the middle of an update. Set `save_steps` instead.")
         if self.lr_scheduler_type == "constant" and (self.warmup_steps or self.lr_scheduler_kwargs):

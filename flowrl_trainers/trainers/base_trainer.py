@@ -7,14 +7,14 @@ import time
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import broadcast
 from datasets import Dataset
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.training_utils import EMAModel, cast_training_params
 from peft import LoraConfig
@@ -38,7 +38,7 @@ from .loop_callback import LoopCallback
 from .micro_batch import MicroBatch
 from .prompt_groups import Example, Image, PromptDataset, PromptGroupSampler
 from .run_evaluation import RunEvaluation, means
-from .scoring import ask_rewards, call_rewards, score_with_gradient
+from .scoring import ask_rewards, call_rewards, decoded, pictures_at_a_time, score_with_gradient
 
 logger = logging.getLogger(__name__)
 
@@ -292,9 +292,12 @@ class FlowRLTrainer(RunEvaluation):
         for module in self.flow.decoders():
             module.requires_grad_(False).eval()
             module.to(self.args.device).float()  # rewards and their gradients are float32
+            if self.args.activation_checkpointing and isinstance(module, ModelMixin):
+                with suppress(ValueError):  # which those raise that have none
+                    module.enable_gradient_checkpointing()
         if self.model.frozen is not None:
             self.model.frozen.to(self.args.device)
-        for reward in [*self.rewards, *self.eval_rewards]:
+        for reward in self.rewards:
             reward.to(self.args.device)
 
     def _encode_prompts(self, args: FlowRLConfig, train_dataset: Dataset, eval_dataset: Dataset | None) -> None:
@@ -429,7 +432,7 @@ class FlowRLTrainer(RunEvaluation):
         judges = self.eval_rewards if self.eval_dataset is None else [*self.rewards, *self.eval_rewards]
         if judges:
             asked = examples if self.eval_dataset is None else [PromptDataset(self.eval_dataset)[Image(0, 0, 0)]] * PROBE
-            with torch.no_grad():
+            with torch.no_grad(), self.judges_at_hand():
                 judged = call_rewards(judges, self.flow.images(latents), asked, **self.reward_context())
             scores = torch.cat([scores, judged], dim=1)
         for reward, column in zip([*self.rewards, *judges], scores.unbind(dim=1), strict=True):
@@ -511,14 +514,14 @@ class FlowRLTrainer(RunEvaluation):
         asked: list[Callable[[], torch.Tensor]] = []
         with torch.no_grad():
             for start, part in zip(range(0, len(latents), size), latents.split(size), strict=True):
-                images = self.flow.images(part)
+                images = decoded(self.flow, part)
                 scores += [answer() for answer in asked]
                 asked = [ask_rewards(self.rewards, images, examples[start : start + size], **self.reward_context())]
             return torch.cat([*scores, *(answer() for answer in asked)])
 
     def score_with_gradient(self, latents: torch.Tensor, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
         """Scores (B, number of rewards) of final latents, and the gradient (B, ...) of their weighted sum."""
-        size = self.args.decode_batch_size or self.args.per_device_train_batch_size
+        size = self.args.decode_batch_size or pictures_at_a_time(self.flow, self.args.per_device_train_batch_size)
         return score_with_gradient(self.flow, latents, examples, self.rewards, self.reward_weights, size, **self.reward_context())
 
     def log_rewards(self, scores: torch.Tensor) -> None:

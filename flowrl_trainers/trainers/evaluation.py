@@ -18,7 +18,7 @@ from .base_config import FlowRLConfig
 from .conditioning import ConditioningCache
 from .draws import keyed_seed
 from .prompt_groups import Example, Image, PromptDataset
-from .scoring import call_rewards
+from .scoring import call_rewards, decoded
 
 Sampler = Callable[[nn.Module, torch.Tensor, Conditioning, list[torch.Generator]], torch.Tensor]
 """Called with a transformer, initial latents (B, ...), their conditioning and one generator per image; returns final latents (B, ...)."""
@@ -68,9 +68,9 @@ def _draw(
         latents = flow.initial_latents(len(part), generators).to(args.device)
         with accelerator.autocast():
             latents = sampler(transformer, latents, conditioning([e.prompt for e in part], args.device), generators)
-        decoded = args.decode_batch_size or len(part)
-        for first in range(0, len(part), decoded):
-            yield part[first : first + decoded], flow.images(latents[first : first + decoded])
+        at_a_time = args.decode_batch_size or len(part)
+        for first in range(0, len(part), at_a_time):
+            yield part[first : first + at_a_time], decoded(flow, latents[first : first + at_a_time])
 
 
 def _examples(dataset: Dataset) -> list[Example]:

@@ -78,21 +78,8 @@ class RunEvaluation(RunFiles):
         check_dataset(dataset, "eval_dataset")
         self.conditioning.encode(list(dataset["prompt"]), self.args.device, show_progress=False)
         start, known = time.perf_counter(), dataset._fingerprint
-        self.rows = {}
-        for name, sampler in self.evaluation_samplers().items():
-            suffix = f"_{name}" if name else ""
-            noted: dict[str, list[float]] = defaultdict(list)
-            with self.averaged_weights():
-                tuned, tuned_scores = self._evaluation_row(dataset, sampler, f"tuned{suffix}", noted)
-                if not name:
-                    tuned["velocity_distance"] = self._velocity_distance(dataset)
-            if known + suffix not in self._base_rows:
-                with self.model.reference():
-                    self._base_rows[known + suffix] = self._evaluation_row(dataset, sampler, f"base{suffix}", defaultdict(list))
-            base, base_scores = self._base_rows[known + suffix]
-            if not name:
-                errors = {reward: standard_error_of_change(before, tuned_scores[reward]) for reward, before in base_scores.items()}
-            self.rows |= {f"base{suffix}": base, f"tuned{suffix}": tuned}
+        with self.judges_at_hand():
+            errors = self._evaluate_rows(dataset, known)
         if self.args.log_images and self.is_world_process_zero():
             base_pictures, tuned_pictures = self.pictures(dataset, self.args.log_images)
             if base_pictures.images.dim() == 4:  # a model of vectors has nothing to show
@@ -111,6 +98,37 @@ class RunEvaluation(RunFiles):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _evaluate_rows(self, dataset: Dataset, known: str) -> dict[str, float]:
+        """Fill `rows`; returns the standard error of every reward's change."""
+        self.rows, errors = {}, {}
+        for name, sampler in self.evaluation_samplers().items():
+            suffix = f"_{name}" if name else ""
+            noted: dict[str, list[float]] = defaultdict(list)
+            with self.averaged_weights():
+                tuned, tuned_scores = self._evaluation_row(dataset, sampler, f"tuned{suffix}", noted)
+                if not name:
+                    tuned["velocity_distance"] = self._velocity_distance(dataset)
+            if known + suffix not in self._base_rows:
+                with self.model.reference():
+                    self._base_rows[known + suffix] = self._evaluation_row(dataset, sampler, f"base{suffix}", defaultdict(list))
+            base, base_scores = self._base_rows[known + suffix]
+            if not name:
+                errors = {reward: standard_error_of_change(before, tuned_scores[reward]) for reward, before in base_scores.items()}
+            self.rows |= {f"base{suffix}": base, f"tuned{suffix}": tuned}
+        return errors
+
+    @contextmanager
+    def judges_at_hand(self) -> Iterator[None]:
+        """Inside, the rewards that training never sees are on the device; outside, their memory is free for training."""
+        for judge in self.eval_rewards:
+            judge.to(self.args.device)
+        try:
+            yield
+        finally:
+            for judge in self.eval_rewards:
+                if judge not in self.rewards:
+                    judge.to(torch.device("cpu"))
 
     def ode_sampler(self, sigmas: torch.Tensor) -> Sampler:
         """The Euler ODE with guidance on a grid from 1 to 0."""
@@ -143,10 +161,14 @@ class RunEvaluation(RunFiles):
 
     @torch.no_grad()
     def _velocity_distance(self, dataset: Dataset) -> float:
-        """Root mean square of the distance to the base velocity, relative to that, on ODE paths of the tuned model from a few rows."""
+        """Root mean square of the distance to the base velocity, relative to that, on ODE paths of the tuned model from a few rows.
+
+        The rows are dealt to the processes.
+        """
         moved = length = 0.0
         self.model.eval()
-        for rows in torch.arange(min(VELOCITY_ROWS, len(dataset))).split(self.args.per_device_eval_batch_size):
+        own = torch.arange(self.args.process_index, min(VELOCITY_ROWS, len(dataset)), self.args.world_size)
+        for rows in own.split(self.args.per_device_eval_batch_size) if len(own) else ():
             conditioning = self.conditioning([dataset[row]["prompt"] for row in rows.tolist()], self.args.device)
             generators = [torch.Generator().manual_seed(picture_seed(self.args.seed, row)) for row in rows.tolist()]
             x = self.flow.initial_latents(len(rows), generators).to(self.args.device)
@@ -158,6 +180,7 @@ class RunEvaluation(RunFiles):
                         base = self.flow.velocity(self.model.active_transformer, x, level, conditioning)
                 moved, length = moved + float((velocity - base).square().sum()), length + float(base.square().sum())
                 x = euler_step(x, velocity, sigma, sigma_next)
+        moved, length = (sum(parts) for parts in zip(*gather_object([(moved, length)]), strict=True))
         return math.sqrt(moved / length) if length else math.nan
 
     def pictures(self, dataset: Dataset, count: int) -> tuple[Pictures, Pictures]:
@@ -173,11 +196,12 @@ class RunEvaluation(RunFiles):
                 self.flow, transformer, self.conditioning, dataset, count, rewards, sampler, self.args, self.accelerator, context
             )
 
-        if key not in self._base_pictures:
-            with self.model.reference():
-                self._base_pictures[key] = draw()
-        with self.averaged_weights():
-            return self._base_pictures[key], draw()
+        with self.judges_at_hand():
+            if key not in self._base_pictures:
+                with self.model.reference():
+                    self._base_pictures[key] = draw()
+            with self.averaged_weights():
+                return self._base_pictures[key], draw()
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:

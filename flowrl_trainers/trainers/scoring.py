@@ -13,6 +13,8 @@ from ..pipelines import FlowPipeline
 from ..rewards import Reward
 from .prompt_groups import Example
 
+MEGAPIXEL = 2**20
+
 
 def call_rewards(rewards: list[Reward], images: torch.Tensor, examples: list[Example], **context: Any) -> torch.Tensor:
     """The scores of images `(B, 3, H, W)`: (B, number of rewards) float32.
@@ -67,6 +69,19 @@ def _as_tensor(reward: Reward, scores: Any, images: torch.Tensor) -> torch.Tenso
         )
     scores = scores.to(images.device, torch.float32)
     return torch.where(absent, torch.nan, torch.where(scores.isfinite(), scores, torch.inf))
+
+
+def pictures_at_a_time(flow: FlowPipeline, most: int) -> int:
+    """How many pictures of the pipeline's size have a megapixel together, between one and `most`; `most` where the size is unknown."""
+    asked = flow.call_arguments()
+    if "height" not in asked or "width" not in asked:
+        return most
+    return max(1, min(most, MEGAPIXEL // (asked["height"] * asked["width"])))
+
+
+def decoded(flow: FlowPipeline, latents: torch.Tensor) -> torch.Tensor:
+    """`flow.images` of final latents (B, ...), a megapixel at a time: a decoder needs gigabytes for each."""
+    return torch.cat([flow.images(part) for part in latents.split(pictures_at_a_time(flow, len(latents)))])
 
 
 def score_with_gradient(
