@@ -303,6 +303,17 @@ def test_nothing_is_written_where_training_never_began(tmp_path, tiny_pipeline):
     assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()
 
 
+def test_the_same_call_starts_a_run_and_resumes_it(tmp_path):
+    for steps in (1, 2):
+        t = trainer(tmp_path, tiny_sd3(), save_strategy="steps", save_steps=1, max_steps=steps)
+        assert t.train(resume_from_checkpoint="auto").global_step == steps
+        assert t._updates == 1
+    for manifest in tmp_path.glob(f"checkpoint-*/{MANIFEST}"):
+        manifest.unlink()
+    with pytest.raises(ValueError, match="no complete checkpoint"):  # what is there may be worth a look
+        t.train(resume_from_checkpoint="auto")
+
+
 def test_a_finished_run_is_resumed_without_another_update(tmp_path):
     t = trainer(tmp_path, tiny_sd3(), save_strategy="steps", save_steps=1, max_steps=3, learning_rate=0.1)
     t.train()

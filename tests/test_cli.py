@@ -11,6 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from flowrl_trainers.cli.arguments import TRAINERS, RunArguments, parse
+from flowrl_trainers.cli.run import load_prompts
 from flowrl_trainers.trainers import FlowRLConfig
 
 FLOWRL = Path(sys.executable).parent / "flowrl"
@@ -153,6 +154,14 @@ def test_a_file_that_is_no_yaml_gets_one_sentence(tmp_path):
     assert result.returncode == 2
     assert "while parsing a flow sequence" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_the_column_of_the_prompts_may_have_another_name(tmp_path):
+    (tmp_path / "captions").mkdir()
+    (tmp_path / "captions" / "train.jsonl").write_text('{"caption": "a red circle"}\n{"caption": "a blue cross"}\n')
+    assert load_prompts(str(tmp_path / "captions"), None, "train", "caption").column_names == ["prompt"]
+    with pytest.raises(ValueError, match="`prompt_column` is 'text', but the columns are caption: name the one with prompts"):
+        load_prompts(str(tmp_path / "captions"), None, "train", "text")
 
 
 def test_numbers_mean_what_they_look_like(tmp_path):

@@ -26,12 +26,10 @@ class RunArguments:
         metadata={"help": "The pipeline to tune: a Hub id, a folder, or 'shapes' for the small one that ships with the package."}
     )
     dataset: str = field(
-        metadata={
-            "help": "The prompts: a data set of the Hub or a folder with a column 'prompt', or 'shapes' for the captions of the world of "
-            "shapes."
-        }
+        metadata={"help": "The prompts: a data set of the Hub or a folder, or 'shapes' for the captions of the world of shapes."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "The configuration of the data set, where it has several."})
+    prompt_column: str = field(default="prompt", metadata={"help": "The column that holds the prompts, such as 'caption'."})
     train_split: str = field(default="train", metadata={"help": "The split whose prompts are trained on."})
     eval_split: str | None = field(
         default=None,

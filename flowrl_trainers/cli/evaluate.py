@@ -39,6 +39,7 @@ class EvaluateArguments:
     rewards: list[str] = field(metadata={"help": "The rewards to measure, named as `reward_funcs` of a run."})
     dataset: str = field(default="shapes", metadata={"help": "The prompts: a data set of the Hub, a folder, or 'shapes'."})
     dataset_config: str | None = field(default=None, metadata={"help": "The configuration of the data set, where it has several."})
+    prompt_column: str = field(default="prompt", metadata={"help": "The column that holds the prompts, such as 'caption'."})
     split: str = field(default="held_out", metadata={"help": "The split of the prompts."})
     trained: list[str] = field(
         default_factory=list,
@@ -123,7 +124,7 @@ def _rows(
     told: EvaluateArguments, labels: list[str], rewards: list[Reward]
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, torch.Tensor]], dict[str, Pictures]]:
     """The row, all scores and some pictures of the base model and of every adapter."""
-    prompts = check_dataset(load_prompts(told.dataset, told.dataset_config, told.split), "dataset")
+    prompts = check_dataset(load_prompts(told.dataset, told.dataset_config, told.split, told.prompt_column), "dataset")
     args = FlowRLConfig(
         output_dir=told.out, num_inference_steps=told.num_inference_steps, per_device_eval_batch_size=told.batch_size, seed=told.seed,
         decode_batch_size=told.decode_batch_size, use_cpu=told.use_cpu, report_to="none",

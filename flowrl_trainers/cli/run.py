@@ -42,8 +42,8 @@ def make_trainer(method: str, told: RunArguments, config: FlowRLConfig) -> FlowR
         model=load_pipeline() if told.model in EMBEDDED else told.model,
         reward_funcs=rewards,
         args=config,
-        train_dataset=load_prompts(told.dataset, told.dataset_config, told.train_split),
-        eval_dataset=load_prompts(told.dataset, told.dataset_config, told.eval_split) if told.eval_split else None,
+        train_dataset=load_prompts(told.dataset, told.dataset_config, told.train_split, told.prompt_column),
+        eval_dataset=load_prompts(told.dataset, told.dataset_config, told.eval_split, told.prompt_column) if told.eval_split else None,
         eval_reward_funcs=judges or None,
         peft_config=lora if told.lora_r else None,
     )
@@ -71,13 +71,20 @@ def named_reward(name: str) -> RewardLike:
         raise ValueError(f"The reward {name!r} cannot be imported ({error}): name it as 'module.function'.") from error
 
 
-def load_prompts(name: str, config: str | None, split: str) -> Dataset:
-    """The prompts of one split."""
+def load_prompts(name: str, config: str | None, split: str, column: str) -> Dataset:
+    """The prompts of one split, whose `column` is called 'prompt' afterwards."""
     if name != "shapes":
         try:
-            return load_dataset(name, config, split=split)
+            dataset = load_dataset(name, config, split=split)
         except (OSError, ValueError, DatasetsError) as error:
             raise ValueError(f"The prompts {name!r}, split {split!r}, cannot be loaded: {error}") from error
+        if column == "prompt":
+            return dataset
+        if column not in dataset.column_names or "prompt" in dataset.column_names:
+            raise ValueError(
+                f"`prompt_column` is {column!r}, but the columns are {', '.join(dataset.column_names)}: name the one with prompts."
+            )
+        return dataset.rename_column(column, "prompt")
     if split not in ("train", "held_out"):
         raise ValueError(f"The prompts of shapes have no split {split!r}: choose 'train' or 'held_out'.")
     return prompts("train" if split == "train" else "held_out")

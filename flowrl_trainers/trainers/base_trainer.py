@@ -29,6 +29,7 @@ from ..pipelines import Conditioning, FlowPipeline
 from ..rewards import as_rewards
 from ..rewards.named import RewardLike
 from .base_config import FlowRLConfig
+from .checkpoints import checkpoints
 from .conditioning import ConditioningCache
 from .draws import keyed_generator
 from .evaluation import Pictures, Sampler
@@ -361,9 +362,12 @@ class FlowRLTrainer(RunEvaluation):
     ) -> TrainOutput:
         """Probe model and rewards with two pictures, then train.
 
-        resume_from_checkpoint: True for the newest complete checkpoint of `output_dir`, or a checkpoint's folder. The resumed run
-        repeats what the uninterrupted one would have done, bit for bit. Raises `ValueError` for a checkpoint that is incomplete or damaged.
+        resume_from_checkpoint: True for the newest complete checkpoint of `output_dir`, "auto" for that or, where there is no folder
+        `checkpoint-N` yet, a new run, or a checkpoint's folder. The resumed run repeats what the uninterrupted one would have done, bit for
+        bit. Raises `ValueError` for a checkpoint that is incomplete or damaged.
         """
+        if resume_from_checkpoint == "auto":
+            resume_from_checkpoint = bool(checkpoints(Path(self.args.output_dir)))
         folder = self.find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
         if self.args.activation_checkpointing:  # as Trainer will, so that the probe meets a family that refuses it
             self.model.activation_checkpointing_enable(self.args.activation_checkpointing_kwargs)
