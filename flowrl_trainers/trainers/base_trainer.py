@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState, enable_full_determinism, set_seed
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import is_in_notebook
 
 from ..pipelines import Conditioning, FlowPipeline
 from ..rewards import as_rewards
@@ -123,6 +124,11 @@ class FlowRLTrainer(RunEvaluation):
             callbacks=[LoopCallback(self), *(callbacks or [])],
             optimizers=optimizers,
         )
+        if is_in_notebook() and not args.disable_tqdm:
+            from .notebook_table import NotebookProgressCallback, NotebookTable  # which need IPython
+
+            self.remove_callback(NotebookProgressCallback)
+            self.add_callback(NotebookTable(self))
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._window: list[MicroBatch] = []
         self._micro_step = 0

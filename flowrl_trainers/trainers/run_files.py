@@ -63,7 +63,7 @@ class RunFiles(Trainer):
     _paper: ClassVar[dict[str, str]]
     rollout_reward: float | None
     _best_step: int | None = None  # of the checkpoint whose weights stand at the end
-    _sheet: Path | None = None  # of the last evaluation
+    sheet: Path | None = None  # of the last evaluation
     _metrics: dict[str, list[float]]
     _window: list[MicroBatch]
     _micro_step: int
@@ -153,7 +153,7 @@ class RunFiles(Trainer):
 
     def _write_card(self, folder: Path) -> None:
         output = Path(self.args.output_dir)
-        sheet = next((s for s in (output / "before_after.png", self._sheet) if s is not None and s.exists()), None)
+        sheet = next((s for s in (output / "before_after.png", self.sheet) if s is not None and s.exists()), None)
         args = self.args
         adapter = {} if self.peft_config is None else {"LoRA rank, alpha": f"{self.peft_config.r}, {self.peft_config.lora_alpha}"}
         sampling = self.flow.call_arguments() | {"num_inference_steps": args.eval_num_inference_steps or args.num_inference_steps}
@@ -209,7 +209,7 @@ class RunFiles(Trainer):
         sheet.save(f"{stem}.png")
         facts = {"prompts": base.prompts, "seeds": base.seeds, "base": base.scores, "tuned": tuned.scores, "extra": tuned.extra}
         Path(f"{stem}.json").write_text(json.dumps(facts, indent=2, default=str) + "\n")
-        self._sheet = Path(f"{stem}.png")
+        self.sheet = Path(f"{stem}.png")
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 for label, pictures in (("base", base), ("tuned", tuned)):
@@ -355,7 +355,7 @@ class RunFiles(Trainer):
         self.rows.pop("seconds")
         last = f"step-{TrainerState.load_from_json(str(folder / 'trainer_state.json')).global_step:06d}"
         sheets = sorted((Path(self.args.output_dir) / "samples").glob("step-*.png"), reverse=True)
-        self._sheet = next((sheet for sheet in sheets if self.rows and sheet.stem <= last), None)
+        self.sheet = next((sheet for sheet in sheets if self.rows and sheet.stem <= last), None)
 
     def _load_best_model(self) -> None:
         folder = Path(str(self.state.best_model_checkpoint))
