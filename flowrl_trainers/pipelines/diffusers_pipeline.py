@@ -55,7 +55,7 @@ class DiffusersFlowPipeline(FlowPipeline):
     def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         """The float32 velocity of one branch: spatial latents in, spatial velocity out.
 
-        The network's input has `transformer.dtype`, which is that of its computation where weights are quantised or cast layer by layer.
+        The network's input has `transformer.dtype`, which is that of its computation also where weights are cast layer by layer.
         """
 
     def _guide(self, velocity: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
