@@ -303,15 +303,16 @@ def test_nothing_is_written_where_training_never_began(tmp_path, tiny_pipeline):
     assert not (tmp_path / "pytorch_lora_weights.safetensors").exists()
 
 
-def test_the_same_call_starts_a_run_and_resumes_it(tmp_path):
+def test_the_same_call_starts_a_run_and_resumes_it(tmp_path, caplog):
     for steps in (1, 2):
         t = trainer(tmp_path, tiny_sd3(), save_strategy="steps", save_steps=1, max_steps=steps)
         assert t.train(resume_from_checkpoint="auto").global_step == steps
         assert t._updates == 1
     for manifest in tmp_path.glob(f"checkpoint-*/{MANIFEST}"):
         manifest.unlink()
-    with pytest.raises(ValueError, match="no complete checkpoint"):  # what is there may be worth a look
-        t.train(resume_from_checkpoint="auto")
+    again = trainer(tmp_path, tiny_sd3(), save_strategy="steps", save_steps=1, max_steps=1)
+    assert again.train(resume_from_checkpoint="auto").global_step == 1
+    assert "is complete: the run starts anew" in caplog.text
 
 
 def test_a_finished_run_is_resumed_without_another_update(tmp_path):
@@ -351,6 +352,12 @@ def test_checkpointing_reaches_the_frozen_reference_of_full_fine_tuning(tiny_pip
     model.activation_checkpointing_enable()
     assert model.transformer.gradient_checkpointing
     assert model.frozen.gradient_checkpointing
+
+
+def test_compilation_that_accelerate_alone_was_told_of_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(ValueError, match="`torch_compile` must be False"):
+        AdjointMatchingConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
 
 
 def test_mixed_precision_that_accelerate_alone_was_told_of_is_refused(tmp_path, monkeypatch):
@@ -497,30 +504,45 @@ def test_a_megapixel_is_decoded_at_a_time(tmp_path, monkeypatch, name):
     monkeypatch.setattr(t.flow, "decode", lambda latents: decodings.append(len(latents)) or decode(latents))
     t._make_rollout(next(iter(t.get_train_dataloader())))
     assert decodings == [3, 1]
+    decodings.clear()
+    monkeypatch.setattr("flowrl_trainers.trainers.scoring.MEGAPIXEL", 32 * 32)
+    if name == "ACFlowTrainer":
+        t.probe()
+        assert decodings == [1, 1]
+        seen.pop()
     assert seen == ([3, 1] if name == "AdjointMatchingTrainer" else [4])
 
 
-def test_judges_leave_the_device_to_training(tmp_path, tiny_pipeline):
-    class Judge(Reward):
-        name, differentiable = "judge", False
+def test_judges_leave_the_device_to_training(tmp_path, tiny_pipeline, monkeypatch):
+    """A training reward that shares its network with a judge is there when training goes on."""
+    places = []
 
-        def __init__(self):
-            self.moves, self.called = [], 0
+    class Judge(Reward):
+        differentiable = True
+
+        def __init__(self, name):
+            self.name = name
 
         def to(self, device):
-            self.moves.append(str(device))
+            places.append((self.name, device.type))
 
         def __call__(self, images, prompts, **columns):
-            self.called += 1
-            return [0.0] * len(prompts)
+            return images.mean(dim=(1, 2, 3))
 
-    judge, rows = Judge(), Dataset.from_dict({"prompt": ["a cat", "a dog"]})
-    t = trainer(tmp_path, tiny_pipeline, eval_dataset=rows, eval_reward_funcs=judge, log_images=0, max_steps=1)
-    assert judge.moves == []
-    t.train()
-    assert (judge.moves, judge.called) == (["cpu", "cpu"], 1)  # to the probe and back
-    t.evaluate()
-    assert (judge.moves, judge.called) == (["cpu"] * 4, 3)
+    rows = Dataset.from_dict({"prompt": ["a cat", "a dog"]})
+    t = trainer(tmp_path, tiny_pipeline, reward=Judge("trained"), eval_dataset=rows, eval_reward_funcs=Judge("judge"), max_steps=1)
+    assert places == [("trained", "cpu")]
+    monkeypatch.setattr(type(t.args), "device", property(lambda self: torch.device("meta")))
+    places.clear()
+    with t.judges_at_hand():
+        assert places == [("judge", "meta")]
+    assert places[1:] == [("judge", "cpu"), ("trained", "meta")]
+    monkeypatch.undo()
+    for act in (t.probe, t.evaluate):
+        places.clear()
+        act()
+        assert places[0] == ("judge", "cpu")
+        assert places[-1] == ("trained", "cpu")
 
 
 def test_the_negative_prompt_is_encoded_once(tiny_pipeline, monkeypatch):

@@ -160,8 +160,15 @@ def test_the_column_of_the_prompts_may_have_another_name(tmp_path):
     (tmp_path / "captions").mkdir()
     (tmp_path / "captions" / "train.jsonl").write_text('{"caption": "a red circle"}\n{"caption": "a blue cross"}\n')
     assert load_prompts(str(tmp_path / "captions"), None, "train", "caption").column_names == ["prompt"]
-    with pytest.raises(ValueError, match="`prompt_column` is 'text', but the columns are caption: name the one with prompts"):
-        load_prompts(str(tmp_path / "captions"), None, "train", "text")
+    for column in ("text", "prompt"):
+        with pytest.raises(ValueError, match=f"`prompt_column` is '{column}', but the columns are caption: name the one with prompts"):
+            load_prompts(str(tmp_path / "captions"), None, "train", column)
+    with pytest.raises(ValueError, match="the prompts of shapes have one column, 'prompt'"):
+        load_prompts("shapes", None, "train", "caption")
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both" / "train.jsonl").write_text('{"prompt": "a", "caption": "a red circle", "answer": "yes"}\n')
+    both = load_prompts(str(tmp_path / "both"), None, "train", "caption")
+    assert both[0] == {"prompt": "a red circle", "answer": "yes"}
 
 
 def test_numbers_mean_what_they_look_like(tmp_path):

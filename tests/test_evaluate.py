@@ -112,7 +112,10 @@ def test_the_rows_are_those_of_the_demo(tmp_path):
         (["--adapter", "tuned", "--pictures_per_prompt", "0"], "must be at least 1"),
         (["--adapter", "tuned", "--dtype", "int8"], "`dtype` is 'int8': choose float32"),
         (["--adapter", "tuned", "--colour", "red"], "colour"),
-        (["--adapter", "tuned", "--dataset", "captions", "--split", "train"], "`dataset` has 'caption' but no 'prompt'"),
+        (
+            ["--adapter", "tuned", "--dataset", "captions", "--split", "train"],
+            "`prompt_column` is 'prompt', but the columns are caption: name the one with prompts",
+        ),
     ):
         wrong = flowrl(tmp_path, *shared, *changes)
         assert wrong.returncode == 2

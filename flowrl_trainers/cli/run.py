@@ -72,19 +72,21 @@ def named_reward(name: str) -> RewardLike:
 
 
 def load_prompts(name: str, config: str | None, split: str, column: str) -> Dataset:
-    """The prompts of one split, whose `column` is called 'prompt' afterwards."""
+    """The prompts of one split; its `column` is called 'prompt' afterwards, in place of one that is."""
     if name != "shapes":
         try:
             dataset = load_dataset(name, config, split=split)
         except (OSError, ValueError, DatasetsError) as error:
             raise ValueError(f"The prompts {name!r}, split {split!r}, cannot be loaded: {error}") from error
-        if column == "prompt":
-            return dataset
-        if column not in dataset.column_names or "prompt" in dataset.column_names:
+        if column not in dataset.column_names:
             raise ValueError(
                 f"`prompt_column` is {column!r}, but the columns are {', '.join(dataset.column_names)}: name the one with prompts."
             )
-        return dataset.rename_column(column, "prompt")
+        if column == "prompt":
+            return dataset
+        return dataset.remove_columns({"prompt"} & set(dataset.column_names)).rename_column(column, "prompt")
+    if column != "prompt":
+        raise ValueError(f"`prompt_column` is {column!r}, but the prompts of shapes have one column, 'prompt': leave it out.")
     if split not in ("train", "held_out"):
         raise ValueError(f"The prompts of shapes have no split {split!r}: choose 'train' or 'held_out'.")
     return prompts("train" if split == "train" else "held_out")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from transformers import SchedulerType, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
@@ -194,7 +195,7 @@ class FlowRLConfig(TrainingArguments):
             )
         if self.auto_find_batch_size:
             raise ValueError("`auto_find_batch_size` must be False: it would change the images per update during training.")
-        if self.torch_compile:
+        if self.torch_compile or TorchDynamoPlugin().backend != DynamoBackend.NO:  # which accelerate may have been told instead
             raise ValueError("`torch_compile` must be False: it would compile updates alone, and not the rollouts they must agree with.")
         if self.enable_jit_checkpoint:
             raise ValueError("`enable_jit_checkpoint` must be False: it saves in the middle of an update. Set `save_steps` instead.")

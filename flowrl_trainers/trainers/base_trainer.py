@@ -30,7 +30,7 @@ from ..pipelines import Conditioning, FlowPipeline
 from ..rewards import as_rewards
 from ..rewards.named import RewardLike
 from .base_config import FlowRLConfig
-from .checkpoints import checkpoints
+from .checkpoints import MANIFEST, checkpoints
 from .conditioning import ConditioningCache
 from .draws import keyed_generator
 from .evaluation import Pictures, Sampler
@@ -368,12 +368,15 @@ class FlowRLTrainer(RunEvaluation):
     ) -> TrainOutput:
         """Probe model and rewards with two pictures, then train.
 
-        resume_from_checkpoint: True for the newest complete checkpoint of `output_dir`, "auto" for that or, where there is no folder
-        `checkpoint-N` yet, a new run, or a checkpoint's folder. The resumed run repeats what the uninterrupted one would have done, bit for
+        resume_from_checkpoint: True for the newest complete checkpoint of `output_dir`, "auto" for that or, where none is complete, a new
+        run, or a checkpoint's folder. The resumed run repeats what the uninterrupted one would have done, bit for
         bit. Raises `ValueError` for a checkpoint that is incomplete or damaged.
         """
         if resume_from_checkpoint == "auto":
-            resume_from_checkpoint = bool(checkpoints(Path(self.args.output_dir)))
+            found = checkpoints(Path(self.args.output_dir))
+            resume_from_checkpoint = any((folder / MANIFEST).exists() for folder in found)
+            if found and not resume_from_checkpoint:
+                logger.warning("No checkpoint in %s is complete: the run starts anew.", self.args.output_dir)
         folder = self.find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
         if self.args.activation_checkpointing:  # as Trainer will, so that the probe meets a family that refuses it
             self.model.activation_checkpointing_enable(self.args.activation_checkpointing_kwargs)
@@ -437,13 +440,13 @@ class FlowRLTrainer(RunEvaluation):
             scores, _ = self.score_with_gradient(latents, examples)
         else:
             with torch.no_grad():
-                scores = call_rewards(self.rewards, self.flow.images(latents), examples, **self.reward_context())
+                scores = call_rewards(self.rewards, decoded(self.flow, latents), examples, **self.reward_context())
         # On the rows of the evaluation, where they are known: their columns may be others.
         judges = self.eval_rewards if self.eval_dataset is None else [*self.rewards, *self.eval_rewards]
         if judges:
             asked = examples if self.eval_dataset is None else [PromptDataset(self.eval_dataset)[Image(0, 0, 0)]] * PROBE
             with torch.no_grad(), self.judges_at_hand():
-                judged = call_rewards(judges, self.flow.images(latents), asked, **self.reward_context())
+                judged = call_rewards(judges, decoded(self.flow, latents), asked, **self.reward_context())
             scores = torch.cat([scores, judged], dim=1)
         for reward, column in zip([*self.rewards, *judges], scores.unbind(dim=1), strict=True):
             if column.isinf().any() and not column.isfinite().any():  # None, which is NaN here, is no fault

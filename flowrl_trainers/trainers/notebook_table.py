@@ -32,7 +32,7 @@ class NotebookTable(NotebookProgressCallback):
     ) -> None:
         rows = self.trainer.rows
         names = list({name: None for row in rows.values() for name in row})
-        table: list[list[Any]] = [[f"After {state.global_step} updates", *names]]
+        table: list[list[Any]] = [[f"After {self.trainer.step_of_weights} updates", *names]]
         table += [[label, *(row.get(name, "") for name in names)] for label, row in rows.items()]
         display(HTML(text_to_html_table(table)))
         if args.log_images and self.trainer.sheet is not None:

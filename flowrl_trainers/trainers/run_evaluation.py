@@ -80,10 +80,10 @@ class RunEvaluation(RunFiles):
         start, known = time.perf_counter(), dataset._fingerprint
         with self.judges_at_hand():
             errors = self._evaluate_rows(dataset, known)
-        if self.args.log_images and self.is_world_process_zero():
-            base_pictures, tuned_pictures = self.pictures(dataset, self.args.log_images)
-            if base_pictures.images.dim() == 4:  # a model of vectors has nothing to show
-                self.write_sheet(base_pictures, tuned_pictures)
+            if self.args.log_images and self.is_world_process_zero():
+                base_pictures, tuned_pictures = self.pictures(dataset, self.args.log_images)
+                if base_pictures.images.dim() == 4:  # a model of vectors has nothing to show
+                    self.write_sheet(base_pictures, tuned_pictures)
         trained = {r.name: weight for r, weight in zip(self.rewards, self.reward_weights.tolist(), strict=True) if weight != 0}
         signs = signs_of_over_optimisation(self.rows["base"], self.rows["tuned"], trained, [r.name for r in self.eval_rewards], errors)
         if signs and self.is_world_process_zero():
@@ -127,8 +127,9 @@ class RunEvaluation(RunFiles):
             yield
         finally:
             for judge in self.eval_rewards:
-                if judge not in self.rewards:
-                    judge.to(torch.device("cpu"))
+                judge.to(torch.device("cpu"))
+            for reward in self.rewards:  # which may share a network with a judge
+                reward.to(self.args.device)
 
     def ode_sampler(self, sigmas: torch.Tensor) -> Sampler:
         """The Euler ODE with guidance on a grid from 1 to 0."""

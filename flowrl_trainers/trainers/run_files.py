@@ -167,7 +167,7 @@ class RunFiles(Trainer):
             scheduler=self.flow.scheduler_code(self.renoises),
             has_adapter=self.peft_config is not None,
             rewards=dict(zip([r.name for r in self.rewards], self.reward_weights.tolist(), strict=True)),
-            settings={"updates": self._best_step or self.state.global_step, "images per update": args.images_per_update}
+            settings={"updates": self.step_of_weights, "images per update": args.images_per_update}
             | {"learning rate": args.learning_rate, "seed": args.seed}
             | adapter
             | self.card_settings(),
@@ -180,6 +180,11 @@ class RunFiles(Trainer):
             **told,
         )
         (folder / "README.md").write_text(model_card(facts))
+
+    @property
+    def step_of_weights(self) -> int:
+        """The update that made the weights as they are: the last, or that of the best checkpoint at the end."""
+        return self._best_step or self.state.global_step
 
     @property
     def _default_name(self) -> str:
@@ -204,8 +209,7 @@ class RunFiles(Trainer):
         folder = Path(self.args.output_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         sheet, _ = before_after(base.prompts, {"base": base.images, "tuned": tuned.images}, Pictures.right(base, tuned))
-        step = self._best_step or self.state.global_step
-        stem = folder / f"step-{step:06d}"
+        stem = folder / f"step-{self.step_of_weights:06d}"
         sheet.save(f"{stem}.png")
         facts = {"prompts": base.prompts, "seeds": base.seeds, "base": base.scores, "tuned": tuned.scores, "extra": tuned.extra}
         Path(f"{stem}.json").write_text(json.dumps(facts, indent=2, default=str) + "\n")
@@ -213,7 +217,7 @@ class RunFiles(Trainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                 for label, pictures in (("base", base), ("tuned", tuned)):
-                    callback.tb_writer.add_images(f"samples/{label}", pictures.images.cpu().numpy(), step)
+                    callback.tb_writer.add_images(f"samples/{label}", pictures.images.cpu().numpy(), self.step_of_weights)
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
