@@ -482,6 +482,10 @@ def test_the_critic_follows_the_latent_and_starts_from_zero(shape):
     ({"advantage_clip": -1.0}, r"`advantage_clip` \(-1.0\) must be above 0"),
     ({"critic_steps": 0}, r"`critic_steps` \(0\) must be at least 1"),
     ({"critic": "unet"}, "`critic` is 'unet': choose 'default', 'none'"),
+    (
+        {"save_only_model": True, "load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"},
+        "`load_best_model_at_end` needs the critic of a checkpoint, which `save_only_model` leaves out",
+    ),
     ({"reward_shaping": "rank"}, "`reward_shaping` is 'rank': choose 'standardise', 'none'"),
     ({"timestep_sampling": "beta"}, "`timestep_sampling` is 'beta': choose 'uniform', 'logit_normal'"),
 ])  # fmt: skip

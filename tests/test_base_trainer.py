@@ -385,6 +385,8 @@ def test_the_best_of_a_reward_that_is_lowered_is_the_lowest(tmp_path, tiny_pipel
     )  # fmt: skip
     with pytest.raises(ValueError, match="`greater_is_better` is True for 'redness', which a weight of -1 lowers: set it to False"):
         trainer(tmp_path, tiny_pipeline, **settings)
+    with pytest.raises(ValueError, match="which a weight of -1 lowers"):  # of TAFS-GRPO's further row
+        trainer(tmp_path, tiny_pipeline, **(settings | {"metric_for_best_model": "eval_ode_reward/redness"}))
     trainer(tmp_path, tiny_pipeline, greater_is_better=False, **settings)
 
 
@@ -623,6 +625,11 @@ def test_the_card_names_the_update_of_the_best_checkpoint(tmp_path, tiny_pipelin
     assert t.rows["tuned"]["score"] == 1.0
     t.save_model()
     assert "| `updates` | 2 |" in (tmp_path / "README.md").read_text()
+    last = tmp_path / "samples" / "step-000004.json"
+    of_the_last = last.read_bytes()
+    t.evaluate()
+    assert t.sheet.name == "step-000002.png"
+    assert last.read_bytes() == of_the_last  # not of the weights as they are now
 
 
 def test_tensorboard_gets_the_pictures(tmp_path, tiny_pipeline, monkeypatch):

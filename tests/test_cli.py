@@ -11,7 +11,8 @@ import yaml
 from safetensors.torch import load_file
 
 from flowrl_trainers.cli.arguments import TRAINERS, RunArguments, parse
-from flowrl_trainers.cli.run import load_prompts
+from flowrl_trainers.cli.run import load_prompts, make_trainer
+from flowrl_trainers.shapes import prompts
 from flowrl_trainers.trainers import FlowRLConfig
 
 FLOWRL = Path(sys.executable).parent / "flowrl"
@@ -113,6 +114,7 @@ def test_env_prints_what_a_bug_report_needs(tmp_path):
     (["demo", "--accelerate_config", "fsdp9"], "flowrl: `--accelerate_config` (fsdp9) is neither 'ddp' nor a file"),
     (["demo", "--num_processes", "2"], "flowrl: `--num_processes` needs `--accelerate_config ddp`"),
     (["demo", "--max_step", "3"], "flowrl: 'max_step' in the command line is no setting of `flowrl demo`"),
+    (["demo", "--max_step=3"], "flowrl: 'max_step' in the command line is no setting of `flowrl demo`"),
     (["demo", "--trainer=ppo"], "flowrl: `--trainer` is 'ppo'"),
     (["adjoint_matching", "--config"], "flowrl: `--config` needs the name of a YAML file."),
     (["evaluate", "--config"], "flowrl: `--config` needs the name of a YAML file."),
@@ -169,6 +171,18 @@ def test_the_column_of_the_prompts_may_have_another_name(tmp_path):
     (tmp_path / "both" / "train.jsonl").write_text('{"prompt": "a", "caption": "a red circle", "answer": "yes"}\n')
     both = load_prompts(str(tmp_path / "both"), None, "train", "caption")
     assert both[0] == {"prompt": "a red circle", "answer": "yes"}
+
+
+def test_the_card_names_a_data_set_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr("flowrl_trainers.cli.run.load_prompts", lambda *told: prompts("train"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for name, named in (("somebody/prompts", {"dataset": "somebody/prompts"}), ("mine", {})):
+        told, config = parse(
+            "ac_flow", TRAINERS["ac_flow"].config_class,
+            ["--model", "shapes", "--dataset", name, "--reward_funcs", "checker", "--output_dir", "out", "--use_cpu", "true", "--max_steps", "1"], {},
+        )  # fmt: skip
+        assert make_trainer("ac_flow", told, config).told_for_card == named
 
 
 def test_numbers_mean_what_they_look_like(tmp_path):

@@ -29,6 +29,7 @@ def test_a_notebook_shows_rewards_rows_and_pictures(tmp_path: Path):
     assert all(f"<th>{name}</th>" in progress for name in ("Step", "Loss", "Reward"))
     assert progress.count("<tr") == 1 + 4  # the head and four updates
     assert "No log" not in progress
+    assert "unknown" not in progress
     assert "After 2 updates" in rows
     assert all(name in rows for name in ("base", "reward/shapes", "checker_accuracy"))
     assert sum("image/png" in data for data in shown) == 2

@@ -353,19 +353,19 @@ class RunFiles(Trainer):
             for name, tensor in tensors.items():
                 tensor.copy_(weights[name])
 
-    def _take_up_rows(self, folder: Path) -> None:
-        """The last evaluation before a checkpoint, which its card tells of, and its sheet of pictures."""
+    def _take_up_rows(self, folder: Path) -> int:
+        """The last evaluation before a checkpoint, which its card tells of, and its sheet of pictures; returns the checkpoint's update."""
         self.rows = json.loads((folder / "metrics.json").read_text())
         self.rows.pop("seconds")
-        last = f"step-{TrainerState.load_from_json(str(folder / 'trainer_state.json')).global_step:06d}"
+        step = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step
         sheets = sorted((Path(self.args.output_dir) / "samples").glob("step-*.png"), reverse=True)
-        self.sheet = next((sheet for sheet in sheets if self.rows and sheet.stem <= last), None)
+        self.sheet = next((sheet for sheet in sheets if self.rows and sheet.stem <= f"step-{step:06d}"), None)
+        return step
 
     def _load_best_model(self) -> None:
         folder = Path(str(self.state.best_model_checkpoint))
         self._load_weights(folder)
-        self._take_up_rows(folder)
-        self._best_step = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step
+        self._best_step = self._take_up_rows(folder)
         own = folder / f"loop_state_{self.args.process_index}.pt"
         if own.exists():  # not with `save_only_model`
             state = torch.load(own, map_location=self.args.device, weights_only=True)
