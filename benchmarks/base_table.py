@@ -15,10 +15,10 @@ from tqdm import tqdm
 from flowrl_trainers import FlowPipeline
 from flowrl_trainers.cli.memory import keep_freed_memory
 from flowrl_trainers.flow import renoise
-from flowrl_trainers.hub import before_after
 from flowrl_trainers.metrics import diversity
 from flowrl_trainers.pipelines import Conditioning
 from flowrl_trainers.rewards import ShapesReward
+from flowrl_trainers.run_folder import before_after
 from flowrl_trainers.shapes import WEIGHTS, check, load_pipeline, parse, prompts
 
 SAMPLERS = ("ODE, 20 steps", "ODE, 4 steps", "ODE, 4 uniform steps", "re-noising, 4 uniform steps")

@@ -15,10 +15,10 @@ from torch import nn
 
 from flowrl_trainers import ACFlowConfig, ACFlowTrainer
 from flowrl_trainers.flow import advantage_weights, explained_variance, interpolate, shape_rewards, shift_sigmas, uniform_sigmas
-from flowrl_trainers.hub.gallery import to_pillow
 from flowrl_trainers.networks import ConvCritic, MLPCritic, critic
-from flowrl_trainers.trainers.micro_batch import MicroBatch
-from flowrl_trainers.trainers.prompt_groups import Example, Image
+from flowrl_trainers.run_folder.gallery import to_pillow
+from flowrl_trainers.sampling.micro_batch import MicroBatch
+from flowrl_trainers.sampling.prompt_groups import Example, ImageKey
 
 from .gaussian import GaussianFlow, closeness
 from .test_control import settings
@@ -61,7 +61,7 @@ def ac_flow(folder, network=None, reward=height, given=None, **changes) -> ACFlo
 
 def exact_images(t: ACFlowTrainer, count: int, rollout: int = 0) -> MicroBatch:
     """A micro-batch whose images are drawn from N(0, 1) itself, and scored by the trainer."""
-    examples = [Example(Image(i % 64, i // 64, rollout), str(i % 64), {}) for i in range(count)]
+    examples = [Example(ImageKey(i % 64, i // 64, rollout), str(i % 64), {}) for i in range(count)]
     x = torch.randn(count, 1, generator=torch.Generator().manual_seed(100 + rollout))
     batch = MicroBatch(examples, {"final": x}, torch.ones(count, dtype=torch.bool))
     t._shape([batch])

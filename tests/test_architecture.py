@@ -1,4 +1,4 @@
-"""Imports point one way: cli -> trainers -> {pipelines, rewards, metrics, ...} -> flow."""
+"""Imports point one way: cli -> trainers -> run_folder -> sampling -> {pipelines, rewards, ...} -> {flow, shapes, sit}."""
 
 import ast
 from pathlib import Path
@@ -8,6 +8,8 @@ import pytest
 import flowrl_trainers
 
 ROOT = Path(flowrl_trainers.__file__).parent
+BOTTOM = {"flow", "shapes", "sit"}
+MODELS = {"pipelines", "rewards", "networks", "metrics"}
 ALLOWED = {
     "flow": set(),
     "shapes": set(),
@@ -16,9 +18,10 @@ ALLOWED = {
     "networks": {"flow"},
     "rewards": {"flow", "shapes"},
     "metrics": {"flow", "shapes"},
-    "hub": {"flow"},
-    "trainers": {"flow", "pipelines", "rewards", "networks", "metrics", "hub"},
-    "cli": {"trainers", "pipelines", "rewards", "networks", "metrics", "hub", "flow", "shapes", "sit"},
+    "sampling": BOTTOM | MODELS,
+    "run_folder": BOTTOM | MODELS | {"sampling"},
+    "trainers": BOTTOM | MODELS | {"sampling", "run_folder"},
+    "cli": BOTTOM | MODELS | {"sampling", "run_folder", "trainers"},
     "__init__": {"trainers", "pipelines"},
 }
 

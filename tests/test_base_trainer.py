@@ -17,10 +17,10 @@ from transformers import TrainerCallback
 
 from flowrl_trainers import AdjointMatchingConfig, AdjointMatchingTrainer, FlowPipeline
 from flowrl_trainers.rewards import Reward, differentiable
-from flowrl_trainers.trainers.checkpoints import MANIFEST
-from flowrl_trainers.trainers.conditioning import ConditioningCache
-from flowrl_trainers.trainers.flow_model import FlowModel
-from flowrl_trainers.trainers.prompt_groups import Image
+from flowrl_trainers.run_folder.checkpoints import MANIFEST
+from flowrl_trainers.sampling.conditioning import ConditioningCache
+from flowrl_trainers.sampling.flow_model import FlowModel
+from flowrl_trainers.sampling.prompt_groups import ImageKey
 
 from .gaussian import GaussianFlow
 from .test_adjoint_matching import constant, one_rollout, redness, trainer
@@ -493,7 +493,7 @@ def test_the_card_says_where_the_adapter_is_and_what_was_told_of_it(tmp_path, ti
 @pytest.mark.parametrize("name", ["AdjointMatchingTrainer", "ACFlowTrainer"])
 def test_a_megapixel_is_decoded_at_a_time(tmp_path, monkeypatch, name):
     """A reward that is differentiated is called on as many; any other sees the whole batch."""
-    monkeypatch.setattr("flowrl_trainers.trainers.scoring.MEGAPIXEL", 3 * 32 * 32)
+    monkeypatch.setattr("flowrl_trainers.sampling.scoring.MEGAPIXEL", 3 * 32 * 32)
     seen, decodings = [], []
 
     @differentiable
@@ -507,7 +507,7 @@ def test_a_megapixel_is_decoded_at_a_time(tmp_path, monkeypatch, name):
     t._make_rollout(next(iter(t.get_train_dataloader())))
     assert decodings == [3, 1]
     decodings.clear()
-    monkeypatch.setattr("flowrl_trainers.trainers.scoring.MEGAPIXEL", 32 * 32)
+    monkeypatch.setattr("flowrl_trainers.sampling.scoring.MEGAPIXEL", 32 * 32)
     if name == "ACFlowTrainer":
         t.probe()
         assert decodings == [1, 1]
@@ -723,7 +723,7 @@ def test_asynchronous_rewards_look_at_pictures_while_the_next_are_decoded(tmp_pa
         raise AssertionError("the next pictures were not decoded")
 
     t = make("ACFlowTrainer", tmp_path, reward=patient, num_generations=2, decode_batch_size=1)
-    examples = [t.train_dataset[Image(row, row, 0)] for row in range(4)]
+    examples = [t.train_dataset[ImageKey(row, row, 0)] for row in range(4)]
     latents = t.initial_latents([e.key for e in examples], "test")
     expected = t.flow.images(latents).mean(dim=(1, 2, 3))
     images = t.flow.images

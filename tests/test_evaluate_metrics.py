@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from flowrl_trainers.hub.gallery import to_pillow
 from flowrl_trainers.metrics import CheckerAccuracy, Diversity, MeanReward, PriorPreservation, diversity
 from flowrl_trainers.metrics.evaluate_metrics import as_tensor
 from flowrl_trainers.rewards import ShapesReward
+from flowrl_trainers.run_folder.gallery import to_pillow
 from flowrl_trainers.shapes.scenes import draw, parse, random_scene
 
 PROMPTS = ["a red circle", "a red circle", "a blue cross", "a blue cross"]

@@ -13,7 +13,7 @@ from peft import LoraConfig
 import flowrl_trainers
 from flowrl_trainers import FlowPipeline
 from flowrl_trainers.pipelines.checkpoints import CHECKPOINTS, table
-from flowrl_trainers.trainers.conditioning import ConditioningCache
+from flowrl_trainers.sampling.conditioning import ConditioningCache
 
 from .test_resume import TRAINERS
 from .test_wrong_input import redness

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from flowrl_trainers.hub import CardFacts, before_after, model_card
+from flowrl_trainers.run_folder import CardFacts, before_after, model_card
 
 from .hub_server import serve
 

@@ -5,8 +5,8 @@ from collections import Counter
 import pytest
 import torch
 
-from flowrl_trainers.trainers.draws import keyed_generator, keyed_seed
-from flowrl_trainers.trainers.prompt_groups import Image, PromptGroupSampler
+from flowrl_trainers.sampling.draws import keyed_generator, keyed_seed
+from flowrl_trainers.sampling.prompt_groups import ImageKey, PromptGroupSampler
 
 
 def sampler(num_processes: int = 1, **settings) -> PromptGroupSampler:
@@ -16,7 +16,7 @@ def sampler(num_processes: int = 1, **settings) -> PromptGroupSampler:
     return PromptGroupSampler(**(defaults | settings))
 
 
-def shares(images: list[Image], num_processes: int, updates_per_rollout: int, repeats: int) -> list[list[list[Image]]]:
+def shares(images: list[ImageKey], num_processes: int, updates_per_rollout: int, repeats: int) -> list[list[list[ImageKey]]]:
     """[rollout][process] -> images, as a data loader of one process's share per batch deals them out in turn."""
     size = 8 * updates_per_rollout // num_processes
     batches = [images[i : i + size] for i in range(0, len(images), size)]

@@ -29,8 +29,8 @@ from PIL import Image as PILImage
 from flowrl_trainers.cli import serve_reward as command
 from flowrl_trainers.rewards import FunctionReward, RemoteReward, ShapesReward, as_rewards, remote
 from flowrl_trainers.rewards.server import Limits, reward_app
-from flowrl_trainers.trainers.prompt_groups import Example, Image
-from flowrl_trainers.trainers.scoring import call_rewards
+from flowrl_trainers.sampling.prompt_groups import Example, ImageKey
+from flowrl_trainers.sampling.scoring import call_rewards
 
 from .test_wrong_input import make
 
@@ -147,7 +147,7 @@ def pictures(count: int, size: int = 16) -> torch.Tensor:
 
 
 def examples(prompts: list[str], **columns) -> list[Example]:
-    return [Example(Image(i, 0, 0), p, {name: values[i] for name, values in columns.items()}) for i, p in enumerate(prompts)]
+    return [Example(ImageKey(i, 0, 0), p, {name: values[i] for name, values in columns.items()}) for i, p in enumerate(prompts)]
 
 
 def scores_of(reward, images: torch.Tensor, prompts: list[str] | None = None, **columns) -> torch.Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowrl_trainers.trainers.checkpoints import MANIFEST, checkpoint_to_resume, condition, write_manifest
+from flowrl_trainers.run_folder.checkpoints import MANIFEST, checkpoint_to_resume, condition, write_manifest
 
 SCRIPT = Path(__file__).parent / "training_script.py"
 TRAINERS = {

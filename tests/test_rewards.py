@@ -10,9 +10,9 @@ from PIL import Image as PILImage
 
 from flowrl_trainers.rewards import CheckerReward, CLIPScore, Reward, ShapesReward, as_rewards, differentiable
 from flowrl_trainers.rewards.preprocessing import _resize
+from flowrl_trainers.sampling.prompt_groups import Example, ImageKey
+from flowrl_trainers.sampling.scoring import call_rewards
 from flowrl_trainers.shapes import WEIGHTS, all_prompts, draw, load_clip, parse, random_scene
-from flowrl_trainers.trainers.prompt_groups import Example, Image
-from flowrl_trainers.trainers.scoring import call_rewards
 
 PROMPTS = ["a red circle", "a blue square and a green cross"]
 
@@ -23,7 +23,7 @@ def pictures(size: int = 32) -> torch.Tensor:
 
 
 def examples(**columns) -> list[Example]:
-    return [Example(Image(i, 0, 0), p, {name: values[i] for name, values in columns.items()}) for i, p in enumerate(PROMPTS)]
+    return [Example(ImageKey(i, 0, 0), p, {name: values[i] for name, values in columns.items()}) for i, p in enumerate(PROMPTS)]
 
 
 @pytest.mark.parametrize("enabled", [True, False])

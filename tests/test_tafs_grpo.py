@@ -13,8 +13,8 @@ from torch import nn
 from flowrl_trainers import TAFSGRPOConfig, TAFSGRPOTrainer
 from flowrl_trainers.flow import compare_within_groups, step_advantages
 from flowrl_trainers.metrics import colour_entropy, edge_density
-from flowrl_trainers.trainers.micro_batch import MicroBatch
-from flowrl_trainers.trainers.prompt_groups import Example, Image
+from flowrl_trainers.sampling.micro_batch import MicroBatch
+from flowrl_trainers.sampling.prompt_groups import Example, ImageKey
 
 from .gaussian import GaussianFlow
 from .test_wrong_input import make
@@ -59,7 +59,7 @@ def tafs(folder, dim: int = 1, network=None, reward=height, **changes) -> TAFSGR
 def rolled_out(t: TAFSGRPOTrainer, rollout: int = 0) -> MicroBatch:
     """A prepared micro-batch of one rollout: groups of the config's size."""
     size, group = t.args.per_device_train_batch_size, t.args.num_generations
-    (batch,) = t._make_rollout([Example(Image(i // group, i % group, rollout), str(i // group), {}) for i in range(size)])
+    (batch,) = t._make_rollout([Example(ImageKey(i // group, i % group, rollout), str(i // group), {}) for i in range(size)])
     t._micro_step = 1
     return batch
 
@@ -117,7 +117,7 @@ def test_images_of_a_prompt_start_together_and_their_first_velocity_is_computed_
     assert (states[:, :, 0] == states[:, :1, 0]).all()
     assert states[:, :, 1].std(dim=1).min() > 0.1
     torch.testing.assert_close(
-        states[:, :, 0].flatten(0, 1), t.initial_latents([Image(i // 16, 0, 0) for i in range(64)], "initial latents")
+        states[:, :, 0].flatten(0, 1), t.initial_latents([ImageKey(i // 16, 0, 0) for i in range(64)], "initial latents")
     )
     apart = tafs(tmp_path, dim=3, network=network, reward=lambda images, prompts, **columns: images.mean(dim=1), share_initial_noise=False)
     network.sizes.clear()
@@ -177,7 +177,7 @@ def test_the_policy_gradient_is_the_analytic_one_and_vanishes_one_step_off(tmp_p
     found, shifted = [], []
     t.model.eval()
     for number in range(groups):
-        examples = [Example(Image(number % 64, i, number), str(number % 64), {}) for i in range(group)]
+        examples = [Example(ImageKey(number % 64, i, number), str(number % 64), {}) for i in range(group)]
         conditioning, keys = t.condition(examples), [e.key for e in examples]
         with torch.no_grad():
             tensors = t.rollout(t.initial_latents(keys, "initial latents"), conditioning, keys)

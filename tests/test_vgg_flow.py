@@ -13,7 +13,7 @@ from torch import nn
 from flowrl_trainers import VGGFlowConfig, VGGFlowTrainer
 from flowrl_trainers.flow import clean_estimate
 from flowrl_trainers.networks import ValueMLP, ValueUNet, value_network
-from flowrl_trainers.trainers.prompt_groups import Image
+from flowrl_trainers.sampling.prompt_groups import ImageKey
 
 from .gaussian import GaussianFlow, SmoothControl, base_coefficients, closeness
 from .test_adjoint_matching import PROMPTS, redness
@@ -42,7 +42,7 @@ def one_rollout(t: VGGFlowTrainer):
 
 def test_one_state_of_each_bin_is_drawn_and_never_the_first(tmp_path, tiny_pipeline):
     t = trainer(tmp_path, tiny_pipeline, num_inference_steps=11, timestep_bins=5, value_network="none")
-    keys = [Image(0, image, 0) for image in range(200)]
+    keys = [ImageKey(0, image, 0) for image in range(200)]
     steps = t.drawn_steps(keys)
     assert steps.shape == (200, 5)
     for bin_number in range(5):  # steps 1 to 10 in five bins of two

@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 from matplotlib.figure import Figure
 
-from ..hub import before_after
+from ..run_folder import before_after
 from ..shapes import prompts
 from ..trainers import FlowRLTrainer
 from ..trainers.evaluation import Pictures

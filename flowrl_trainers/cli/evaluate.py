@@ -11,13 +11,13 @@ from datasets import Dataset
 from diffusers.loaders import PeftAdapterMixin
 from trl import TrlParser
 
-from ..hub import before_after
 from ..metrics import signs_of_over_optimisation, standard_error_of_change
 from ..pipelines import FlowPipeline
 from ..rewards import CheckerReward, Reward, as_rewards
+from ..run_folder import before_after
+from ..sampling.conditioning import ConditioningCache
 from ..trainers import FlowRLConfig
 from ..trainers.base_trainer import SETTINGS
-from ..trainers.conditioning import ConditioningCache
 from ..trainers.evaluation import Pictures, Sampler, draw_rows, evaluation_row
 from ..trainers.input_checks import check_dataset
 from .arguments import wrong_arguments

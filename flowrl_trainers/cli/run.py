@@ -10,9 +10,9 @@ from datasets.exceptions import DatasetsError
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 
-from ..hub.card import SHAPES
 from ..pipelines import families
 from ..rewards.named import RewardLike
+from ..run_folder.card import SHAPES
 from ..shapes import load_pipeline, prompts
 from ..trainers import FlowRLConfig, FlowRLTrainer
 from .arguments import TRAINERS, RunArguments, parse

@@ -1,12 +1,12 @@
 """The trainers and their configurations."""
 
+from ..sampling.micro_batch import MicroBatch
 from .ac_flow_config import ACFlowConfig
 from .ac_flow_trainer import ACFlowTrainer
 from .adjoint_matching_config import AdjointMatchingConfig
 from .adjoint_matching_trainer import AdjointMatchingTrainer
 from .base_config import FlowRLConfig
 from .base_trainer import FlowRLTrainer
-from .micro_batch import MicroBatch
 from .reward_gradient_config import RewardGradientConfig
 from .reward_gradient_trainer import RewardGradientTrainer
 from .tafs_grpo_config import TAFSGRPOConfig

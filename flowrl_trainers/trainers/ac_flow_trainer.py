@@ -33,11 +33,11 @@ from transformers.trainer_utils import TrainOutput
 from ..flow import advantage_weights, euler_step, explained_variance, interpolate, shape_rewards, velocity_between
 from ..networks import critic
 from ..pipelines import Conditioning
+from ..sampling.draws import keyed_generator
+from ..sampling.micro_batch import MicroBatch
+from ..sampling.prompt_groups import ImageKey
 from .ac_flow_config import ACFlowConfig
 from .base_trainer import FlowRLTrainer
-from .draws import keyed_generator
-from .micro_batch import MicroBatch
-from .prompt_groups import Image
 
 logger = logging.getLogger(__name__)
 
@@ -100,11 +100,11 @@ class ACFlowTrainer(FlowRLTrainer):
             return self.given_critic.to(self.args.device)
         if self.args.critic == "none":
             return None
-        latent = self.initial_latents([Image(0, 0, 0)], "shape")
-        features, _ = self.flow.prompt_features(self.condition([self.train_dataset[Image(0, 0, 0)]]))
+        latent = self.initial_latents([ImageKey(0, 0, 0)], "shape")
+        features, _ = self.flow.prompt_features(self.condition([self.train_dataset[ImageKey(0, 0, 0)]]))
         return critic(latent.shape[1:], features.shape[-1]).to(self.args.device)
 
-    def rollout(self, latents: torch.Tensor, conditioning: Conditioning, keys: list[Image]) -> dict[str, torch.Tensor]:
+    def rollout(self, latents: torch.Tensor, conditioning: Conditioning, keys: list[ImageKey]) -> dict[str, torch.Tensor]:
         """The Euler ODE with guidance; keeps the end (B, ...)."""
         for sigma, sigma_next in pairwise(self.sigmas):
             velocity = self.model(latents, sigma.expand(len(latents)), conditioning, guidance=True)

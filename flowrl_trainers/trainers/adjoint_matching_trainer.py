@@ -54,10 +54,10 @@ from ..flow import (
     vector_jacobian_product,
 )
 from ..pipelines import Conditioning
+from ..sampling.draws import keyed_generator
+from ..sampling.micro_batch import MicroBatch
+from ..sampling.prompt_groups import ImageKey
 from .adjoint_matching_config import AdjointMatchingConfig
-from .draws import keyed_generator
-from .micro_batch import MicroBatch
-from .prompt_groups import Image
 from .reward_gradient_trainer import RewardGradientTrainer
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ class AdjointMatchingTrainer(RewardGradientTrainer):
         if self.is_world_process_zero():
             logger.info("The window of %d of %d steps opens at sigma %.3f.", steps, self.args.num_inference_steps, opening)
 
-    def rollout(self, latents: torch.Tensor, conditioning: Conditioning, keys: list[Image]) -> dict[str, torch.Tensor]:
+    def rollout(self, latents: torch.Tensor, conditioning: Conditioning, keys: list[ImageKey]) -> dict[str, torch.Tensor]:
         """Steps with guidance; keeps the states before the last `adjoint_steps` steps (B, K, ...) and the final one (B, ...)."""
         kept: list[torch.Tensor] = []
         for step, (sigma, sigma_next) in enumerate(pairwise(self.sigmas)):
@@ -116,7 +116,7 @@ class AdjointMatchingTrainer(RewardGradientTrainer):
         return {"latents": torch.stack(kept, dim=1), "final": latents}
 
     def _step(
-        self, x: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor, conditioning: Conditioning, keys: list[Image], step: int
+        self, x: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor, conditioning: Conditioning, keys: list[ImageKey], step: int
     ) -> torch.Tensor:
         """One step of the dynamics; the last memoryless one has no noise, which would spoil the reward's gradient, and no control."""
         if self.memoryless and sigma_next == 0:

@@ -29,18 +29,18 @@ from transformers.utils import is_in_notebook
 from ..pipelines import Conditioning, FlowPipeline
 from ..rewards import as_rewards
 from ..rewards.named import RewardLike
+from ..run_folder.checkpoints import MANIFEST, checkpoints
+from ..sampling.conditioning import ConditioningCache
+from ..sampling.draws import keyed_generator
+from ..sampling.flow_model import FlowModel
+from ..sampling.micro_batch import MicroBatch
+from ..sampling.prompt_groups import Example, ImageKey, PromptDataset, PromptGroupSampler
+from ..sampling.scoring import ask_rewards, call_rewards, decoded, pictures_at_a_time, score_with_gradient
 from .base_config import FlowRLConfig
-from .checkpoints import MANIFEST, checkpoints
-from .conditioning import ConditioningCache
-from .draws import keyed_generator
 from .evaluation import Pictures, Sampler
-from .flow_model import FlowModel
 from .input_checks import check_best_metric, check_dataset, check_lora, check_output_dir, check_rewards
 from .loop_callback import LoopCallback
-from .micro_batch import MicroBatch
-from .prompt_groups import Example, Image, PromptDataset, PromptGroupSampler
 from .run_evaluation import RunEvaluation, means
-from .scoring import ask_rewards, call_rewards, decoded, pictures_at_a_time, score_with_gradient
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ class FlowRLTrainer(RunEvaluation):
         return None
 
     @abstractmethod
-    def rollout(self, latents: torch.Tensor, conditioning: Conditioning, keys: list[Image]) -> dict[str, torch.Tensor]:
+    def rollout(self, latents: torch.Tensor, conditioning: Conditioning, keys: list[ImageKey]) -> dict[str, torch.Tensor]:
         """Sample from initial latents (B, ...) with `self.model`, without gradients; return what is kept, images first.
 
         keys: of the images, from which further random draws are to be made; see `keyed_generator`.
@@ -430,7 +430,7 @@ class FlowRLTrainer(RunEvaluation):
 
     def probe(self) -> None:
         """Draw and score two pictures; raises `ValueError` if the rewards cannot be trained on."""
-        examples = [self.train_dataset[Image(row % len(self.train_dataset), row, 0)] for row in range(PROBE)]
+        examples = [self.train_dataset[ImageKey(row % len(self.train_dataset), row, 0)] for row in range(PROBE)]
         self.model.eval()
         with torch.no_grad():
             latents = self.initial_latents([e.key for e in examples], "probe")
@@ -444,7 +444,7 @@ class FlowRLTrainer(RunEvaluation):
         # On the rows of the evaluation, where they are known: their columns may be others.
         judges = self.eval_rewards if self.eval_dataset is None else [*self.rewards, *self.eval_rewards]
         if judges:
-            asked = examples if self.eval_dataset is None else [PromptDataset(self.eval_dataset)[Image(0, 0, 0)]] * PROBE
+            asked = examples if self.eval_dataset is None else [PromptDataset(self.eval_dataset)[ImageKey(0, 0, 0)]] * PROBE
             with torch.no_grad(), self.judges_at_hand():
                 judged = call_rewards(judges, decoded(self.flow, latents), asked, **self.reward_context())
             scores = torch.cat([scores, judged], dim=1)
@@ -502,7 +502,7 @@ class FlowRLTrainer(RunEvaluation):
         self.prepare(rollout)
         return rollout
 
-    def initial_latents(self, keys: list[Image], purpose: str) -> torch.Tensor:
+    def initial_latents(self, keys: list[ImageKey], purpose: str) -> torch.Tensor:
         """Float32 noise for images, each drawn on the CPU from its own key."""
         generators = [keyed_generator(self.args.seed, k.row, k.image, k.rollout, purpose) for k in keys]
         return self.flow.initial_latents(len(keys), generators).to(self.args.device)

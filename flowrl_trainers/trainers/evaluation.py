@@ -14,11 +14,11 @@ from tqdm import tqdm
 from ..metrics import colour_entropy, edge_density, mean_distance
 from ..pipelines import Conditioning, FlowPipeline
 from ..rewards import CheckerReward, Reward
+from ..sampling.conditioning import ConditioningCache
+from ..sampling.draws import keyed_seed
+from ..sampling.prompt_groups import Example, ImageKey, PromptDataset
+from ..sampling.scoring import call_rewards, decoded
 from .base_config import FlowRLConfig
-from .conditioning import ConditioningCache
-from .draws import keyed_seed
-from .prompt_groups import Example, Image, PromptDataset
-from .scoring import call_rewards, decoded
 
 Sampler = Callable[[nn.Module, torch.Tensor, Conditioning, list[torch.Generator]], torch.Tensor]
 """Called with a transformer, initial latents (B, ...), their conditioning and one generator per image; returns final latents (B, ...)."""
@@ -75,7 +75,7 @@ def _draw(
 
 def _examples(dataset: Dataset) -> list[Example]:
     rows = PromptDataset(dataset)
-    return [rows[Image(row, 0, 0)] for row in range(len(rows))]
+    return [rows[ImageKey(row, 0, 0)] for row in range(len(rows))]
 
 
 @torch.no_grad()

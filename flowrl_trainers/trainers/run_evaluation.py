@@ -20,7 +20,7 @@ from transformers import TrainerControl
 from ..flow import euler_step
 from ..metrics import signs_of_over_optimisation, standard_error_of_change
 from ..pipelines import Conditioning
-from .conditioning import ConditioningCache
+from ..sampling.conditioning import ConditioningCache
 from .evaluation import Pictures, Sampler, draw_rows, evaluation_row, picture_seed
 from .input_checks import check_dataset
 from .run_files import RunFiles

@@ -24,15 +24,15 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 from transformers.utils.hub import PushInProgress
 
-from ..hub import CardFacts, before_after, model_card
 from ..pipelines import FlowPipeline
 from ..rewards import Reward
+from ..run_folder import CardFacts, before_after, model_card
+from ..run_folder.checkpoints import MANIFEST, checkpoint_to_resume, write_manifest
+from ..sampling.flow_model import FlowModel
+from ..sampling.micro_batch import MicroBatch
+from ..sampling.prompt_groups import ImageKey
 from .base_config import FlowRLConfig
-from .checkpoints import MANIFEST, checkpoint_to_resume, write_manifest
 from .evaluation import Pictures
-from .flow_model import FlowModel
-from .micro_batch import MicroBatch
-from .prompt_groups import Image
 
 logger = logging.getLogger(__name__)
 
@@ -326,7 +326,8 @@ class RunFiles(Trainer):
         self._take_up_rows(folder)
         self._micro_step = state["micro_step"]
         self._window = [
-            MicroBatch([self.train_dataset[Image(*key)] for key in part["keys"]], part["tensors"], part["good"]) for part in state["window"]
+            MicroBatch([self.train_dataset[ImageKey(*key)] for key in part["keys"]], part["tensors"], part["good"])
+            for part in state["window"]
         ]
         self._metrics.update(state["metrics"])
         self.seconds.update(state["seconds"])

@@ -28,11 +28,11 @@ from torch import nn
 
 from ..flow import clean_estimate, flow_grpo_step, log_probability, renoise, step_advantages
 from ..pipelines import Conditioning
+from ..sampling.draws import keyed_generator
+from ..sampling.micro_batch import MicroBatch
+from ..sampling.prompt_groups import ImageKey
 from .base_trainer import FlowRLTrainer
-from .draws import keyed_generator
 from .evaluation import Sampler
-from .micro_batch import MicroBatch
-from .prompt_groups import Image
 from .tafs_grpo_config import TAFSGRPOConfig
 
 logger = logging.getLogger(__name__)
@@ -84,10 +84,10 @@ class TAFSGRPOTrainer(FlowRLTrainer):
 
     # ---- the sampler ------------------------------------------------------------------------------------------------------
 
-    def rollout(self, latents: torch.Tensor, conditioning: Conditioning, keys: list[Image]) -> dict[str, torch.Tensor]:
+    def rollout(self, latents: torch.Tensor, conditioning: Conditioning, keys: list[ImageKey]) -> dict[str, torch.Tensor]:
         """(1) to (3); keeps the clean estimates (B, N, ...), the states (B, N, ...) and the log-probabilities (B, N - 1)."""
         if self.args.share_initial_noise:
-            latents = self.initial_latents([Image(k.row, 0, k.rollout) for k in keys], "initial latents")
+            latents = self.initial_latents([ImageKey(k.row, 0, k.rollout) for k in keys], "initial latents")
         generators = [keyed_generator(self.args.seed, k.row, k.image, k.rollout, "step noise") for k in keys]
 
         def velocity(x: torch.Tensor, sigma: torch.Tensor, step: int) -> torch.Tensor:
@@ -121,7 +121,7 @@ class TAFSGRPOTrainer(FlowRLTrainer):
         return KERNELS[self.args.kernel](x, velocity, sigma, sigma_next, self.args.eta)
 
     def _velocity(
-        self, model: nn.Module, x: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning, step: int, keys: list[Image]
+        self, model: nn.Module, x: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning, step: int, keys: list[ImageKey]
     ) -> torch.Tensor:
         """The velocity (B, ...); once per prompt where its images still are at their common initial noise."""
         if step > 0 or not self.args.share_initial_noise:

@@ -30,9 +30,9 @@ from torch import nn
 from ..flow import clean_estimate, euler_step, expand_like, root_mean_square, vector_jacobian_product
 from ..networks import value_network
 from ..pipelines import Conditioning
-from .draws import keyed_generator
-from .micro_batch import MicroBatch
-from .prompt_groups import Example, Image
+from ..sampling.draws import keyed_generator
+from ..sampling.micro_batch import MicroBatch
+from ..sampling.prompt_groups import Example, ImageKey
 from .reward_gradient_trainer import RewardGradientTrainer
 from .vgg_flow_config import VGGFlowConfig
 
@@ -65,8 +65,8 @@ class VGGFlowTrainer(RewardGradientTrainer):
         """The value network."""
         if self.given_network is not None or self.args.value_network == "none":
             return self.given_network
-        latent = self.initial_latents([Image(0, 0, 0)], "shape")
-        features, _ = self.flow.prompt_features(self.condition([self.train_dataset[Image(0, 0, 0)]]))
+        latent = self.initial_latents([ImageKey(0, 0, 0)], "shape")
+        features, _ = self.flow.prompt_features(self.condition([self.train_dataset[ImageKey(0, 0, 0)]]))
         return value_network(latent.shape[1:], features.shape[-1])
 
     def head_learning_rate(self) -> float:
@@ -82,14 +82,14 @@ class VGGFlowTrainer(RewardGradientTrainer):
         """The share of the reward gradient that counts at noise levels sigma, any shape: in [0, 1]."""
         return {"quadratic": (1 - sigma) ** 2, "linear": 1 - sigma, "constant": torch.ones_like(sigma)}[self.args.eta_schedule]
 
-    def drawn_steps(self, keys: list[Image]) -> torch.Tensor:
+    def drawn_steps(self, keys: list[ImageKey]) -> torch.Tensor:
         """One step of each bin for each image: (B, bins). The first step, at pure noise, is in no bin."""
         edges = torch.linspace(1, self.args.num_inference_steps, self.args.timestep_bins + 1).round().long()
         low, width = edges[:-1], edges.diff()
         draws = [torch.rand(len(low), generator=keyed_generator(self.args.seed, k.row, k.image, k.rollout, "states")) for k in keys]
         return (low + (torch.stack(draws) * width).long()).to(self.args.device)
 
-    def rollout(self, latents: torch.Tensor, conditioning: Conditioning, keys: list[Image]) -> dict[str, torch.Tensor]:
+    def rollout(self, latents: torch.Tensor, conditioning: Conditioning, keys: list[ImageKey]) -> dict[str, torch.Tensor]:
         """Euler steps with guidance; keeps the drawn states, their velocities (B, K, ...) and levels (B, K), and the end (B, ...)."""
         steps = self.drawn_steps(keys)
         kept = latents.new_zeros(len(latents), steps.shape[1], *latents.shape[1:])

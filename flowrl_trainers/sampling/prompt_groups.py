@@ -12,7 +12,7 @@ from .draws import keyed_generator
 
 
 @dataclass(frozen=True)
-class Image:
+class ImageKey:
     """One image to be made: the row of its prompt, its number in the prompt's group, and its rollout."""
 
     row: int
@@ -22,15 +22,15 @@ class Image:
 
 @dataclass
 class Example:
-    """An `Image` with its prompt and the other columns of its row."""
+    """An `ImageKey` with its prompt and the other columns of its row."""
 
-    key: Image
+    key: ImageKey
     prompt: str
     columns: dict[str, Any]
 
 
 class PromptDataset(torch.utils.data.Dataset):
-    """The rows of a `datasets.Dataset`, asked for by `Image`."""
+    """The rows of a `datasets.Dataset`, asked for by `ImageKey`."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -38,12 +38,12 @@ class PromptDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: Image) -> Example:
+    def __getitem__(self, key: ImageKey) -> Example:
         columns = dict(self.dataset[key.row])
         return Example(key, columns.pop("prompt"), columns)
 
 
-class PromptGroupSampler(Sampler[Image]):
+class PromptGroupSampler(Sampler[ImageKey]):
     """Groups of `num_generations` images per prompt, as rollouts of `updates_per_rollout` updates each.
 
     The groups of an update do not depend on how its images are spread over processes and micro-steps: with U images per update and
@@ -75,12 +75,12 @@ class PromptGroupSampler(Sampler[Image]):
     def __len__(self) -> int:
         return self.rollouts_per_epoch * self.images_per_update * self.updates_per_rollout * self.repeats
 
-    def __iter__(self) -> Iterator[Image]:
+    def __iter__(self) -> Iterator[ImageKey]:
         order = self._order(self.epoch)
         for number in range(self.rollouts_per_epoch):
             rows = order[number * self.prompts_per_rollout : (number + 1) * self.prompts_per_rollout]
             rollout = self.epoch * self.rollouts_per_epoch + number
-            images = [Image(row, image, rollout) for row in rows for image in range(self.num_generations)]
+            images = [ImageKey(row, image, rollout) for row in rows for image in range(self.num_generations)]
             dealt = self._deal(images)
             for _ in range(self.repeats):
                 yield from dealt
@@ -96,7 +96,7 @@ class PromptGroupSampler(Sampler[Image]):
     def _order(self, epoch: int) -> list[int]:
         return torch.randperm(self.num_prompts, generator=keyed_generator(self.seed, 0, 0, epoch, "prompt order")).tolist()
 
-    def _deal(self, images: list[Image]) -> list[Image]:
+    def _deal(self, images: list[ImageKey]) -> list[ImageKey]:
         share = self.images_per_update // self.num_processes
         return [
             images[update * self.images_per_update + process * share + i]

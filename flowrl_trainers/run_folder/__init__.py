@@ -1,4 +1,4 @@
-"""What a run leaves for others to look at."""
+"""What a run leaves on disk: checkpoints that can be trusted, the model card, pictures of pictures."""
 
 from .card import CardFacts, model_card
 from .gallery import before_after

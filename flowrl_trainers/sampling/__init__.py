@@ -1,0 +1,1 @@
+"""How pictures are drawn, scored and measured. Knows no algorithm, no trainer and no configuration."""
