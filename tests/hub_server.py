@@ -1,4 +1,6 @@
-"""A server on loopback that speaks as much of the Hub's API as creating, committing to and reading a model repository takes."""
+"""A server on loopback that speaks as much of the Hub's API as creating, committing to and reading a model repository
+takes.
+"""
 
 import base64
 import hashlib
@@ -29,7 +31,9 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             pass
 
         def answer(self, status: int, content=None, headers: dict[str, str] | None = None) -> None:
-            body = content if isinstance(content, bytes) else json.dumps(content if content is not None else {}).encode()
+            body = (
+                content if isinstance(content, bytes) else json.dumps(content if content is not None else {}).encode()
+            )
             self.send_response(status)
             for name, value in ({"Content-Type": "application/json"} | (headers or {})).items():
                 self.send_header(name, value)
@@ -56,7 +60,10 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 hub.files.setdefault(repo, {".gitattributes": b""})
                 self.answer(200, {"url": f"{hub.address}/{repo}", "id": repo, "name": repo})
             elif "/preupload/" in path:
-                files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]
+                files = [
+                    {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for f in json.loads(body)["files"]
+                ]
                 self.answer(200, {"files": files})
             elif "/commit/" in path:
                 repo = path.removeprefix("/api/models/").split("/commit/")[0]
@@ -67,7 +74,15 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     elif line["key"] == "file":
                         hub.files[repo][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
                 oid = hub.sha(repo)
-                self.answer(200, {"success": True, "commitOid": oid, "commitUrl": f"{hub.address}/{repo}/commit/{oid}", "hookOutput": ""})
+                self.answer(
+                    200,
+                    {
+                        "success": True,
+                        "commitOid": oid,
+                        "commitUrl": f"{hub.address}/{repo}/commit/{oid}",
+                        "hookOutput": "",
+                    },
+                )
             elif path == "/api/validate-yaml":
                 self.answer(200, {"errors": [], "warnings": []})
             else:
@@ -76,14 +91,26 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             path = unquote(urlparse(self.path).path)
             if path == "/api/whoami-v2":
-                self.answer(200, {"name": "somebody", "type": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}})
+                self.answer(
+                    200, {"name": "somebody", "type": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}}
+                )
             elif path.startswith("/api/models/"):
                 repo = "/".join(path.removeprefix("/api/models/").split("/")[:2])
                 if repo not in hub.files:
                     self.answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
                     return
                 siblings = [{"rfilename": name} for name in hub.files[repo]]
-                self.answer(200, {"id": repo, "modelId": repo, "sha": hub.sha(repo), "private": False, "tags": [], "siblings": siblings})
+                self.answer(
+                    200,
+                    {
+                        "id": repo,
+                        "modelId": repo,
+                        "sha": hub.sha(repo),
+                        "private": False,
+                        "tags": [],
+                        "siblings": siblings,
+                    },
+                )
             elif "/resolve/" in path:
                 repo, rest = path.strip("/").split("/resolve/")
                 content = hub.files.get(repo, {}).get(rest.split("/", 1)[1])

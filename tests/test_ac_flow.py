@@ -1,7 +1,8 @@
-"""The AC-Flow trainer on Gaussian flows: critic and actor against their closed forms, and the facts that were derived of them.
+"""The AC-Flow trainer on Gaussian flows: critic and actor against their closed forms, and the facts that were derived
+of them.
 
-Data x ~ N(0, 1) in one dimension, reward r = x, states z = (1 - sigma) x + sigma e. So E[x | z] = b z with b = (1 - sigma) / m and
-Var(x | z) = sigma^2 / m, where m = (1 - sigma)^2 + sigma^2.
+Data x ~ N(0, 1) in one dimension, reward r = x, states z = (1 - sigma) x + sigma e. So E[x | z] = b z with b = (1 -
+sigma) / m and Var(x | z) = sigma^2 / m, where m = (1 - sigma)^2 + sigma^2.
 """
 
 import io
@@ -10,26 +11,24 @@ import math
 
 import pytest
 import torch
-from datasets import Dataset
 from torch import nn
 
 from flowrl_trainers import ACFlowConfig, ACFlowTrainer
-from flowrl_trainers.flow import advantage_weights, explained_variance, interpolate, shape_rewards, shift_sigmas, uniform_sigmas
+from flowrl_trainers.flow import (
+    advantage_weights,
+    explained_variance,
+    interpolate,
+    shape_rewards,
+    shift_sigmas,
+    uniform_sigmas,
+)
 from flowrl_trainers.networks import ConvCritic, MLPCritic, critic
 from flowrl_trainers.run_folder.gallery import to_pillow
 from flowrl_trainers.sampling.micro_batch import MicroBatch
 from flowrl_trainers.sampling.prompt_groups import Example, ImageKey
 
-from .gaussian import GaussianFlow, closeness
-from .test_control import settings
-from .test_wrong_input import make
-
-PROMPTS = Dataset.from_dict({"prompt": [str(n) for n in range(64)]})
-
-
-def height(images, prompts, **columns):
-    """r = x."""
-    return images[:, 0].tolist()
+from .gaussian import NUMBERED, GaussianFlow, closeness, height, settings
+from .helpers import first_rollout, make_trainer, update_rows
 
 
 class Velocities(nn.Module):
@@ -50,12 +49,14 @@ class Velocities(nn.Module):
 
 def ac_flow(folder, network=None, reward=height, given=None, **changes) -> ACFlowTrainer:
     defaults = settings(
-        folder, num_inference_steps=16, num_generations=4, max_steps=1, reward_shaping="none", advantage_clip=None, normalize_weights=False,
-        critic="none", critic_warmup_max_steps=0, wasserstein_coefficient=0.0,
+        folder, num_inference_steps=16, num_generations=4, max_steps=1, reward_shaping="none", advantage_clip=None,
+        normalize_weights=False, critic="none", critic_warmup_max_steps=0, wasserstein_coefficient=0.0,
     )  # fmt: skip
     del defaults["reward_gradient_clip_quantile"]
-    t = ACFlowTrainer(GaussianFlow(network or Velocities(), 1), reward, ACFlowConfig(**(defaults | changes)), PROMPTS, critic=given)
-    t.conditioning.encode(PROMPTS["prompt"], torch.device("cpu"), show_progress=False)
+    t = ACFlowTrainer(
+        GaussianFlow(network or Velocities(), 1), reward, ACFlowConfig(**(defaults | changes)), NUMBERED, critic=given
+    )
+    t.conditioning.encode(NUMBERED["prompt"], torch.device("cpu"), show_progress=False)
     return t
 
 
@@ -68,7 +69,7 @@ def exact_images(t: ACFlowTrainer, count: int, rollout: int = 0) -> MicroBatch:
     return batch
 
 
-# ---- the pieces ---------------------------------------------------------------------------------------------------------------
+# ---- the pieces -----------------------------------------------------------------------------------------------------
 
 
 def test_rewards_are_centred_in_their_group_and_divided_by_the_spread_of_all():
@@ -125,22 +126,28 @@ def test_the_logit_normal_levels_are_those_of_stable_diffusion_3(tmp_path):
 
 
 def test_the_levels_of_the_pipeline_lie_where_its_steps_do(tmp_path, monkeypatch):
-    """As many between any two neighbouring steps of the sampler, of a scheduler with a shift of 3 here; so their mean is the trapezoids'."""
+    """As many between any two neighbouring steps of the sampler, of a scheduler with a shift of 3 here; so their mean
+    is the trapezoids'.
+    """
     t = ac_flow(tmp_path, timestep_bins=50, timestep_sampling="pipeline")
     monkeypatch.setattr(t.flow, "sigmas", lambda steps, spacing: shift_sigmas(uniform_sigmas(steps), 3.0))
     steps = t.args.num_inference_steps
     grid = shift_sigmas(uniform_sigmas(steps), 3.0)
     torch.testing.assert_close(t._levels(uniform_sigmas(steps)), grid, atol=1e-6, rtol=0)
-    torch.testing.assert_close(t._levels(torch.tensor([1 - 0.5 / steps])), (grid[:1] + grid[1:2]) / 2, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        t._levels(torch.tensor([1 - 0.5 / steps])), (grid[:1] + grid[1:2]) / 2, atol=1e-6, rtol=0
+    )
     _, _, sigma = t._renoised(exact_images(t, 64), "actor")
     assert float(sigma.mean()) == pytest.approx(float((grid[1:] + grid[:-1]).mean() / 2), rel=0.01)
 
 
-# ---- the critic ---------------------------------------------------------------------------------------------------------------
+# ---- the critic -----------------------------------------------------------------------------------------------------
 
 
 def test_the_critic_learns_the_conditional_mean_of_the_reward(tmp_path):
-    """V* = b z. Mean squared error at most 0.02 Var r in every bin, explained variance of V* at least 0.95 where b z explains 10 %."""
+    """V* = b z. Mean squared error at most 0.02 Var r in every bin, explained variance of V* at least 0.95 where b z
+    explains 10 %.
+    """
     t = ac_flow(tmp_path, critic="default", critic_learning_rate=3e-3, timestep_bins=4)
     for rollout in range(200):
         batch = exact_images(t, 256, rollout)
@@ -164,7 +171,9 @@ def test_the_critic_learns_the_conditional_mean_of_the_reward(tmp_path):
 
 
 def test_the_advantage_of_a_perfect_critic_lives_at_noisy_states(tmp_path):
-    """D1: the advantage has mean 0 and variance Var(x | z) = sigma^2 / m, which falls towards the data; on the sampler's path it is 0."""
+    """D1: the advantage has mean 0 and variance Var(x | z) = sigma^2 / m, which falls towards the data; on the
+    sampler's path it is 0.
+    """
     t = ac_flow(tmp_path, given=Perfect(), timestep_bins=4)
     batch = exact_images(t, 20000)
     states, _, sigma = t._renoised(batch, "actor")
@@ -188,7 +197,7 @@ class Perfect(nn.Module):
 
 
 @pytest.mark.parametrize(("explained", "rollouts"), [
-    ([0.0, 0.0, 0.2, 0.205, 0.19, 0.2, 0.9], 5),  # waits for a beginning, then for three rollouts without a rise of 0.01
+    ([0.0, 0.0, 0.2, 0.205, 0.19, 0.2, 0.9], 5),  # waits for a beginning, then for three without a rise of 0.01
     ([0.0] * 7, 6),  # the cap
     ([math.nan] * 7, 6),  # rollouts whose rewards are all equal tell nothing
 ])  # fmt: skip
@@ -196,7 +205,8 @@ def test_the_warm_up_ends_where_the_explained_variance_no_longer_rises(tmp_path,
     """And the transformer is left alone until then."""
     found = iter(explained)
     monkeypatch.setattr(
-        "flowrl_trainers.trainers.ac_flow_trainer.explained_variance", lambda values, predictions: torch.tensor([next(found)])
+        "flowrl_trainers.trainers.ac_flow_trainer.explained_variance",
+        lambda values, predictions: torch.tensor([next(found)]),
     )
     network, rows = Velocities(), []
     t = ac_flow(tmp_path, network, given=Perfect(), critic_warmup_max_steps=6, max_steps=7, learning_rate=0.1)
@@ -219,7 +229,12 @@ def test_a_run_that_ends_in_the_warm_up_says_so(tmp_path, caplog):
 
 
 def test_an_image_that_is_not_finite_does_not_stop_the_critic(tmp_path):
-    t = ac_flow(tmp_path, critic="default", max_bad_sample_share=0.5, reward=lambda images, prompts, **columns: [1.0] * len(images))
+    t = ac_flow(
+        tmp_path,
+        critic="default",
+        max_bad_sample_share=0.5,
+        reward=lambda images, prompts, **columns: [1.0] * len(images),
+    )
     batch = exact_images(t, 64)
     batch.tensors["final"][3] = math.nan
     t._shape([batch])
@@ -240,11 +255,13 @@ def test_images_without_a_reward_have_no_part_in_the_mean_weight(tmp_path):
     assert batch.tensors["weights"][1] == 1.0
 
 
-# ---- the actor ----------------------------------------------------------------------------------------------------------------
+# ---- the actor ------------------------------------------------------------------------------------------------------
 
 
 def weighted_regression(z: float, sigma: float, weight, alpha: float) -> float:
-    """(E[w | z] u_w + alpha v_base) / (E[w | z] + alpha) by quadrature over x | z ~ N(b z, sigma^2 / m); weight: of x and z."""
+    """(E[w | z] u_w + alpha v_base) / (E[w | z] + alpha) by quadrature over x | z ~ N(b z, sigma^2 / m); weight: of x
+    and z.
+    """
     m = (1 - sigma) ** 2 + sigma**2
     x = (1 - sigma) / m * z + sigma / math.sqrt(m) * torch.linspace(-8, 8, 20001, dtype=torch.float64)
     density = torch.softmax(-((x - (1 - sigma) / m * z) ** 2) * m / (2 * sigma**2), dim=0)
@@ -261,10 +278,19 @@ def value(z: float, sigma: float) -> float:
 CASES = {
     "orw": (dict(), lambda x, z, s: torch.exp(x / 0.7)),
     "critic": (dict(given=Perfect()), lambda x, z, s: torch.exp((x - value(z, s)) / 0.7)),
-    "clipped": (dict(given=Perfect(), advantage_clip=0.5), lambda x, z, s: torch.exp((x - value(z, s)).clamp(-0.5, 0.5) / 0.7)),
-    "softplus": (dict(given=Perfect(), weighting="softplus"), lambda x, z, s: torch.log1p(torch.exp((x - value(z, s)) / 0.7))),
+    "clipped": (
+        dict(given=Perfect(), advantage_clip=0.5),
+        lambda x, z, s: torch.exp((x - value(z, s)).clamp(-0.5, 0.5) / 0.7),
+    ),
+    "softplus": (
+        dict(given=Perfect(), weighting="softplus"),
+        lambda x, z, s: torch.log1p(torch.exp((x - value(z, s)) / 0.7)),
+    ),
     "indicator": (dict(given=Perfect(), weighting="indicator"), lambda x, z, s: (x > value(z, s)).double()),
-    "signed": (dict(given=Perfect(), weighting="linear", wasserstein_coefficient=0.8), lambda x, z, s: (x - value(z, s)) / 0.7),
+    "signed": (
+        dict(given=Perfect(), weighting="linear", wasserstein_coefficient=0.8),
+        lambda x, z, s: (x - value(z, s)) / 0.7,
+    ),
 }
 
 
@@ -281,15 +307,21 @@ class Table(nn.Module):
         return ((2 * sigma - 1) / m)[:, None] * z + self.offsets[here][:, None]
 
 
-@pytest.mark.parametrize(("case", "alpha"), [(case, alpha) for case in CASES for alpha in (0.0, 0.8) if (case, alpha) != ("signed", 0.0)])
+@pytest.mark.parametrize(
+    ("case", "alpha"), [(case, alpha) for case in CASES for alpha in (0.0, 0.8) if (case, alpha) != ("signed", 0.0)]
+)
 def test_the_actor_s_minimum_is_the_weighted_mean_pulled_to_the_base(tmp_path, case, alpha):
-    """The loss of 200,000 images whose states lie at fixed points z, minimised exactly (it is quadratic), within 3 % of quadrature.
+    """The loss of 200,000 images whose states lie at fixed points z, minimised exactly (it is quadratic), within 3 %
+    of quadrature.
 
-    Covers D2 (without clipping, exp(A) and exp(r) have the same minimum where there is no anchor) and D3 (signed weights: base + Cov / alpha).
+    Covers D2 (without clipping, exp(A) and exp(r) have the same minimum where there is no anchor) and D3 (signed
+    weights: base + Cov / alpha).
     """
     changes, weight = CASES[case]
     sigma, points = 0.5, torch.tensor([-1.0, -0.4, 0.6, 1.0])
-    t = ac_flow(tmp_path, Table(points), temperature=0.7, timestep_bins=1, **({"wasserstein_coefficient": alpha} | changes))
+    t = ac_flow(
+        tmp_path, Table(points), temperature=0.7, timestep_bins=1, **({"wasserstein_coefficient": alpha} | changes)
+    )
     count = 200_000
     z = points.repeat(count // 4)
     m = (1 - sigma) ** 2 + sigma**2
@@ -317,19 +349,24 @@ def test_the_actor_s_minimum_is_the_weighted_mean_pulled_to_the_base(tmp_path, c
 
 
 def test_d2_the_critic_cancels_in_exponential_weights_but_not_beside_an_anchor():
-    """By quadrature alone: equal minima without an anchor, different ones with it; and E[w | z] is far more even with the critic."""
+    """By quadrature alone: equal minima without an anchor, different ones with it; and E[w | z] is far more even with
+    the critic.
+    """
     orw, with_critic = CASES["orw"][1], CASES["critic"][1]
-    assert weighted_regression(0.6, 0.5, orw, 0.0) == pytest.approx(weighted_regression(0.6, 0.5, with_critic, 0.0), rel=1e-6)
+    assert weighted_regression(0.6, 0.5, orw, 0.0) == pytest.approx(
+        weighted_regression(0.6, 0.5, with_critic, 0.0), rel=1e-6
+    )
     assert abs(weighted_regression(1.0, 0.5, orw, 0.8) - weighted_regression(1.0, 0.5, with_critic, 0.8)) > 0.1
 
 
 def test_without_critic_shaping_clipping_and_normalising_it_is_orw_cfm_w2(tmp_path):
     """The gradient of E[exp(r / tau) |v - (e - x)|^2 + alpha |v - v_ref|^2], written out here, to 1e-6."""
-    t = ac_flow(tmp_path, temperature=0.7, wasserstein_coefficient=0.4, timestep_bins=3, per_device_train_batch_size=16)
+    t = ac_flow(
+        tmp_path, temperature=0.7, wasserstein_coefficient=0.4, timestep_bins=3, per_device_train_batch_size=16
+    )
     with torch.no_grad():
         t.flow.network.coefficients += 0.3
-    examples = next(iter(t.get_train_dataloader()))
-    (batch,) = t._make_rollout(examples)
+    examples, (batch,) = first_rollout(t)
     loss = sum(t.micro_batch_losses(t.model, batch, t.condition(examples), state).mean() for state in range(3)) / 3
     (mine,) = torch.autograd.grad(loss, t.flow.network.coefficients)
     again = t.initial_latents([e.key for e in examples], "initial latents")
@@ -347,12 +384,15 @@ def test_without_critic_shaping_clipping_and_normalising_it_is_orw_cfm_w2(tmp_pa
 
 
 def spread_after(folder, rounds: int, alpha: float, seed: int = 0, weights=None) -> tuple[float, float]:
-    """Mean and variance of the sampler's end after so many updates towards 1, four per rollout, from the learned coefficients."""
+    """Mean and variance of the sampler's end after so many updates towards 1, four per rollout, from the learned
+    coefficients.
+    """
     network = Velocities()
     t = ac_flow(
-        folder, network, closeness(1.0), per_device_train_batch_size=256, num_generations=4, max_steps=rounds, learning_rate=0.03, temperature=0.5, seed=seed,
-        critic="default", reward_shaping="standardise", advantage_clip=1.0, normalize_weights=True, wasserstein_coefficient=alpha,
-        critic_warmup_max_steps=5, num_iterations=4,
+        folder, network, closeness(1.0), per_device_train_batch_size=256, num_generations=4, max_steps=rounds,
+        learning_rate=0.03, temperature=0.5, seed=seed, critic="default", reward_shaping="standardise",
+        advantage_clip=1.0, normalize_weights=True, wasserstein_coefficient=alpha, critic_warmup_max_steps=5,
+        num_iterations=4,
     )  # fmt: skip
     if weights is not None:
         t._weigh = weights(t, t._weigh)
@@ -381,7 +421,9 @@ def test_the_distance_to_the_base_is_relative_to_it(tmp_path):
     torch.testing.assert_close(losses, 1.5 * (0.1 * anchors[:, 0, 0]) ** 2)
     assert t._metrics["velocity_distance"] == [pytest.approx(0.1)]
     batch.good[3], anchors[3] = False, 0.0  # left out, whatever the network says there
-    t.micro_batch_losses(lambda z, sigma, conditioning, guidance: 1.1 * anchors[:, 0] + (anchors[:, 0] == 0), batch, {}, 0)
+    t.micro_batch_losses(
+        lambda z, sigma, conditioning, guidance: 1.1 * anchors[:, 0] + (anchors[:, 0] == 0), batch, {}, 0
+    )
     assert t._metrics["velocity_distance"][1] == pytest.approx(0.1)
 
 
@@ -427,7 +469,7 @@ def test_shuffled_weights_lose_the_gain(tmp_path):
     assert abs(wrong[0]) < 0.25 * right[0]
 
 
-# ---- rewards, files, refusals -------------------------------------------------------------------------------------------------
+# ---- rewards, files, refusals ---------------------------------------------------------------------------------------
 
 
 async def later(images, prompts, **columns):
@@ -443,18 +485,20 @@ def jpeg_size(images, prompts, **columns):
     return sizes
 
 
-@pytest.mark.parametrize("reward", ["checker", jpeg_size, later, ["checker", later]], ids=["checker", "jpeg", "async", "two"])
+@pytest.mark.parametrize(
+    "reward", ["checker", jpeg_size, later, ["checker", later]], ids=["checker", "jpeg", "async", "two"]
+)
 def test_black_boxes_are_rewards(tmp_path, reward):
-    t = make("ACFlowTrainer", tmp_path, reward=reward, critic_warmup_max_steps=1, learning_rate=1e-2)
+    t = make_trainer("ACFlowTrainer", tmp_path, reward=reward, critic_warmup_max_steps=1, learning_rate=1e-2)
     t.train()
-    rows = [row for row in t.state.log_history if "loss" in row]
+    rows = update_rows(t)
     assert [row["critic/warming_up"] for row in rows] == [1, 0]
     if reward == "checker":
         assert rows[0]["reward/checker"] == 0  # of a random pipeline
 
 
 def test_the_critic_is_saved_and_named_in_the_card(tmp_path):
-    t = make("ACFlowTrainer", tmp_path, critic_warmup_max_steps=0)
+    t = make_trainer("ACFlowTrainer", tmp_path, critic_warmup_max_steps=0)
     t.train()
     t.save_model()
     saved = ConvCritic.from_pretrained(tmp_path / "critic")
@@ -468,7 +512,9 @@ def test_the_critic_is_saved_and_named_in_the_card(tmp_path):
 @pytest.mark.parametrize("shape", [(4, 4, 4), (8, 8, 8), (16, 12, 20), (16, 64, 64)])
 def test_the_critic_follows_the_latent_and_starts_from_zero(shape):
     network = critic(torch.Size(shape), 12)
-    values = network(torch.randn(2, *shape), torch.tensor([0.3, 0.9]), torch.randn(2, 3, 12), torch.ones(2, 3, dtype=torch.bool))
+    values = network(
+        torch.randn(2, *shape), torch.tensor([0.3, 0.9]), torch.randn(2, 3, 12), torch.ones(2, 3, dtype=torch.bool)
+    )
     assert values.tolist() == [0, 0]
     assert isinstance(critic(torch.Size((3,)), 12), MLPCritic)
 

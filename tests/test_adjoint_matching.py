@@ -3,58 +3,33 @@
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from flowrl_trainers import AdjointMatchingConfig, AdjointMatchingTrainer, FlowPipeline
+from flowrl_trainers import AdjointMatchingTrainer, FlowPipeline
 from flowrl_trainers.flow import control_cost, shift_sigmas, uniform_sigmas
 from flowrl_trainers.rewards import differentiable
 from flowrl_trainers.shapes import load_pipeline, prompts
 
+from .helpers import (
+    CAPTIONS,
+    adjoint_matching,
+    adjoint_matching_config,
+    constant,
+    first_examples,
+    first_rollout,
+    redness,
+    rollout_with_targets,
+    update_rows,
+)
 from .tiny import tiny_sd3
 
-PROMPTS = ["a red circle", "a blue square", "a green cross", "a red circle and a blue square"]
-
-
-@differentiable
-def redness(images, prompts, **columns):
-    red, green, blue = images.unbind(dim=1)
-    return (red - (green + blue) / 2).mean(dim=(1, 2))
-
-
-def config(folder, **settings) -> AdjointMatchingConfig:
-    defaults = dict(
-        output_dir=str(folder), max_steps=2, per_device_train_batch_size=2, num_inference_steps=4, adjoint_steps=3, guidance_scale=1.0,
-        max_sequence_length=8, reward_scale=50.0, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
-    )  # fmt: skip
-    return AdjointMatchingConfig(**(defaults | settings))
-
-
-LORA = LoraConfig(r=4, lora_alpha=8)
-
-
-def trainer(folder, pipeline, reward=redness, lora: LoraConfig | None = LORA, dataset=None, **settings):
-    dataset = Dataset.from_dict({"prompt": PROMPTS}) if dataset is None else dataset
-    extra = {name: settings.pop(name) for name in ("eval_dataset", "eval_reward_funcs") if name in settings}
-    return AdjointMatchingTrainer(pipeline, reward, config(folder, **settings), dataset, peft_config=lora, **extra)
-
-
-def one_rollout(t: AdjointMatchingTrainer):
-    """The first rollout, with the target velocities of a quadratic cost of weight 1."""
-    examples = next(iter(t.get_train_dataloader()))
-    rollout = t._make_rollout(examples)
-    for batch in rollout:
-        batch.tensors["targets"] = batch.tensors["velocities"] - batch.tensors["adjoints"]
-    return examples, rollout
-
-
-# ---- what is computed --------------------------------------------------------------------------------------------------------
+# ---- what is computed -----------------------------------------------------------------------------------------------
 
 
 def test_targets_are_base_velocities_minus_the_adjoint_of_the_next_state(tmp_path, tiny_pipeline):
     """Against autograd through the whole sampler: the adapter starts at zero, so base and current model are one."""
-    t = trainer(tmp_path, tiny_pipeline)
-    examples, (batch,) = one_rollout(t)
+    t = adjoint_matching(tmp_path, tiny_pipeline)
+    examples, (batch,) = rollout_with_targets(t)
     conditioning, flow = t.condition(examples), t.flow
     states = [t.initial_latents([e.key for e in examples], "initial latents").requires_grad_()]
     velocities = []
@@ -70,47 +45,58 @@ def test_targets_are_base_velocities_minus_the_adjoint_of_the_next_state(tmp_pat
 
 
 def test_loss_is_the_mean_square_control_while_the_adapter_is_zero(tmp_path, tiny_pipeline):
-    t = trainer(tmp_path, tiny_pipeline, reward_scale=0.5)
-    examples, (batch,) = one_rollout(t)
+    t = adjoint_matching(tmp_path, tiny_pipeline, reward_scale=0.5)
+    examples, (batch,) = rollout_with_targets(t)
     t.model.eval()
     for state in range(3):
         losses = t.micro_batch_losses(t.model, batch, t.condition(examples), state)
         velocity = t.model(batch.tensors["latents"][:, state], t.window_sigmas[state].expand(2), t.condition(examples))
-        torch.testing.assert_close(losses, (velocity - batch.tensors["targets"][:, state]).square().mean(dim=(1, 2, 3)))
+        torch.testing.assert_close(
+            losses, (velocity - batch.tensors["targets"][:, state]).square().mean(dim=(1, 2, 3))
+        )
 
 
 def test_a_reward_without_any_gradient_is_refused_on_the_first_rollout(tmp_path, tiny_pipeline):
-    t = trainer(tmp_path, tiny_pipeline, reward=differentiable(constant), reward_scale=None)
+    t = adjoint_matching(tmp_path, tiny_pipeline, reward=differentiable(constant), reward_scale=None)
     with pytest.raises(ValueError, match="gradient is zero on the whole first rollout"):
-        one_rollout(t)
-
-
-def constant(images, prompts, **columns):
-    return 0 * images.sum(dim=(1, 2, 3))
+        rollout_with_targets(t)
 
 
 def test_reward_scale_is_found_on_the_first_rollout(tmp_path, tiny_pipeline):
-    t = trainer(tmp_path, tiny_pipeline, reward_scale=None, control_to_velocity_ratio=0.25, max_steps=1)
-    examples, (batch,) = one_rollout(t)
+    t = adjoint_matching(tmp_path, tiny_pipeline, reward_scale=None, control_to_velocity_ratio=0.25, max_steps=1)
+    examples, (batch,) = rollout_with_targets(t)
     with torch.no_grad(), t.model.reference():
         velocities = torch.stack(
-            [t.model(batch.tensors["latents"][:, k], t.window_sigmas[k].expand(2), t.condition(examples)) for k in range(3)], dim=1
+            [
+                t.model(batch.tensors["latents"][:, k], t.window_sigmas[k].expand(2), t.condition(examples))
+                for k in range(3)
+            ],
+            dim=1,
         )
     control = velocities - batch.tensors["targets"]
     assert float(control.square().mean().sqrt() / velocities.square().mean().sqrt()) == pytest.approx(0.25, rel=1e-4)
 
 
 def test_reward_gradients_are_clipped_at_the_quantile_of_their_rollout(tmp_path, tiny_pipeline):
-    t = trainer(
-        tmp_path, tiny_pipeline, per_device_train_batch_size=4, adjoint_steps=2, reward_scale=1.0, reward_gradient_clip_quantile=0.5
+    t = adjoint_matching(
+        tmp_path,
+        tiny_pipeline,
+        per_device_train_batch_size=4,
+        adjoint_steps=2,
+        reward_scale=1.0,
+        reward_gradient_clip_quantile=0.5,
     )
-    _, (batch,) = one_rollout(t)
-    unclipped = trainer(tmp_path, tiny_sd3(), per_device_train_batch_size=4, adjoint_steps=2, reward_scale=1.0)
-    _, (reference,) = one_rollout(unclipped)
+    _, (batch,) = rollout_with_targets(t)
+    unclipped = adjoint_matching(
+        tmp_path, tiny_sd3(), per_device_train_batch_size=4, adjoint_steps=2, reward_scale=1.0
+    )
+    _, (reference,) = rollout_with_targets(unclipped)
     norms = []
     for b, owner in ((batch, t), (reference, unclipped)):
         with torch.no_grad(), owner.model.reference():
-            velocity = owner.model(b.tensors["latents"][:, 0], owner.window_sigmas[0].expand(4), owner.condition(b.examples))
+            velocity = owner.model(
+                b.tensors["latents"][:, 0], owner.window_sigmas[0].expand(4), owner.condition(b.examples)
+            )
         norms.append((velocity - b.tensors["targets"][:, 0]).flatten(1).norm(dim=1))
     median = norms[1].quantile(0.5)
     torch.testing.assert_close(norms[0], norms[1].clamp(max=median), rtol=1e-3, atol=0)
@@ -119,7 +105,9 @@ def test_reward_gradients_are_clipped_at_the_quantile_of_their_rollout(tmp_path,
 def test_adjoints_are_clipped_at_the_quantile_of_every_step(tmp_path):
     settings = {"per_device_train_batch_size": 4, "adjoint_steps": 3, "reward_scale": 1.0}
     plain, clipped = (
-        one_rollout(trainer(tmp_path, tiny_sd3(), adjoint_clip_quantile=quantile, **settings))[1][0].tensors["adjoints"]
+        rollout_with_targets(adjoint_matching(tmp_path, tiny_sd3(), adjoint_clip_quantile=quantile, **settings))[1][
+            0
+        ].tensors["adjoints"]
         for quantile in (None, 0.5)
     )
     norms = plain.flatten(2).norm(dim=2)
@@ -130,8 +118,8 @@ def test_adjoints_are_clipped_at_the_quantile_of_every_step(tmp_path):
 
 def test_the_adapter_is_on_again_and_trainable_after_a_rollout(tmp_path, tiny_pipeline):
     """A leak of the reference mode would give silently zero control."""
-    t = trainer(tmp_path, tiny_pipeline)
-    one_rollout(t)
+    t = adjoint_matching(tmp_path, tiny_pipeline)
+    rollout_with_targets(t)
     layers = [m for m in t.flow.transformer.modules() if isinstance(m, BaseTunerLayer)]
     assert layers
     assert not any(layer.disable_adapters for layer in layers)
@@ -139,9 +127,11 @@ def test_the_adapter_is_on_again_and_trainable_after_a_rollout(tmp_path, tiny_pi
 
 
 def test_rollouts_are_guided_and_targets_are_not(tmp_path, tiny_pipeline):
-    """Guidance changes the states, but the regression is on the conditional branch, which keeps the adjoint from blowing up."""
-    guided = trainer(tmp_path, tiny_pipeline, guidance_scale=6.0, adjoint_steps=2, reward_scale=1e-9)
-    examples, (batch,) = one_rollout(guided)
+    """Guidance changes the states, but the regression is on the conditional branch, which keeps the adjoint from
+    blowing up.
+    """
+    guided = adjoint_matching(tmp_path, tiny_pipeline, guidance_scale=6.0, adjoint_steps=2, reward_scale=1e-9)
+    examples, (batch,) = rollout_with_targets(guided)
     conditional = guided.flow.velocity(
         guided.flow.transformer,
         batch.tensors["latents"][:, 0],
@@ -150,20 +140,22 @@ def test_rollouts_are_guided_and_targets_are_not(tmp_path, tiny_pipeline):
         guidance=False,
     )
     torch.testing.assert_close(batch.tensors["targets"][:, 0], conditional.detach(), atol=1e-6, rtol=0)
-    plain = trainer(tmp_path, tiny_sd3(), guidance_scale=1.0, adjoint_steps=2, reward_scale=1e-9)
-    _, (other,) = one_rollout(plain)
+    plain = adjoint_matching(tmp_path, tiny_sd3(), guidance_scale=1.0, adjoint_steps=2, reward_scale=1e-9)
+    _, (other,) = rollout_with_targets(plain)
     assert not torch.allclose(batch.tensors["latents"][:, 0], other.tensors["latents"][:, 0], atol=1e-3)
 
 
-# ---- a run -------------------------------------------------------------------------------------------------------------------
+# ---- a run ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_changes_the_adapter_alone_and_leaves_what_stock_diffusers_loads(tmp_path, tiny_pipeline):
     before = {n: p.detach().clone() for n, p in tiny_pipeline.transformer.named_parameters()}
-    t = trainer(tmp_path, tiny_pipeline)
+    t = adjoint_matching(tmp_path, tiny_pipeline)
     t.train()
     for name, parameter in t.flow.transformer.named_parameters():
-        if "lora_B" in name:  # the last block throws the output of its text stream away, and with it that of the text's queries
+        if (
+            "lora_B" in name
+        ):  # the last block throws the output of its text stream away, and with it that of the text's queries
             assert (parameter.abs().max() > 0) != name.startswith("transformer_blocks.1.attn.add_q_proj")
         elif "lora_" not in name:
             assert torch.equal(parameter, before[name.replace(".base_layer", "")])
@@ -171,36 +163,48 @@ def test_a_run_changes_the_adapter_alone_and_leaves_what_stock_diffusers_loads(t
     fresh = tiny_sd3()
     fresh.load_lora_weights(str(tmp_path))
     flow = FlowPipeline.from_pipeline(fresh, guidance_scale=1.0, max_sequence_length=8)
-    pictures = [f.sample(PROMPTS, 4, torch.Generator().manual_seed(0)) for f in (flow, t.flow)]
+    pictures = [f.sample(CAPTIONS, 4, torch.Generator().manual_seed(0)) for f in (flow, t.flow)]
     torch.testing.assert_close(pictures[0], pictures[1], atol=1e-5, rtol=0)
 
 
 def test_the_reward_rises_on_shapes(tmp_path, shapes_pipeline):
-    """Thirty updates towards red: on held-out prompts with the same seeds, the mean gain exceeds five of its standard errors."""
+    """Thirty updates towards red: on held-out prompts with the same seeds, the mean gain exceeds five of its standard
+    errors.
+    """
     held_out = prompts("held_out").select(range(48))
-    t = trainer(
-        tmp_path, shapes_pipeline, dataset=prompts("train"), eval_dataset=held_out, eval_reward_funcs="checker", max_steps=30,
-        per_device_train_batch_size=8, learning_rate=1e-3, reward_scale=None, control_to_velocity_ratio=1.0, num_inference_steps=8, adjoint_steps=3,
+    t = adjoint_matching(
+        tmp_path, shapes_pipeline, dataset=prompts("train"), eval_dataset=held_out, eval_reward_funcs="checker",
+        max_steps=30, per_device_train_batch_size=8, learning_rate=1e-3, reward_scale=None,
+        control_to_velocity_ratio=1.0, num_inference_steps=8, adjoint_steps=3,
     )  # fmt: skip
     t.train()
     metrics = t.evaluate()
-    losses = [row["loss"] for row in t.state.log_history if "loss" in row]
+    losses = [row["loss"] for row in update_rows(t)]
     assert len(losses) == 30
     base, tuned = (torch.tensor(p.scores["redness"]) for p in t.pictures(held_out, 48))
     gains = tuned - base
     assert gains.mean() > 5 * gains.std() / len(gains) ** 0.5
-    assert {"eval_reward/checker", "eval_base_reward/checker", "eval_checker_accuracy", "eval_base_checker_accuracy"} <= set(metrics)
+    assert {
+        "eval_reward/checker",
+        "eval_base_reward/checker",
+        "eval_checker_accuracy",
+        "eval_base_checker_accuracy",
+    } <= set(metrics)
     assert "eval_diversity" not in metrics  # one picture of each prompt
 
 
 def test_evaluation_is_repeatable_and_does_not_depend_on_its_batch_size(tmp_path, shapes_pipeline):
     held_out = prompts("held_out").select(range(6))
     rows = [
-        trainer(tmp_path, pipeline, dataset=prompts("train"), eval_dataset=held_out, per_device_eval_batch_size=size).evaluate()
+        adjoint_matching(
+            tmp_path, pipeline, dataset=prompts("train"), eval_dataset=held_out, per_device_eval_batch_size=size
+        ).evaluate()
         for pipeline, size in ((shapes_pipeline, 6), (load_pipeline(), 4))
     ]
     assert rows[0]["eval_reward/redness"] == pytest.approx(rows[1]["eval_reward/redness"], abs=1e-5)
-    assert rows[0]["eval_reward/redness"] == rows[0]["eval_base_reward/redness"]  # an untrained adapter changes nothing
+    assert (
+        rows[0]["eval_reward/redness"] == rows[0]["eval_base_reward/redness"]
+    )  # an untrained adapter changes nothing
 
 
 def test_accumulation_does_not_change_the_update(tmp_path):
@@ -208,9 +212,9 @@ def test_accumulation_does_not_change_the_update(tmp_path):
     adapters = []
     for size, accumulation in ((4, 1), (1, 4)):
         pipeline = tiny_sd3()
-        t = trainer(
-            tmp_path, pipeline, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, num_generations=2, optim="sgd",
-            learning_rate=1.0,
+        t = adjoint_matching(
+            tmp_path, pipeline, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
+            num_generations=2, optim="sgd", learning_rate=1.0,
         )  # fmt: skip
         t.train()
         adapters.append({n: p.detach().clone() for n, p in t.model.named_parameters() if "lora_" in n})
@@ -219,11 +223,16 @@ def test_accumulation_does_not_change_the_update(tmp_path):
 
 
 def test_a_model_of_ones_own_trains_all_its_weights(tmp_path):
-    """Linear velocity on vectors: v = (a + theta) x. The reward is the negative square, so theta must rise to shrink x."""
+    """Linear velocity on vectors: v = (a + theta) x. The reward is the negative square, so theta must rise to shrink
+    x.
+    """
     flow = Vectors()
     start = flow.transformer.rate.item()
     t = AdjointMatchingTrainer(
-        flow, shrink, config(tmp_path, guidance_scale=None, max_sequence_length=None, learning_rate=0.02, max_steps=20, reward_scale=1.0),
+        flow, shrink, adjoint_matching_config(
+            tmp_path, guidance_scale=None, max_sequence_length=None, learning_rate=0.02, max_steps=20,
+            reward_scale=1.0,
+        ),
         Dataset.from_dict({"prompt": ["x", "y"]}), eval_dataset=Dataset.from_dict({"prompt": ["x"] * 8}),
     )  # fmt: skip
     t.train()
@@ -272,7 +281,7 @@ def shrink(images, prompts, **columns):
     return -images.square().sum(dim=1)
 
 
-# ---- one clear sentence each -------------------------------------------------------------------------------------------------
+# ---- one clear sentence each ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("settings", "sentence"), [
@@ -297,25 +306,25 @@ def shrink(images, prompts, **columns):
 ])  # fmt: skip
 def test_a_wrong_configuration_is_refused(tmp_path, settings, sentence):
     with pytest.raises(ValueError, match=sentence):
-        config(tmp_path, **settings)
+        adjoint_matching_config(tmp_path, **settings)
 
 
 def test_a_window_that_opens_where_nothing_is_left_to_learn_is_refused(tmp_path, tiny_pipeline):
     with pytest.raises(ValueError, match=r"`adjoint_steps` \(1\) opens its window at sigma 0.009, below 0.05"):
-        trainer(tmp_path, tiny_pipeline, adjoint_steps=1)
+        adjoint_matching(tmp_path, tiny_pipeline, adjoint_steps=1)
 
 
 def test_a_lora_for_a_network_without_adapters_is_refused(tmp_path):
     with pytest.raises(ValueError, match="Rate has no `add_adapter`"):
-        trainer(tmp_path, Vectors(), shrink, guidance_scale=None, max_sequence_length=None)
+        adjoint_matching(tmp_path, Vectors(), shrink, guidance_scale=None, max_sequence_length=None)
 
 
 def test_evaluation_without_prompts_is_refused(tmp_path, tiny_pipeline):
     with pytest.raises(ValueError, match="`evaluate` needs prompts: pass `eval_dataset`"):
-        trainer(tmp_path, tiny_pipeline).evaluate()
+        adjoint_matching(tmp_path, tiny_pipeline).evaluate()
 
 
-# ---- the variants ------------------------------------------------------------------------------------------------------------
+# ---- the variants ---------------------------------------------------------------------------------------------------
 
 
 class Field(torch.nn.Module):
@@ -350,7 +359,8 @@ def moved(folder, shift: float = 1.0, **settings) -> AdjointMatchingTrainer:
     """A trainer whose model has left its base, so that there is a control."""
     settings = {"adjoint_steps": 4, "per_device_train_batch_size": 4, "reward_scale": 0.7} | settings
     t = AdjointMatchingTrainer(
-        NonlinearVectors(shift), bumps, config(folder, guidance_scale=None, max_sequence_length=None, **settings),
+        NonlinearVectors(shift), bumps,
+        adjoint_matching_config(folder, guidance_scale=None, max_sequence_length=None, **settings),
         Dataset.from_dict({"prompt": ["a", "b", "c", "d"]}),
     )  # fmt: skip
     with torch.no_grad():
@@ -360,8 +370,7 @@ def moved(folder, shift: float = 1.0, **settings) -> AdjointMatchingTrainer:
 
 
 def loss_gradient(t: AdjointMatchingTrainer) -> list[torch.Tensor]:
-    examples = next(iter(t.get_train_dataloader()))
-    (batch,) = t._make_rollout(examples)
+    examples, (batch,) = first_rollout(t)
     states = t.num_trained_states
     losses = [t.micro_batch_losses(t.model, batch, t.condition(examples), state).mean() for state in range(states)]
     return list(torch.autograd.grad(sum(losses) / states, list(t.model.parameters())))
@@ -370,12 +379,16 @@ def loss_gradient(t: AdjointMatchingTrainer) -> list[torch.Tensor]:
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("order", ["2", "4", "2+4"])
 def test_full_adjoint_with_hamiltonian_loss_is_the_gradient_of_the_regularised_objective(tmp_path, order, shift):
-    """Against autograd through the sampler of mean [ sum_k h_k d cost(u_k) - lambda r(x_N) ], on a uniform and a shifted grid.
+    """Against autograd through the sampler of mean [ sum_k h_k d cost(u_k) - lambda r(x_N) ], on a uniform and a
+    shifted grid.
 
-    The loss is a mean over K states, weighted by h_k K / sum h, and d = 3 dimensions, and twice the Hamiltonian; the h_k sum to 1.
+    The loss is a mean over K states, weighted by h_k K / sum h, and d = 3 dimensions, and twice the Hamiltonian; the
+    h_k sum to 1.
     """
-    t = moved(tmp_path, shift, adjoint="full", loss_type="hamiltonian", control_cost_order=order, control_cost_weight=0.6)
-    keys = [e.key for e in next(iter(t.get_train_dataloader()))]
+    t = moved(
+        tmp_path, shift, adjoint="full", loss_type="hamiltonian", control_cost_order=order, control_cost_weight=0.6
+    )
+    keys = [e.key for e in first_examples(t)]
     x, objective = t.initial_latents(keys, "initial latents"), 0.0
     for sigma, sigma_next in zip(t.sigmas[:-1], t.sigmas[1:], strict=True):
         v = t.model(x, sigma.expand(4), {})
@@ -392,7 +405,7 @@ def test_full_adjoint_with_hamiltonian_loss_is_the_gradient_of_the_regularised_o
 def test_without_a_cost_it_is_direct_backpropagation_through_the_last_steps(tmp_path):
     """DRaFT-K: autograd of -lambda r(x_N) through the last two of four steps; their h_k sum to sigma_2, d = 3."""
     t = moved(tmp_path, 3.0, adjoint="full", loss_type="hamiltonian", control_cost_weight=0.0, adjoint_steps=2)
-    keys = [e.key for e in next(iter(t.get_train_dataloader()))]
+    keys = [e.key for e in first_examples(t)]
     x = t.initial_latents(keys, "initial latents")
     for step, (sigma, sigma_next) in enumerate(zip(t.sigmas[:-1], t.sigmas[1:], strict=True)):
         with torch.set_grad_enabled(step >= 2):
@@ -413,24 +426,29 @@ def test_the_three_adjoints_agree_without_control_and_differ_with_it(tmp_path):
         found = []
         for kind in ("lean", "full", "current"):
             t = make(kind)
-            (batch,) = t._make_rollout(next(iter(t.get_train_dataloader())))
+            _, (batch,) = first_rollout(t)
             found.append(batch.tensors["adjoints"])
         return found
 
     lean, full, current = adjoints(lambda kind: moved(tmp_path, adjoint=kind))
     assert (lean - full).abs().max() > 1e-3
     assert (lean - current).abs().max() > 1e-3
-    lean, full, current = adjoints(lambda kind: trainer(tmp_path, tiny_sd3(), adjoint=kind))
+    lean, full, current = adjoints(lambda kind: adjoint_matching(tmp_path, tiny_sd3(), adjoint=kind))
     torch.testing.assert_close(full, lean)
     torch.testing.assert_close(current, lean)
 
 
 @pytest.mark.parametrize("order", ["4", "2+4"])
 def test_the_wanted_control_ratio_is_reached_for_every_cost(tmp_path, tiny_pipeline, order):
-    t = trainer(
-        tmp_path, tiny_pipeline, reward_scale=None, control_to_velocity_ratio=0.2, control_cost_order=order, control_cost_weight=0.5
+    t = adjoint_matching(
+        tmp_path,
+        tiny_pipeline,
+        reward_scale=None,
+        control_to_velocity_ratio=0.2,
+        control_cost_order=order,
+        control_cost_weight=0.5,
     )
-    _, (batch,) = one_rollout(t)
+    _, (batch,) = rollout_with_targets(t)
     control = t._target_control(batch.tensors["adjoints"], batch.tensors["gains"])
     ratio = float(control.square().mean().sqrt() / batch.tensors["velocities"].square().mean().sqrt())
     assert ratio == pytest.approx(0.2, rel=1e-4)
@@ -440,9 +458,9 @@ def test_the_adjoint_in_bfloat16_is_close_to_the_one_in_float32(tmp_path):
     """Relative L2 error below 5 %: bfloat16 has 8 bits, and the adjoint passes through two Jacobians."""
     found = []
     for bf16 in (False, True):
-        t = trainer(tmp_path, tiny_sd3(), bf16=bf16)
+        t = adjoint_matching(tmp_path, tiny_sd3(), bf16=bf16)
         t.accelerator.prepare_model(t.model, evaluation_mode=True)  # autocast comes with it
-        (batch,) = t._make_rollout(next(iter(t.get_train_dataloader())))
+        _, (batch,) = first_rollout(t)
         found.append(batch.tensors["adjoints"][:, 0])
     assert 0 < (found[0] - found[1]).norm() / found[0].norm() < 0.05
 
@@ -450,7 +468,7 @@ def test_the_adjoint_in_bfloat16_is_close_to_the_one_in_float32(tmp_path):
 @pytest.mark.parametrize("order", ["2", "4", "2+4"])
 def test_the_hamiltonian_loss_trains_from_the_base_model(tmp_path, tiny_pipeline, order):
     """Where the control is zero, its cost must have a gradient."""
-    t = trainer(tmp_path, tiny_pipeline, loss_type="hamiltonian", control_cost_order=order, max_steps=2)
+    t = adjoint_matching(tmp_path, tiny_pipeline, loss_type="hamiltonian", control_cost_order=order, max_steps=2)
     t.train()
-    assert [row["skipped_updates"] for row in t.state.log_history if "loss" in row] == [0, 0]
+    assert [row["skipped_updates"] for row in update_rows(t)] == [0, 0]
     assert any(p.abs().max() > 0 for n, p in t.model.named_parameters() if "lora_B" in n)

@@ -1,4 +1,4 @@
-"""Imports point one way: cli -> trainers -> run_folder -> sampling -> {pipelines, rewards, ...} -> {flow, shapes, sit}."""
+"""Imports point one way: cli -> trainers -> {pipelines, rewards, metrics, ...} -> flow."""
 
 import ast
 from pathlib import Path
@@ -55,3 +55,16 @@ def test_flow_knows_torch_and_the_standard_library_alone():
                 assert {a.name.split(".")[0] for a in node.names} <= {"torch", "math"}
             if isinstance(node, ast.ImportFrom) and node.level == 0:
                 assert node.module.split(".")[0] in {"torch", "typing", "collections"}
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("test_*.py")), ids=lambda p: p.name)
+def test_a_test_module_imports_no_other(path):
+    """What two of them need stands in a module of helpers, so that tests can be moved and renamed freely."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module or ''}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        assert not [name for name in names if any(part.startswith("test_") for part in name.split("."))]

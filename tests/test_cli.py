@@ -18,10 +18,10 @@ from flowrl_trainers.trainers import FlowRLConfig
 FLOWRL = Path(sys.executable).parent / "flowrl"
 
 YAML = {
-    "model": "shapes", "dataset": "shapes", "eval_split": "held_out", "reward_funcs": ["shapes"], "eval_reward_funcs": ["checker"],
-    "lora_r": 4, "lora_alpha": 8, "max_steps": 2, "num_inference_steps": 3, "adjoint_steps": 2, "control_cost_order": 4,
-    "per_device_train_batch_size": 2, "per_device_eval_batch_size": 110, "guidance_scale": 1.0, "max_sequence_length": 8, "use_cpu": True,
-    "save_steps": 1,
+    "model": "shapes", "dataset": "shapes", "eval_split": "held_out", "reward_funcs": ["shapes"],
+    "eval_reward_funcs": ["checker"], "lora_r": 4, "lora_alpha": 8, "max_steps": 2, "num_inference_steps": 3,
+    "adjoint_steps": 2, "control_cost_order": 4, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 110,
+    "guidance_scale": 1.0, "max_sequence_length": 8, "use_cpu": True, "save_steps": 1,
 }  # fmt: skip
 
 BRIGHTNESS = """
@@ -45,20 +45,34 @@ def write_yaml(folder: Path, **changes) -> str:
 
 
 def test_a_run_from_a_yaml_file_with_flags_over_it(tmp_path):
-    result = flowrl(tmp_path, "adjoint_matching", "--config", write_yaml(tmp_path), "--output_dir", "out", "--max_steps", "1")
+    result = flowrl(
+        tmp_path, "adjoint_matching", "--config", write_yaml(tmp_path), "--output_dir", "out", "--max_steps", "1"
+    )
     assert result.returncode == 0, result.stderr
     out = tmp_path / "out"
     kept = yaml.safe_load((out / "config.yaml").read_text())
     assert kept["max_steps"] == 1
     assert kept["control_cost_order"] == "4"
     assert kept["lora_alpha"] == 8
-    assert {"README.md", "config.yaml", "metrics.json", "pytorch_lora_weights.safetensors", "samples", "checkpoint-1"} <= {
-        p.name for p in out.iterdir()
-    }
+    assert {
+        "README.md",
+        "config.yaml",
+        "metrics.json",
+        "pytorch_lora_weights.safetensors",
+        "samples",
+        "checkpoint-1",
+    } <= {p.name for p in out.iterdir()}
     assert "| base |" in (out / "README.md").read_text()
 
     resumed = flowrl(
-        tmp_path, "adjoint_matching", "--config", write_yaml(tmp_path), "--output_dir", "out", "--resume_from_checkpoint", "true"
+        tmp_path,
+        "adjoint_matching",
+        "--config",
+        write_yaml(tmp_path),
+        "--output_dir",
+        "out",
+        "--resume_from_checkpoint",
+        "true",
     )
     assert resumed.returncode == 0, resumed.stderr
     assert (out / "checkpoint-2" / "manifest.json").exists()
@@ -163,7 +177,9 @@ def test_the_column_of_the_prompts_may_have_another_name(tmp_path):
     (tmp_path / "captions" / "train.jsonl").write_text('{"caption": "a red circle"}\n{"caption": "a blue cross"}\n')
     assert load_prompts(str(tmp_path / "captions"), None, "train", "caption").column_names == ["prompt"]
     for column in ("text", "prompt"):
-        with pytest.raises(ValueError, match=f"`prompt_column` is '{column}', but the columns are caption: name the one with prompts"):
+        with pytest.raises(
+            ValueError, match=f"`prompt_column` is '{column}', but the columns are caption: name the one with prompts"
+        ):
             load_prompts(str(tmp_path / "captions"), None, "train", column)
     with pytest.raises(ValueError, match="the prompts of shapes have one column, 'prompt'"):
         load_prompts("shapes", None, "train", "caption")
@@ -180,7 +196,8 @@ def test_the_card_names_a_data_set_of_the_hub(tmp_path, monkeypatch):
     for name, named in (("somebody/prompts", {"dataset": "somebody/prompts"}), ("mine", {})):
         told, config = parse(
             "ac_flow", TRAINERS["ac_flow"].config_class,
-            ["--model", "shapes", "--dataset", name, "--reward_funcs", "checker", "--output_dir", "out", "--use_cpu", "true", "--max_steps", "1"], {},
+            ["--model", "shapes", "--dataset", name, "--reward_funcs", "checker", "--output_dir", "out",
+             "--use_cpu", "true", "--max_steps", "1"], {},
         )  # fmt: skip
         assert make_trainer("ac_flow", told, config).told_for_card == named
 
@@ -189,13 +206,19 @@ def test_numbers_mean_what_they_look_like(tmp_path):
     path = tmp_path / "run.yaml"
     for text, weights in (("[1, 1e-2]", [1.0, 0.01]), ("0.5", [0.5]), ("1e-2", [0.01])):
         path.write_text(f"model: shapes\ndataset: shapes\nreward_weights: {text}\n")
-        _, config = parse("ac_flow", TRAINERS["ac_flow"].config_class, ["--config", str(path), "--output_dir", str(tmp_path)], {})
+        _, config = parse(
+            "ac_flow", TRAINERS["ac_flow"].config_class, ["--config", str(path), "--output_dir", str(tmp_path)], {}
+        )
         assert config.reward_weights == weights
 
 
 def test_a_value_may_begin_with_a_minus(tmp_path):
     result = flowrl(
-        tmp_path, "adjoint_matching", "--config=" + write_yaml(tmp_path, eval_split=None), "--target_reward=-1e9", "--output_dir=out"
+        tmp_path,
+        "adjoint_matching",
+        "--config=" + write_yaml(tmp_path, eval_split=None),
+        "--target_reward=-1e9",
+        "--output_dir=out",
     )
     assert result.returncode == 0, result.stderr
     assert "Training stops after 1 updates" in result.stderr
@@ -203,10 +226,13 @@ def test_a_value_may_begin_with_a_minus(tmp_path):
 
 def test_a_fault_of_ours_keeps_its_traceback(tmp_path):
     """Only what we raise ourselves is a sentence to the user."""
-    (tmp_path / "judges.py").write_text("def broken(images, prompts, **columns):\n    return [None + 1 for _ in prompts]\n")
+    (tmp_path / "judges.py").write_text(
+        "def broken(images, prompts, **columns):\n    return [None + 1 for _ in prompts]\n"
+    )
     result = flowrl(
-        tmp_path, "ac_flow", "--model", "shapes", "--dataset", "shapes", "--reward_funcs", "judges.broken", "--num_inference_steps", "2",
-        "--num_generations", "2", "--max_steps", "1", "--per_device_train_batch_size", "2", "--use_cpu", "true", "--output_dir", "out",
+        tmp_path, "ac_flow", "--model", "shapes", "--dataset", "shapes", "--reward_funcs", "judges.broken",
+        "--num_inference_steps", "2", "--num_generations", "2", "--max_steps", "1", "--per_device_train_batch_size",
+        "2", "--use_cpu", "true", "--output_dir", "out",
     )  # fmt: skip
     assert result.returncode == 1
     assert "Traceback" in result.stderr
@@ -214,8 +240,8 @@ def test_a_fault_of_ours_keeps_its_traceback(tmp_path):
 
 def test_two_processes_from_the_command_line(tmp_path):
     result = flowrl(
-        tmp_path, "adjoint_matching", "--config", write_yaml(tmp_path, max_steps=1, eval_split=None), "--output_dir", "out",
-        "--accelerate_config", "ddp", "--num_processes", "2", "--ddp_backend", "gloo",
+        tmp_path, "adjoint_matching", "--config", write_yaml(tmp_path, max_steps=1, eval_split=None), "--output_dir",
+        "out", "--accelerate_config", "ddp", "--num_processes", "2", "--ddp_backend", "gloo",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "out" / "checkpoint-1" / "loop_state_1.pt").exists()  # the second process was there

@@ -5,31 +5,35 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
-from scipy.integrate import solve_ivp
 
 from flowrl_trainers import AdjointMatchingConfig, AdjointMatchingTrainer, VGGFlowConfig, VGGFlowTrainer
 from flowrl_trainers.flow import uniform_sigmas
 
-from .gaussian import GaussianFlow, RadialStepControl, SmoothControl, StepControl, base_coefficients, closeness, relative_error
+from .gaussian import (
+    BETA,
+    NUMBERED,
+    STD,
+    GaussianFlow,
+    RadialStepControl,
+    SmoothControl,
+    StepControl,
+    base_coefficients,
+    closeness,
+    continuous_gains,
+    relative_error,
+    settings,
+)
 
-PROMPTS = Dataset.from_dict({"prompt": [str(n) for n in range(64)]})
+# ---- the optimum ----------------------------------------------------------------------------------------------------
 
 
-def settings(folder, **changes) -> dict:
-    return dict(
-        output_dir=str(folder), per_device_train_batch_size=64, reward_gradient_clip_quantile=None, save_strategy="no", report_to="none",
-        use_cpu=True, disable_tqdm=True, lr_scheduler_type="linear", logging_steps=1000, max_grad_norm=0.0,
-    ) | changes  # fmt: skip
-
-
-# ---- the optimum --------------------------------------------------------------------------------------------------------------
-
-
-def discrete_gains(sigmas: np.ndarray, std: float, mean: float, scale: float, target: float) -> list[tuple[float, float]]:
+def discrete_gains(
+    sigmas: np.ndarray, std: float, mean: float, scale: float, target: float
+) -> list[tuple[float, float]]:
     """The optimal control of the Euler system is `slope x + offset` at every step: dynamic programming from the end.
 
-    The value after step k is p x^2 / 2 + q x, its gradient at x' = f x + e + h u is what the control pays against: u = -(p x' + q).
+    The value after step k is p x^2 / 2 + q x, its gradient at x' = f x + e + h u is what the control pays against: u =
+    -(p x' + q).
     """
     p, q, gains = scale, -scale * target, []
     for sigma, sigma_next in reversed(list(itertools.pairwise(sigmas))):
@@ -39,18 +43,6 @@ def discrete_gains(sigmas: np.ndarray, std: float, mean: float, scale: float, ta
         gains.append((-p * f / (1 + h * p), -(p * e + q) / (1 + h * p)))
         p, q = f**2 * p / (1 + h * p), f * (p * e + q) / (1 + h * p)
     return gains[::-1]
-
-
-def continuous_gains(sigmas: np.ndarray, std: float, mean: float, scale: float, target: float) -> list[tuple[float, float]]:
-    """Minus the gradient of the continuous value, `-(p x + q)`: p' = -2 a p - p^2 and q' = -(p + a) q - b p in sigma, from the end on."""
-
-    def right_side(sigma: float, y: np.ndarray) -> list[float]:
-        (slope, offset), (p, q) = base_coefficients(sigma, std, mean), y
-        return [-2 * slope * p - p**2, -(p + slope) * q - offset * p]
-
-    levels = sigmas[::-1]
-    solution = solve_ivp(right_side, (0, 1), [scale, -scale * target], t_eval=levels, rtol=1e-10, atol=1e-12)
-    return [(-p, -q) for p, q in solution.y.T[::-1][:-1]]
 
 
 def optimal_paths(gains: list[tuple[float, float]], sigmas: torch.Tensor, std: float, mean: float, x: torch.Tensor):
@@ -72,7 +64,7 @@ def learned(network, states: list[torch.Tensor], sigmas: torch.Tensor) -> list[t
 START = torch.randn(256, 2, generator=torch.Generator().manual_seed(1))
 
 
-# ---- adjoint matching ---------------------------------------------------------------------------------------------------------
+# ---- adjoint matching -----------------------------------------------------------------------------------------------
 
 
 class WrongPairing(AdjointMatchingTrainer):
@@ -86,14 +78,22 @@ class WrongPairing(AdjointMatchingTrainer):
 
 
 def train_adjoint_matching(
-    folder, network, dim: int, steps: int, trainer=AdjointMatchingTrainer, target: float = 1.0, start: float = 0.0, **changes
+    folder,
+    network,
+    dim: int,
+    steps: int,
+    trainer=AdjointMatchingTrainer,
+    target: float = 1.0,
+    start: float = 0.0,
+    **changes,
 ):
     """start: the offsets of the control to start from; the reference is the network without any."""
     t = trainer(
         GaussianFlow(network, dim), closeness(target),
         AdjointMatchingConfig(**settings(
-            folder, num_inference_steps=steps, adjoint_steps=steps, reward_scale=2.0, **({"max_steps": 500, "learning_rate": 0.05} | changes)
-        )), PROMPTS,
+            folder, num_inference_steps=steps, adjoint_steps=steps, reward_scale=2.0,
+            **({"max_steps": 500, "learning_rate": 0.05} | changes)
+        )), NUMBERED,
     )  # fmt: skip
     network.offsets.data.fill_(start)
     t.train()
@@ -101,7 +101,9 @@ def train_adjoint_matching(
 
 @pytest.mark.parametrize("steps", [8, 20])
 def test_adjoint_matching_learns_the_discrete_optimum(tmp_path, steps):
-    """Quadratic cost, all steps, N(0.5, 0.25) towards 1: within 2 % of dynamic programming, and nearer to it than to the continuous one."""
+    """Quadratic cost, all steps, N(0.5, 0.25) towards 1: within 2 % of dynamic programming, and nearer to it than to
+    the continuous one.
+    """
     sigmas = uniform_sigmas(steps)
     network = StepControl(sigmas, 2, 0.5, 0.5)
     train_adjoint_matching(tmp_path, network, 2, steps)
@@ -109,7 +111,10 @@ def test_adjoint_matching_learns_the_discrete_optimum(tmp_path, steps):
     states, controls = optimal_paths(gains[0], sigmas, 0.5, 0.5, START)
     gap = relative_error([slope * x + offset for x, (slope, offset) in zip(states, gains[1], strict=True)], controls)
     error = relative_error(learned(network, states, sigmas), controls)
-    print(f"{steps} steps: discrete and continuous optimum differ by {100 * gap:.1f} %, learned and discrete by {100 * error:.2f} %")
+    print(
+        f"{steps} steps: discrete and continuous optimum differ by {100 * gap:.1f} %, "
+        f"learned and discrete by {100 * error:.2f} %"
+    )
     assert error < 0.02 < gap
 
 
@@ -118,16 +123,28 @@ def test_the_control_at_a_step_belongs_to_the_adjoint_of_the_next_state(tmp_path
     sigmas = uniform_sigmas(8)
     network = StepControl(sigmas, 2, 0.5, 0.5)
     train_adjoint_matching(tmp_path, network, 2, 8, trainer=WrongPairing)
-    states, controls = optimal_paths(discrete_gains(sigmas.double().numpy(), 0.5, 0.5, 2.0, 1.0), sigmas, 0.5, 0.5, START)
+    states, controls = optimal_paths(
+        discrete_gains(sigmas.double().numpy(), 0.5, 0.5, 2.0, 1.0), sigmas, 0.5, 0.5, START
+    )
     assert relative_error(learned(network, states, sigmas), controls) > 0.05
 
 
-def open_loop_optimum(sigmas: torch.Tensor, x: torch.Tensor, scale: float, target: float, std: float, mean: float) -> torch.Tensor:
-    """The controls (N, B, d) of given starts that minimise the sum of h d RMS(u)^4 / 4 minus the scaled reward, by L-BFGS in float64."""
+def open_loop_optimum(
+    sigmas: torch.Tensor, x: torch.Tensor, scale: float, target: float, std: float, mean: float
+) -> torch.Tensor:
+    """The controls (N, B, d) of given starts that minimise the sum of h d RMS(u)^4 / 4 minus the scaled reward, by
+    L-BFGS in float64.
+    """
     x, sigmas, dim = x.double(), sigmas.double(), x.shape[1]
     controls = torch.full((len(sigmas) - 1, *x.shape), 0.1, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [controls], lr=1, max_iter=4000, tolerance_grad=1e-10, tolerance_change=1e-14, history_size=50, line_search_fn="strong_wolfe"
+        [controls],
+        lr=1,
+        max_iter=4000,
+        tolerance_grad=1e-10,
+        tolerance_change=1e-14,
+        history_size=50,
+        line_search_fn="strong_wolfe",
     )
 
     def objective() -> torch.Tensor:
@@ -147,11 +164,15 @@ def open_loop_optimum(sigmas: torch.Tensor, x: torch.Tensor, scale: float, targe
 
 
 def test_order_four_learns_the_numerical_optimum_in_sixteen_dimensions(tmp_path):
-    """By symmetry the optimum points along an affine function of x; its length is nearly a power of that function's, as it varies little."""
+    """By symmetry the optimum points along an affine function of x; its length is nearly a power of that function's,
+    as it varies little.
+    """
     sigmas, start, target = uniform_sigmas(8), START.reshape(-1, 16), 3.0
     network = RadialStepControl(sigmas, 16, 0.5, 0.5)
     # Where the control is zero, that of order 4 has no direction yet.
-    train_adjoint_matching(tmp_path, network, 16, 8, target=target, start=0.5, control_cost_order=4, max_steps=1000, learning_rate=0.1)
+    train_adjoint_matching(
+        tmp_path, network, 16, 8, target=target, start=0.5, control_cost_order=4, max_steps=1000, learning_rate=0.1
+    )
     controls = open_loop_optimum(sigmas, start, 2.0, target, 0.5, 0.5)
     states = [start.double()]
     for u, (sigma, sigma_next) in zip(controls, itertools.pairwise(sigmas.tolist()), strict=True):
@@ -162,18 +183,19 @@ def test_order_four_learns_the_numerical_optimum_in_sixteen_dimensions(tmp_path)
     assert error < 0.02
 
 
-# ---- VGG-Flow -----------------------------------------------------------------------------------------------------------------
+# ---- VGG-Flow -------------------------------------------------------------------------------------------------------
 
-STEPS, STD, BETA = 20, 0.5, 0.8
+
+STEPS = 20
 
 
 def train_vgg_flow(folder, **changes) -> VGGFlowTrainer:
     t = VGGFlowTrainer(
         GaussianFlow(SmoothControl(2, STD, 0.0), 2), closeness(1.0),
         VGGFlowConfig(**settings(
-            folder, num_inference_steps=STEPS, reward_scale=BETA, boundary_coefficient=10.0, finite_difference_step=1e-2, timestep_bins=5,
-            learning_rate=5e-3, **changes,
-        )), PROMPTS,
+            folder, num_inference_steps=STEPS, reward_scale=BETA, boundary_coefficient=10.0,
+            finite_difference_step=1e-2, timestep_bins=5, learning_rate=5e-3, **changes,
+        )), NUMBERED,
     )  # fmt: skip
     t.train()
     return t
@@ -188,7 +210,9 @@ def vgg_flow_error(t: VGGFlowTrainer) -> float:
 
 
 def forward_looking_gains(eta, sigmas: np.ndarray) -> list[tuple[float, float]]:
-    """The control at the fixed point of v = v_base - beta eta grad r(x - sigma v), which is linear in v as r is quadratic."""
+    """The control at the fixed point of v = v_base - beta eta grad r(x - sigma v), which is linear in v as r is
+    quadratic.
+    """
     gains = []
     for sigma in sigmas[:-1]:
         (slope, offset), strength = base_coefficients(sigma, STD, 0.0), BETA * eta(1 - sigma)
@@ -201,12 +225,19 @@ def forward_looking_gains(eta, sigmas: np.ndarray) -> list[tuple[float, float]]:
     ("name", "eta", "expected"),
     [("constant", lambda t: 1.0, 0.334), ("linear", lambda t: t, 0.405), ("quadratic", lambda t: t**2, 0.592)],
 )
-def test_without_a_value_network_vgg_flow_misses_the_value_gradient_by_what_its_schedule_says(tmp_path, name, eta, expected):
-    """Scalar algebra gives the distance of the fixed point to the continuous optimum; training must end within 5 % of that distance."""
+def test_without_a_value_network_vgg_flow_misses_the_value_gradient_by_what_its_schedule_says(
+    tmp_path, name, eta, expected
+):
+    """Scalar algebra gives the distance of the fixed point to the continuous optimum; training must end within 5 % of
+    that distance.
+    """
     sigmas = uniform_sigmas(STEPS)
     best = continuous_gains(sigmas.double().numpy(), STD, 0.0, BETA, 1.0)
     states, controls = optimal_paths(best, sigmas, STD, 0.0, START)
-    fixed = [slope * x + offset for x, (slope, offset) in zip(states, forward_looking_gains(eta, sigmas.double().numpy()), strict=True)]
+    fixed = [
+        slope * x + offset
+        for x, (slope, offset) in zip(states, forward_looking_gains(eta, sigmas.double().numpy()), strict=True)
+    ]
     assert relative_error(fixed, controls) == pytest.approx(expected, rel=0.02)  # the starts are 256 draws
     t = train_vgg_flow(tmp_path, eta_schedule=name, value_network="none", max_steps=250)
     error = vgg_flow_error(t)

@@ -14,13 +14,11 @@ from flowrl_trainers.rewards.preprocessing import resize_and_crop
 from flowrl_trainers.shapes import load_pipeline, prompts
 from flowrl_trainers.sit import SiTPipeline
 
-from .test_families import GUIDANCE, PROMPTS, seeds, stock
-from .test_resume import TRAINERS, assert_same, run
-from .test_sit import PROMPTS as CLASSES
-from .test_sit import original_checkpoint, tiny_sit
-from .test_wrong_input import redness
+from .helpers import TRAINERS, redness, seeds
+from .runs import assert_same, run
 from .tiny import tiny_sd3
-from .tiny_families import FAMILIES, tiny
+from .tiny_families import FAMILIES, GUIDANCE, PROMPTS, stock, tiny
+from .tiny_sit import CLASS_PROMPTS, original_checkpoint, tiny_sit
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -42,7 +40,7 @@ def sit(folder: Path):
 
 OTHERS = {
     "stable diffusion 3": (lambda folder: tiny_sd3(), PROMPTS, {"height": 32, "width": 48, "max_sequence_length": 8}),
-    "sit": (sit, CLASSES, {"height": 8, "width": 16}),
+    "sit": (sit, CLASS_PROMPTS, {"height": 8, "width": 16}),
 }
 
 
@@ -51,17 +49,20 @@ def train(folder: Path, trainer: str, pipeline, device: str = "cuda", **settings
     cls = getattr(flowrl_trainers, trainer)
     config = cls.config_class(
         **{
-            "output_dir": str(folder), "max_steps": 3, "per_device_train_batch_size": 4, "num_inference_steps": 3, "learning_rate": 0.01,
-            "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": device == "cpu", "log_images": 2,
+            "output_dir": str(folder), "max_steps": 3, "per_device_train_batch_size": 4, "num_inference_steps": 3,
+            "learning_rate": 0.01, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+            "use_cpu": device == "cpu", "log_images": 2,
         } | TRAINERS[trainer] | settings
     )  # fmt: skip
     if isinstance(pipeline, SiTPipeline):
-        asked, judge = Dataset.from_dict({"prompt": [*CLASSES, "tench", "volcano"]}), redness
+        asked, judge = Dataset.from_dict({"prompt": [*CLASS_PROMPTS, "tench", "volcano"]}), redness
         held_out = asked
     else:
         asked, judge = prompts("train"), "shapes"
         held_out = Dataset.from_dict({"prompt": list(prompts("held_out")["prompt"])[:2] * 2})
-    t = cls(pipeline, redness, config, asked, held_out, eval_reward_funcs=judge, peft_config=LoraConfig(r=2, lora_alpha=6))
+    t = cls(
+        pipeline, redness, config, asked, held_out, eval_reward_funcs=judge, peft_config=LoraConfig(r=2, lora_alpha=6)
+    )
     assert t.args.device.type == device
     t.train()
     return t
@@ -103,7 +104,9 @@ def test_every_family_trains_in_bfloat16(tmp_path, family, trainer):
     t = train(tmp_path / "run", trainer, pipeline, bf16=True, **settings)
     assert all(p.isfinite().all() for p in adapter(t).values())
     assert any(p.abs().max() > 0 for name, p in adapter(t).items() if "lora_B" in name)
-    after = {n.replace(".base_layer", ""): v.cpu() for n, v in t.flow.transformer.state_dict().items() if "lora_" not in n}
+    after = {
+        n.replace(".base_layer", ""): v.cpu() for n, v in t.flow.transformer.state_dict().items() if "lora_" not in n
+    }
     assert all(torch.equal(before[name], value) for name, value in after.items())
     t.evaluate()
     assert t.rows["tuned"]["velocity_distance"] > 0
@@ -116,8 +119,8 @@ def test_every_family_trains_in_bfloat16(tmp_path, family, trainer):
     [(t, p) for t in TRAINERS for p in ("float32", "bf16", "fp16") if (t, p) != ("ACFlowTrainer", "fp16")],
 )
 def test_the_gpu_learns_what_the_cpu_learns(tmp_path, trainer, precision):
-    """The same noise and prompts, two updates (AC-Flow's first is its warm-up). Adam moves each parameter by about the learning rate in the
-    direction of its gradient's sign: where the signs agree, so do the adapters.
+    """The same noise and prompts, two updates (AC-Flow's first is its warm-up). Adam moves each parameter by about the
+    learning rate in the direction of its gradient's sign: where the signs agree, so do the adapters.
     """
     settings = {"guidance_scale": 1.0, "max_sequence_length": 8, "num_inference_steps": 4, "max_steps": 2}
     half = {} if precision == "float32" else {precision: True}
@@ -132,8 +135,8 @@ def test_the_gpu_learns_what_the_cpu_learns(tmp_path, trainer, precision):
 def test_a_run_on_the_gpu_goes_on_bit_for_bit(tmp_path, trainer):
     """With `full_determinism`, without which some kernels add in the order in which threads finish."""
     config = {
-        "use_cpu": False, "full_determinism": True, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 4,
-        "num_generations": 2, "max_steps": 6, "save_steps": 1, "learning_rate": 0.01,
+        "use_cpu": False, "full_determinism": True, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
+        "steps_per_generation": 4, "num_generations": 2, "max_steps": 6, "save_steps": 1, "learning_rate": 0.01,
     }  # fmt: skip
     done = run(tmp_path / "whole", trainer, config)
     assert done.returncode == 0, done.stderr
@@ -148,11 +151,16 @@ def test_a_run_on_the_gpu_goes_on_bit_for_bit(tmp_path, trainer):
 
 def test_pictures_are_resized_alike_every_time_on_the_gpu(monkeypatch):
     """Of rewards that resize, as all with a vision tower do, torch's own gradient is refused by `full_determinism`."""
-    images, weight = torch.rand(4, 3, 512, 384, device="cuda", requires_grad=True), torch.rand(4, 3, 224, 224, device="cuda")
+    images, weight = (
+        torch.rand(4, 3, 512, 384, device="cuda", requires_grad=True),
+        torch.rand(4, 3, 224, 224, device="cuda"),
+    )
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     torch.use_deterministic_algorithms(True)
     try:
-        first, second = (torch.autograd.grad((resize_and_crop(images, 224) * weight).sum(), images)[0] for _ in range(2))
+        first, second = (
+            torch.autograd.grad((resize_and_crop(images, 224) * weight).sum(), images)[0] for _ in range(2)
+        )
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(first, second)
@@ -164,8 +172,8 @@ def test_replayed_ratios_are_one_on_the_gpu(tmp_path, precision, checkpointing):
     """Rollout and replay see the same batches, so that they agree to rounding even in half precision."""
     half = {} if precision == "float32" else {precision: True}
     t = train(
-        tmp_path, TAFSGRPOTrainer.__name__, load_pipeline(), guidance_scale=1.0, max_sequence_length=8, num_inference_steps=4,
-        activation_checkpointing=checkpointing, **half,
+        tmp_path, TAFSGRPOTrainer.__name__, load_pipeline(), guidance_scale=1.0, max_sequence_length=8,
+        num_inference_steps=4, activation_checkpointing=checkpointing, **half,
     )  # fmt: skip
     errors = [row["replay_ratio_error"] for row in t.state.log_history if "replay_ratio_error" in row]
     assert len(errors) == 3
@@ -177,8 +185,9 @@ def test_full_fine_tuning_and_a_moving_average_on_the_gpu(tmp_path, ema):
     """The frozen copy and the average are where the network is."""
     cls = flowrl_trainers.AdjointMatchingTrainer
     config = cls.config_class(
-        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, num_inference_steps=3, adjoint_steps=2, bf16=True, ema_decay=ema,
-        control_to_velocity_ratio=0.3, guidance_scale=1.0, max_sequence_length=8, report_to="none", disable_tqdm=True, save_strategy="no",
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, num_inference_steps=3, adjoint_steps=2,
+        bf16=True, ema_decay=ema, control_to_velocity_ratio=0.3, guidance_scale=1.0, max_sequence_length=8,
+        report_to="none", disable_tqdm=True, save_strategy="no",
     )  # fmt: skip
     held_out = Dataset.from_dict({"prompt": list(prompts("held_out")["prompt"])[:2] * 2})
     t = cls(load_pipeline(), "shapes", config, prompts("train"), held_out)

@@ -68,17 +68,25 @@ SHORT = {
 
 @pytest.mark.parametrize("trainer", METHODS)
 def test_a_short_demo_leaves_what_it_says(tmp_path, trainer):
-    result = run_demo(tmp_path, "--trainer", trainer, "--max_steps", "1", "--per_device_train_batch_size", "4", *SHORT[trainer])
+    result = run_demo(
+        tmp_path, "--trainer", trainer, "--max_steps", "1", "--per_device_train_batch_size", "4", *SHORT[trainer]
+    )
     assert result.returncode == 0, result.stderr
     assert "checker_accuracy" in result.stdout
     report = json.loads((tmp_path / "metrics.json").read_text())
-    # Diversity is left out where the checker accepts no two pictures of any prompt, as may be after three sampler steps.
+    # Diversity is left out where the checker accepts no two pictures of any prompt, as may be after three steps.
     known = {"reward/shapes", "reward/checker", "checker_accuracy", "diversity", "edge_density", "colour_entropy"}
     for row in ("base", "tuned"):
         assert set(report[row]) | {"diversity"} == known | ({"velocity_distance"} if row == "tuned" else set())
     assert ("tuned_ode" in report) == (trainer == "tafs_grpo")
     assert set(report["seconds"]) == {"training", "evaluation"}
-    for name in ("README.md", "config.yaml", "before_after.png", "reward_curve.png", "pytorch_lora_weights.safetensors"):
+    for name in (
+        "README.md",
+        "config.yaml",
+        "before_after.png",
+        "reward_curve.png",
+        "pytorch_lora_weights.safetensors",
+    ):
         assert (tmp_path / name).stat().st_size > 200
     assert (tmp_path / "samples" / "step-000001.png").exists()
     config = load_lora_config(tmp_path)
@@ -90,8 +98,9 @@ def test_a_short_demo_leaves_what_it_says(tmp_path, trainer):
 def test_the_table_of_a_demo_without_the_checker():
     row = {"reward/shapes": 0.5, "reward/jpeg_compressibility": -1.0, "reward_std/shapes": 0.1, "diversity": 0.2}
     trainer = SimpleNamespace(
-        rows={"base": row, "tuned": row}, rewards=[SimpleNamespace(name="shapes")], eval_rewards=[SimpleNamespace(name="jpeg_compressibility")],
-        args=SimpleNamespace(guidance_scale=1.0), seconds={"training": 1.0},
+        rows={"base": row, "tuned": row}, rewards=[SimpleNamespace(name="shapes")],
+        eval_rewards=[SimpleNamespace(name="jpeg_compressibility")], args=SimpleNamespace(guidance_scale=1.0),
+        seconds={"training": 1.0},
     )  # fmt: skip
     header = _table(trainer, 4).splitlines()[3]
     assert header.split() == ["reward/shapes", "reward/jpeg_compressibility", "diversity"]

@@ -51,7 +51,12 @@ def test_the_example_of_a_model_of_ones_own_is_complete():
 @pytest.mark.parametrize("name", TRAINERS)
 def test_the_yaml_example_is_understood(tmp_path, name):
     path = ROOT / "examples" / f"{name}.yaml"
-    told, config = parse(name, TRAINERS[name].config_class, ["--config", str(path), "--output_dir", str(tmp_path), "--use_cpu", "true"], {})
+    told, config = parse(
+        name,
+        TRAINERS[name].config_class,
+        ["--config", str(path), "--output_dir", str(tmp_path), "--use_cpu", "true"],
+        {},
+    )
     assert told.model == "shapes"
     assert config.max_steps == yaml.safe_load(path.read_text())["max_steps"]
 
@@ -59,15 +64,24 @@ def test_the_yaml_example_is_understood(tmp_path, name):
 def test_the_example_of_a_published_model_is_understood(tmp_path):
     path = ROOT / "examples" / "stable_diffusion_3_5.yaml"
     config_class = TRAINERS["adjoint_matching"].config_class
-    told, config = parse("adjoint_matching", config_class, ["--config", str(path), "--output_dir", str(tmp_path), "--use_cpu", "true"], {})
+    told, config = parse(
+        "adjoint_matching",
+        config_class,
+        ["--config", str(path), "--output_dir", str(tmp_path), "--use_cpu", "true"],
+        {},
+    )
     assert told.reward_funcs == ["pickscore"]
     assert config.images_per_update == 8
 
 
-@pytest.mark.parametrize("name", ["RewardGradientConfig", "FlowRLConfig", *(t.config_class.__name__ for t in TRAINERS.values())])
+@pytest.mark.parametrize(
+    "name", ["RewardGradientConfig", "FlowRLConfig", *(t.config_class.__name__ for t in TRAINERS.values())]
+)
 def test_every_setting_stands_in_the_reference(name):
     config = getattr(trainers, name)
-    page = runpy.run_path(str(ROOT / "docs" / "settings_tables.py"))["on_page_markdown"]((ROOT / "docs/reference/settings.md").read_text())
+    page = runpy.run_path(str(ROOT / "docs" / "settings_tables.py"))["on_page_markdown"](
+        (ROOT / "docs/reference/settings.md").read_text()
+    )
     for field in fields(config):
         if field.name in config.__annotations__:
             assert f"| `{field.name}` | `{field.default!r}` | {field.metadata['help']} |" in page
@@ -96,7 +110,10 @@ def test_the_branch_in_the_guide_for_families_computes_what_the_family_does():
     latents, sigma = flow.initial_latents(2), torch.tensor([0.7, 0.2])
     conditioning = flow.encode_prompts(["a cat", "a dog in the rain"])
     own = {name: value for name, value in conditioning.items() if not name.startswith("negative_")}
-    assert torch.equal(scope["_branch"](flow, flow.transformer, latents, sigma, own), flow._branch(flow.transformer, latents, sigma, own))
+    assert torch.equal(
+        scope["_branch"](flow, flow.transformer, latents, sigma, own),
+        flow._branch(flow.transformer, latents, sigma, own),
+    )
 
 
 @pytest.mark.parametrize(("page", "folder"), [("runs", "tuned-shapes"), ("tafs_grpo", "tafs-grpo-shapes")])
@@ -118,7 +135,9 @@ def test_the_example_of_the_start_page_is_that_of_the_readme():
     assert calls(python_blocks(ROOT / "docs" / "index.md")[0]) == calls(python_blocks(ROOT / "README.md")[0])
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")], ids=lambda p: p.name
+)
 def test_what_a_page_links_to_or_includes_exists(path):
     text = path.read_text()
     for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", text):
@@ -126,3 +145,10 @@ def test_what_a_page_links_to_or_includes_exists(path):
     assert "--8 <" not in text  # what a formatter makes of an include in a block of code
     for target in re.findall(r'--8<-- "([^"]+)"', text):
         assert (ROOT / target).exists(), target
+
+
+def test_the_invariants_name_tests_that_exist():
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)`", (ROOT / "docs" / "invariants.md").read_text())
+    assert len(named) >= 20
+    for file, function in named:
+        assert re.search(rf"^def {function}\(", (ROOT / file).read_text(), flags=re.M), f"{file}::{function}"

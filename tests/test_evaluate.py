@@ -1,4 +1,6 @@
-"""`flowrl evaluate` measures what a run's own evaluation measures, and a hacked reward is told from better pictures."""
+"""`flowrl evaluate` measures what a run's own evaluation measures, and a hacked reward is told from better
+pictures.
+"""
 
 import json
 import logging
@@ -32,15 +34,18 @@ def flowrl(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 def test_the_rows_are_those_of_the_demo(tmp_path):
     demo = flowrl(
-        tmp_path, "demo", "--trainer", "vgg_flow", "--max_steps", "1", "--per_device_train_batch_size", "4", "--timestep_bins", "2",
-        "--output_dir", "tuned", *SHORT,
+        tmp_path, "demo", "--trainer", "vgg_flow", "--max_steps", "1", "--per_device_train_batch_size", "4",
+        "--timestep_bins", "2", "--output_dir", "tuned", *SHORT,
     )  # fmt: skip
     assert demo.returncode == 0, demo.stderr
-    shared = ["evaluate", "--model", "shapes", "--rewards", "shapes", "checker", "--trained", "shapes", "--batch_size", "55",
+    shared = ["evaluate", "--model", "shapes", "--rewards", "shapes", "checker", "--trained", "shapes",
+              "--batch_size", "55",
               "--guidance_scale", "1", "--max_sequence_length", "8", *SHORT]  # fmt: skip
     done = flowrl(tmp_path, *shared, "--adapter", "tuned", "--out", "measured")
     assert done.returncode == 0, done.stderr
-    rows, report = (json.loads((tmp_path / name).read_text()) for name in ("measured/table.json", "tuned/metrics.json"))
+    rows, report = (
+        json.loads((tmp_path / name).read_text()) for name in ("measured/table.json", "tuned/metrics.json")
+    )
     assert list(rows) == ["base", "tuned"]
     for label, row in rows.items():
         for name, value in row.items():
@@ -50,7 +55,9 @@ def test_the_rows_are_those_of_the_demo(tmp_path):
     assert "3 steps of the ODE, guidance scale 1" in table
     assert Image.open(tmp_path / "measured" / "pictures.png").width > 400
 
-    (tmp_path / "judges.py").write_text("def darkness(images, prompts, **columns):\n    return (-images.mean(dim=(1, 2, 3))).tolist()\n")
+    (tmp_path / "judges.py").write_text(
+        "def darkness(images, prompts, **columns):\n    return (-images.mean(dim=(1, 2, 3))).tolist()\n"
+    )
     named = [
         *shared[: shared.index("--rewards")],
         "--rewards",
@@ -122,7 +129,7 @@ def test_the_rows_are_those_of_the_demo(tmp_path):
         assert sentence in wrong.stderr
 
 
-# ---- hacked rewards -----------------------------------------------------------------------------------------------------------
+# ---- hacked rewards -------------------------------------------------------------------------------------------------
 
 
 def test_signs_of_over_optimisation():
@@ -136,9 +143,15 @@ def test_signs_of_over_optimisation():
     assert diversity == "diversity fell from 0.4 to 0.2"
     assert edges == "edge density went from 0.1 to 0.02"
     assert colours == "colour entropy went from 2 to 0.5"
-    assert signs_of_over_optimisation(base, hacked | {"reward/a": 0.1}, raised, ["judge"], sure) == []  # nothing was gained by it
-    assert signs_of_over_optimisation(base, hacked, raised, ["judge"], sure | {"a": 0.4}) == []  # or nobody knows whether there was
-    assert len(signs_of_over_optimisation(base, hacked, raised, ["judge"], sure | {"judge": 0.11})) == 3  # whether it fell
+    assert (
+        signs_of_over_optimisation(base, hacked | {"reward/a": 0.1}, raised, ["judge"], sure) == []
+    )  # nothing was gained by it
+    assert (
+        signs_of_over_optimisation(base, hacked, raised, ["judge"], sure | {"a": 0.4}) == []
+    )  # or nobody knows whether there was
+    assert (
+        len(signs_of_over_optimisation(base, hacked, raised, ["judge"], sure | {"judge": 0.11})) == 3
+    )  # whether it fell
     lowered = hacked | {"reward/a": -0.5}
     assert len(signs_of_over_optimisation(base, lowered, {"a": -1.0}, ["judge"], sure)) == 4
     assert signs_of_over_optimisation(base, lowered, raised, ["judge"], sure) == []
@@ -151,7 +164,9 @@ def test_the_standard_error_is_that_of_paired_pictures():
     before = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 10
     after = before + 0.1 * torch.randn(4000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     assert standard_error_of_change(before, after) == pytest.approx(0.1 / math.sqrt(4000), rel=0.05)
-    assert standard_error_of_change(torch.tensor([1.0, 2.0, math.nan, 4.0]), torch.tensor([2.0, 4.0, 5.0, math.nan])) == pytest.approx(0.5)
+    assert standard_error_of_change(
+        torch.tensor([1.0, 2.0, math.nan, 4.0]), torch.tensor([2.0, 4.0, 5.0, math.nan])
+    ) == pytest.approx(0.5)
     assert standard_error_of_change(torch.tensor([1.0]), torch.tensor([2.0])) == math.inf
 
 
@@ -163,14 +178,15 @@ def whiteness(images, prompts, **columns):
 def test_a_planted_hack_shows_in_the_table_and_the_log(tmp_path, shapes_pipeline, caplog):
     """A reward that pays for white pixels: it rises, and everything that was not trained on falls."""
     config = VGGFlowConfig(
-        output_dir=str(tmp_path), max_steps=25, per_device_train_batch_size=16, num_inference_steps=6, value_network="none",
-        control_to_velocity_ratio=2.0, learning_rate=3e-3, guidance_scale=1.0, max_sequence_length=8, per_device_eval_batch_size=32,
-        save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+        output_dir=str(tmp_path), max_steps=25, per_device_train_batch_size=16, num_inference_steps=6,
+        value_network="none", control_to_velocity_ratio=2.0, learning_rate=3e-3, guidance_scale=1.0,
+        max_sequence_length=8, per_device_eval_batch_size=32, save_strategy="no", report_to="none", use_cpu=True,
+        disable_tqdm=True,
     )  # fmt: skip
     held_out = Dataset.from_dict({"prompt": prompts("held_out")["prompt"][:16] * 4})
     t = VGGFlowTrainer(
-        shapes_pipeline, whiteness, config, prompts("train"), eval_dataset=held_out, eval_reward_funcs=["shapes", "checker"],
-        peft_config=LoraConfig(r=16, lora_alpha=32),
+        shapes_pipeline, whiteness, config, prompts("train"), eval_dataset=held_out,
+        eval_reward_funcs=["shapes", "checker"], peft_config=LoraConfig(r=16, lora_alpha=32),
     )  # fmt: skip
     torch.manual_seed(0)
     t.train()

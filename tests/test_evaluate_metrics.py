@@ -24,7 +24,9 @@ def pictures():
 def test_diversity_in_pixels_and_in_a_feature_space(pictures):
     images = as_tensor(pictures)
     assert images.shape == (4, 3, 32, 32)
-    assert Diversity().compute(images=pictures, prompts=PROMPTS)["diversity"] == pytest.approx(diversity(images, PROMPTS))
+    assert Diversity().compute(images=pictures, prompts=PROMPTS)["diversity"] == pytest.approx(
+        diversity(images, PROMPTS)
+    )
     accepted = [True, True, False, True]
     found = Diversity().compute(images=pictures, prompts=PROMPTS, accepted=accepted)["diversity"]
     assert found == pytest.approx(float((images[0] - images[1]).square().mean().sqrt()))

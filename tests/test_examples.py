@@ -10,8 +10,7 @@ import torch
 from flowrl_trainers import FlowRLConfig, FlowRLTrainer
 from flowrl_trainers.flow import euler_step
 
-from .gaussian import GaussianFlow
-from .test_tafs_grpo import PROMPTS, Shifted, height
+from .gaussian import NUMBERED, GaussianFlow, Shifted, height
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "custom_model.py"
 
@@ -56,10 +55,10 @@ class BestOfGroupTrainer(FlowRLTrainer):
 
 def test_an_algorithm_of_ones_own_is_three_methods(tmp_path):
     config = FlowRLConfig(
-        output_dir=str(tmp_path), max_steps=30, per_device_train_batch_size=64, num_generations=8, learning_rate=0.05, report_to="none",
-        save_steps=10, use_cpu=True, disable_tqdm=True,
+        output_dir=str(tmp_path), max_steps=30, per_device_train_batch_size=64, num_generations=8, learning_rate=0.05,
+        report_to="none", save_steps=10, use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
-    t = BestOfGroupTrainer(GaussianFlow(Shifted(), 1), height, config, PROMPTS, eval_dataset=PROMPTS)
+    t = BestOfGroupTrainer(GaussianFlow(Shifted(), 1), height, config, NUMBERED, eval_dataset=NUMBERED)
     t.train()
     t.evaluate()
     assert t.rows["tuned"]["reward/height"] > t.rows["base"]["reward/height"] + 0.5

@@ -1,8 +1,6 @@
 """Every family draws what its stock pipeline draws, and trains."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,41 +13,21 @@ from flowrl_trainers import FlowPipeline
 from flowrl_trainers.pipelines.checkpoints import CHECKPOINTS, table
 from flowrl_trainers.sampling.conditioning import ConditioningCache
 
-from .test_resume import TRAINERS
-from .test_wrong_input import redness
-from .tiny_families import FAMILIES, tiny, tiny_chroma, tiny_cogview_4, tiny_flux, tiny_flux_2_klein, tiny_sana
+from .helpers import TRAINERS, check_update, redness, seeds
+from .tiny_families import (
+    FAMILIES,
+    GUIDANCE,
+    PROMPTS,
+    stock,
+    tiny,
+    tiny_chroma,
+    tiny_cogview_4,
+    tiny_flux,
+    tiny_flux_2_klein,
+    tiny_sana,
+)
 
-PROMPTS = ["a red circle", "a green square and a blue triangle"]
-# Guidance off, and at another value than the default; those without a choice have one case.
-GUIDANCE = {
-    "flux": [{"guidance_scale": 2.0}, {"guidance_scale": 2.0, "true_cfg_scale": 3.0, "negative_prompt": "a cross"}],
-    "flux schnell": [{}],
-    "flux 2": [{"guidance_scale": 2.0}],
-    "flux 2 klein": [{"guidance_scale": 1.0}, {"guidance_scale": 3.0}],
-    "flux 2 klein distilled": [{}],
-    "qwen image": [{"guidance_scale": 1.0}, {"guidance_scale": 3.0, "negative_prompt": "a cross"}],
-    "z image": [{"guidance_scale": 0.0}, {"guidance_scale": 3.0, "negative_prompt": "a cross"}],
-    "sana": [{"guidance_scale": 1.0}, {"guidance_scale": 3.0, "negative_prompt": "a cross"}],
-    "lumina 2": [{"guidance_scale": 1.0}, {"guidance_scale": 3.0, "negative_prompt": "a cross"}],
-    "aura flow": [{"guidance_scale": 1.0}, {"guidance_scale": 3.0, "negative_prompt": "a cross"}],
-    "cogview 4": [{"guidance_scale": 1.0}, {"guidance_scale": 3.0, "negative_prompt": "a cross"}],
-    "chroma": [{"guidance_scale": 1.0}, {"guidance_scale": 3.0, "negative_prompt": "a cross"}],
-}
 SIZES = {"square": {"height": 32, "width": 32}, "not square": {"height": 32, "width": 64}}
-
-
-def seeds(count: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(100 + i) for i in range(count)]
-
-
-def stock(family: str, pipeline, flow: FlowPipeline, steps: int = 4) -> torch.Tensor:
-    """The pictures of the pipeline's own `__call__`, with the arguments that a card would show."""
-    arguments = flow.call_arguments() | {"num_inference_steps": steps, "output_type": "pt"}
-    if family == "cogview 4":  # what it draws of a prompt depends on the longest of the batch
-        return torch.cat([pipeline(prompt=p, generator=g, **arguments).images for p, g in zip(PROMPTS, seeds(2), strict=True)])
-    if "negative_prompt" in arguments and family != "sana":
-        arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(PROMPTS)
-    return pipeline(prompt=list(PROMPTS), generator=seeds(2), **arguments).images
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
@@ -67,7 +45,9 @@ def test_parity_with_the_stock_pipeline(family, guidance, size):
 def test_guidance_makes_a_difference(family):
     pipeline, (first, second) = tiny(family), GUIDANCE[family]
     drawn = [
-        FlowPipeline.from_pipeline(pipeline, height=32, width=32, **FAMILIES[family][1], **g).sample(PROMPTS, 4, generator=seeds(2))
+        FlowPipeline.from_pipeline(pipeline, height=32, width=32, **FAMILIES[family][1], **g).sample(
+            PROMPTS, 4, generator=seeds(2)
+        )
         for g in (first, second)
     ]
     assert (drawn[0] - drawn[1]).abs().max() > 1e-4  # parity is held to 1e-5
@@ -78,7 +58,10 @@ def test_prompts_of_different_length_get_the_velocities_of_each_alone(family):
     """Also where they were encoded apart, as the cache of a run may do."""
     flow = FlowPipeline.from_pipeline(tiny(family), height=32, width=32, **FAMILIES[family][1], **GUIDANCE[family][-1])
     latents, sigma = flow.initial_latents(2, seeds(2)), torch.tensor([0.8, 0.3])
-    alone = [flow.velocity(flow.transformer, latents[i : i + 1], sigma[i : i + 1], flow.encode_prompts([PROMPTS[i]])) for i in range(2)]
+    alone = [
+        flow.velocity(flow.transformer, latents[i : i + 1], sigma[i : i + 1], flow.encode_prompts([PROMPTS[i]]))
+        for i in range(2)
+    ]
     cache = ConditioningCache(flow, batch_size=1)
     cache.encode(PROMPTS, torch.device("cpu"), show_progress=False)
     assert any((first != second).any() for first, second in cache(PROMPTS, torch.device("cpu")).values())
@@ -92,7 +75,9 @@ def test_prompts_of_different_length_get_the_velocities_of_each_alone(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_reach_the_latents_through_decode(family):
-    """The derivative along the gradient, where single precision of the output matters least, against a central difference."""
+    """The derivative along the gradient, where single precision of the output matters least, against a central
+    difference.
+    """
     pipeline = tiny(family)
     flow = FlowPipeline.from_pipeline(pipeline, height=32, width=64, **FAMILIES[family][1])
     pipeline.vae.double()
@@ -131,48 +116,17 @@ def test_grids_leave_the_pipeline_alone_and_end_well(family):
 def test_an_update_changes_the_adapter_alone_and_the_stock_loader_reads_it(tmp_path, family, trainer):
     prompts = [*PROMPTS, "a blue cross", "a red diamond"]
     settings = {"height": 32, "width": 32} | FAMILIES[family][1]
-    check_update(tmp_path, trainer, lambda: tiny(family), lambda pipeline, flow: stock(family, pipeline, flow), prompts, settings)
+    check_update(
+        tmp_path,
+        trainer,
+        lambda: tiny(family),
+        lambda pipeline, flow: stock(family, pipeline, flow),
+        prompts,
+        settings,
+    )
 
 
-def check_update(
-    folder: Path,
-    trainer: str,
-    make: Callable[[], Any],
-    draw: Callable[[Any, FlowPipeline], torch.Tensor],
-    prompts: list[str],
-    settings: dict,
-) -> None:
-    """make: a pipeline, the same at every call. draw: the stock pictures of the first two of four prompts, in four steps from `seeds(2)`."""
-    pipeline = make()
-    before = {name: value.clone() for name, value in pipeline.transformer.state_dict().items()}
-    cls = getattr(flowrl_trainers, trainer)
-    config = cls.config_class(
-        **{
-            "output_dir": str(folder), "max_steps": 2 if trainer == "ACFlowTrainer" else 1, "per_device_train_batch_size": 4,
-            "num_inference_steps": 3, "learning_rate": 0.05, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True,
-        } | TRAINERS[trainer] | settings
-    )  # fmt: skip
-    t = cls(pipeline, redness, config, Dataset.from_dict({"prompt": prompts}), peft_config=LoraConfig(r=2, lora_alpha=6))
-    t.train()
-    after = _base(t.flow.transformer)
-    assert after.keys() == before.keys()
-    assert all(torch.equal(before[name], value) for name, value in after.items())
-    assert any(p.abs().max() > 0 for name, p in t.model.named_parameters() if "lora_B" in name)
-    t.save_model()
-    fresh = make()
-    base = draw(fresh, t.flow)
-    fresh.load_lora_weights(str(folder))
-    loaded = draw(fresh, t.flow)
-    assert (loaded - base).abs().max() > 1e-4
-    torch.testing.assert_close(loaded, t.flow.sample(prompts[:2], 4, generator=seeds(2)), atol=1e-4, rtol=0)
-
-
-def _base(transformer: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The weights without the adapter, under their names before it came."""
-    return {n.replace(".base_layer", ""): v for n, v in transformer.state_dict().items() if "lora_" not in n}
-
-
-# ---- rules of checkpoints -----------------------------------------------------------------------------------------------------
+# ---- rules of checkpoints -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("make", "sentence"), [
@@ -184,7 +138,9 @@ def test_guidance_that_would_be_ignored_is_refused(make, sentence):
         FlowPipeline.from_pipeline(make(), guidance_scale=3.0)
 
 
-@pytest.mark.parametrize(("family", "settings"), [("flux", {}), ("sana", {"guidance_scale": 1.0}), ("z image", {"guidance_scale": 0.0})])
+@pytest.mark.parametrize(
+    ("family", "settings"), [("flux", {}), ("sana", {"guidance_scale": 1.0}), ("z image", {"guidance_scale": 0.0})]
+)
 def test_a_negative_prompt_that_would_be_ignored_is_refused(family, settings):
     with pytest.raises(ValueError, match=r"`negative_prompt` \('a cross'\) has no effect without guidance"):
         FlowPipeline.from_pipeline(tiny(family), negative_prompt="a cross", **settings)
@@ -196,8 +152,12 @@ def test_a_known_checkpoint_is_advised_on(tmp_path, caplog):
     flow = FlowPipeline.from_pipeline(pipeline, height=32, width=32, max_sequence_length=64)
     assert flow.advice(4) == []
     (sentence,) = flow.advice(20)
-    assert sentence.startswith("black-forest-labs/FLUX.2-klein-4B is distilled to 4 steps, but `num_inference_steps` is 20")
-    config = flowrl_trainers.ACFlowConfig(output_dir=str(tmp_path), num_inference_steps=20, report_to="none", use_cpu=True)
+    assert sentence.startswith(
+        "black-forest-labs/FLUX.2-klein-4B is distilled to 4 steps, but `num_inference_steps` is 20"
+    )
+    config = flowrl_trainers.ACFlowConfig(
+        output_dir=str(tmp_path), num_inference_steps=20, report_to="none", use_cpu=True
+    )
     flowrl_trainers.ACFlowTrainer(flow, redness, config, Dataset.from_dict({"prompt": PROMPTS * 4}))
     assert sentence in caplog.text
     base = CHECKPOINTS["stabilityai/stable-diffusion-3.5-medium"]
@@ -235,7 +195,9 @@ def test_a_shift_that_was_set_is_kept(family):
     pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, use_dynamic_shifting=False)
     pipeline.scheduler.set_shift(5.0)
     flow = FlowPipeline.from_pipeline(pipeline, **FAMILIES[family][1], height=32, width=32)
-    torch.testing.assert_close(flow.sample(PROMPTS, 4, generator=seeds(2)), stock(family, pipeline, flow), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        flow.sample(PROMPTS, 4, generator=seeds(2)), stock(family, pipeline, flow), atol=1e-5, rtol=0
+    )
     assert flow.scheduler_code(renoises=False) == "pipe.scheduler.set_shift(5)"  # for the card
     lines = flow.scheduler_code(renoises=True)
     exec(lines, {"pipe": pipeline})
@@ -248,12 +210,16 @@ def test_weights_that_are_stored_in_eight_bits_are_fed_what_they_compute_in(fami
     pipeline.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     assert any(p.dtype == torch.float8_e4m3fn for p in pipeline.transformer.parameters())
     flow = FlowPipeline.from_pipeline(pipeline, **FAMILIES[family][1], height=32, width=32)
-    torch.testing.assert_close(flow.sample(PROMPTS, 4, generator=seeds(2)), stock(family, pipeline, flow), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        flow.sample(PROMPTS, 4, generator=seeds(2)), stock(family, pipeline, flow), atol=1e-5, rtol=0
+    )
 
 
 def test_tiles_of_qwen_images_decoder_are_those_of_the_stock_pipeline():
     pipeline = tiny("qwen image")
-    pipeline.vae.enable_tiling(tile_sample_min_height=16, tile_sample_min_width=16, tile_sample_stride_height=8, tile_sample_stride_width=8)
+    pipeline.vae.enable_tiling(
+        tile_sample_min_height=16, tile_sample_min_width=16, tile_sample_stride_height=8, tile_sample_stride_width=8
+    )
     flow = FlowPipeline.from_pipeline(pipeline, **FAMILIES["qwen image"][1], height=32, width=32)
     ours = flow.sample(PROMPTS, 4, generator=seeds(2))
     torch.testing.assert_close(ours, stock("qwen image", pipeline, flow), atol=1e-5, rtol=0)
@@ -285,23 +251,31 @@ def test_a_lora_in_a_text_encoder_is_refused(tmp_path):
     pipeline.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
     config = flowrl_trainers.ACFlowConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     with pytest.raises(
-        ValueError, match="A text encoder of the pipeline carries a LoRA, which training would use and its file would not keep"
+        ValueError,
+        match="A text encoder of the pipeline carries a LoRA, which training would use and its file would not keep",
     ):
-        flowrl_trainers.ACFlowTrainer(pipeline, redness, config, Dataset.from_dict({"prompt": PROMPTS * 4}), peft_config=LoraConfig(r=2))
+        flowrl_trainers.ACFlowTrainer(
+            pipeline, redness, config, Dataset.from_dict({"prompt": PROMPTS * 4}), peft_config=LoraConfig(r=2)
+        )
 
 
-@pytest.mark.parametrize("shift", [{}, {"time_shift_type": "exponential"}, {"use_dynamic_shifting": False, "shift": 3.0}])
+@pytest.mark.parametrize(
+    "shift", [{}, {"time_shift_type": "exponential"}, {"use_dynamic_shifting": False, "shift": 3.0}]
+)
 def test_cogviews_network_is_told_the_time_before_the_shift(shift):
     """The stock pipeline hands its scheduler whole numbers from 1000 down to 1, and the same to the network."""
     flow = FlowPipeline.from_pipeline(tiny_cogview_4(**shift), height=32, width=64)
     sigmas = flow.sigmas(4)
     assert sigmas[1] != pytest.approx(0.667, abs=0.02)
-    torch.testing.assert_close(1000 * flow.unshifted(sigmas), torch.tensor([1000.0, 667.0, 334.0, 1.0, 0.0]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        1000 * flow.unshifted(sigmas), torch.tensor([1000.0, 667.0, 334.0, 1.0, 0.0]), atol=1e-3, rtol=0
+    )
 
 
 def test_chroma_is_not_trained_without_its_mask(tmp_path):
     config = flowrl_trainers.ACFlowConfig(
-        output_dir=str(tmp_path), activation_checkpointing=True, height=32, width=32, max_sequence_length=64, report_to="none", use_cpu=True,
+        output_dir=str(tmp_path), activation_checkpointing=True, height=32, width=32, max_sequence_length=64,
+        report_to="none", use_cpu=True,
     )  # fmt: skip
     judged = []
 
@@ -311,23 +285,31 @@ def test_chroma_is_not_trained_without_its_mask(tmp_path):
 
     rows = Dataset.from_dict({"prompt": PROMPTS * 4})
     trainer = flowrl_trainers.ACFlowTrainer(tiny_chroma(), judge, config, rows, peft_config=LoraConfig(r=2))
-    with pytest.raises(ValueError, match="`activation_checkpointing` is True, with which diffusers drops Chroma's attention mask"):
+    with pytest.raises(
+        ValueError, match="`activation_checkpointing` is True, with which diffusers drops Chroma's attention mask"
+    ):
         trainer.train()
     assert not judged  # not even the probe has drawn a picture
 
 
 def test_lumina_takes_no_more_tokens_than_its_network_has_positions():
     settings = {"height": 32, "width": 32}
-    with pytest.raises(ValueError, match=r"`max_sequence_length` \(300\) must be between 1 and 299 tokens for this model"):
+    with pytest.raises(
+        ValueError, match=r"`max_sequence_length` \(300\) must be between 1 and 299 tokens for this model"
+    ):
         FlowPipeline.from_pipeline(tiny("lumina 2"), max_sequence_length=300, **settings)
     flow = FlowPipeline.from_pipeline(tiny("lumina 2"), max_sequence_length=299, guidance_scale=1.0, **settings)
     assert flow.sample(["a red circle " * 40], 1, generator=seeds(1)).isfinite().all()
 
 
 def test_cogview_calls_its_network_once_per_length():
-    flow = FlowPipeline.from_pipeline(tiny_cogview_4(), height=32, width=32, max_sequence_length=64, guidance_scale=1.0)
+    flow = FlowPipeline.from_pipeline(
+        tiny_cogview_4(), height=32, width=32, max_sequence_length=64, guidance_scale=1.0
+    )
     calls = []
-    flow.transformer.register_forward_pre_hook(lambda module, args, kwargs: calls.append(len(kwargs["hidden_states"])), with_kwargs=True)
+    flow.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
     mixed = [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0]]
     latents, sigma = flow.initial_latents(4, seeds(4)), torch.tensor([0.8, 0.3, 0.5, 0.9])
     together = flow.velocity(flow.transformer, latents, sigma, flow.encode_prompts(mixed))

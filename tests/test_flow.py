@@ -62,7 +62,9 @@ def test_euler_step_is_exact_on_a_straight_path():
 
 
 def test_euler_sampler_converges_with_order_one_to_the_flow_of_a_gaussian():
-    """Data N(0, s^2): v = x (sigma - (1 - sigma) s^2) / m with m = (1 - sigma)^2 s^2 + sigma^2; the flow takes x to x sqrt(m(0) / m(1)) = s x."""
+    """Data N(0, s^2): v = x (sigma - (1 - sigma) s^2) / m with m = (1 - sigma)^2 s^2 + sigma^2; the flow takes x to x
+    sqrt(m(0) / m(1)) = s x.
+    """
     s = 0.4
 
     def error(steps: int) -> float:
@@ -108,7 +110,7 @@ def test_log_probability_refuses_an_unknown_form():
         log_probability(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1), "sum")
 
 
-# ---- the adjoint -------------------------------------------------------------------------------------------------------------
+# ---- the adjoint ----------------------------------------------------------------------------------------------------
 
 
 def nonlinear_velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -162,7 +164,7 @@ def test_a_velocity_moved_against_the_adjoint_raises_the_reward():
     assert gain == pytest.approx(expected, rel=1e-4)
 
 
-# ---- costs of the control ------------------------------------------------------------------------------------------------------
+# ---- costs of the control -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", ["2", "4", "2+4"])
@@ -173,7 +175,9 @@ def test_the_best_control_maximises_what_it_should_and_inverts_the_gradient_of_i
     best = best_control(g, order, weight)
     torch.testing.assert_close(control_cost_gradient(best, order, weight), g)
     u = torch.zeros_like(g).add_(0.1).requires_grad_()
-    optimizer = torch.optim.LBFGS([u], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [u], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe"
+    )
 
     def objective() -> torch.Tensor:
         optimizer.zero_grad()

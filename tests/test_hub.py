@@ -23,12 +23,14 @@ from flowrl_trainers.shapes import load_pipeline, prompts
 
 torch.set_num_threads(1)
 args = AdjointMatchingConfig(
-    output_dir=sys.argv[1], push_to_hub=True, hub_token="hf_of_a_test", hub_model_id="somebody/red-shapes", hub_strategy=sys.argv[2], max_steps=1, save_steps=1,
-    num_inference_steps=2, adjoint_steps=2, per_device_train_batch_size=2, guidance_scale=1.0, max_sequence_length=8, use_cpu=True,
-    report_to="none", disable_tqdm=True, log_images=2,
+    output_dir=sys.argv[1], push_to_hub=True, hub_token="hf_of_a_test", hub_model_id="somebody/red-shapes",
+    hub_strategy=sys.argv[2], max_steps=1, save_steps=1, num_inference_steps=2, adjoint_steps=2,
+    per_device_train_batch_size=2, guidance_scale=1.0, max_sequence_length=8, use_cpu=True, report_to="none",
+    disable_tqdm=True, log_images=2,
 )
 trainer = AdjointMatchingTrainer(
-    load_pipeline(), "shapes", args, prompts("train"), prompts("held_out").select(range(4)), "checker", peft_config=LoraConfig(r=2, lora_alpha=6)
+    load_pipeline(), "shapes", args, prompts("train"), prompts("held_out").select(range(4)), "checker",
+    peft_config=LoraConfig(r=2, lora_alpha=6)
 )
 trainer.train()
 trainer.evaluate()
@@ -51,8 +53,8 @@ print("loaded")
 
 def python(script: str, address: str, home: Path, *arguments: str) -> subprocess.CompletedProcess:
     environment = os.environ | {
-        "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_of_a_test", "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1",
+        "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_of_a_test", "HF_HOME": str(home),
+        "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1",
     }  # fmt: skip
     return subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=environment)
 
@@ -62,8 +64,18 @@ def test_a_run_is_pushed_and_loads_from_there(tmp_path):
         pushed = python(PUSH, hub.address, tmp_path / "home", str(tmp_path / "run"), "checkpoint")
         assert pushed.returncode == 0, pushed.stderr
         files = hub.files["somebody/red-shapes"]
-        assert {"README.md", "config.yaml", "metrics.json", "pytorch_lora_weights.safetensors", "samples/step-000001.png"} <= set(files)
-        assert {"last-checkpoint/manifest.json", "last-checkpoint/loop_state_0.pt", "last-checkpoint/optimizer.pt"} <= set(files)
+        assert {
+            "README.md",
+            "config.yaml",
+            "metrics.json",
+            "pytorch_lora_weights.safetensors",
+            "samples/step-000001.png",
+        } <= set(files)
+        assert {
+            "last-checkpoint/manifest.json",
+            "last-checkpoint/loop_state_0.pt",
+            "last-checkpoint/optimizer.pt",
+        } <= set(files)
         assert not any(b"hf_of_a_test" in content for content in files.values())
         assert not any(name.endswith("training_args.bin") for name in files)
         card = files["README.md"].decode()
@@ -79,14 +91,14 @@ def test_a_run_is_pushed_and_loads_from_there(tmp_path):
         assert "loaded" in loaded.stdout
 
 
-# ---- the card ----------------------------------------------------------------------------------------------------------------
+# ---- the card -------------------------------------------------------------------------------------------------------
 
 
 def facts(**changes) -> CardFacts:
     values = dict(
-        name="sd35-red", method="Adjoint Matching", paper={"title": "A paper", "id": "2605.06583"}, tags=["adjoint-matching"],
-        base_model="stabilityai/stable-diffusion-3.5-medium", has_adapter=True, rewards={"redness": 1.0}, settings={"updates": 3},
-        sampling={"guidance_scale": 4.5, "num_inference_steps": 20},
+        name="sd35-red", method="Adjoint Matching", paper={"title": "A paper", "id": "2605.06583"},
+        tags=["adjoint-matching"], base_model="stabilityai/stable-diffusion-3.5-medium", has_adapter=True,
+        rewards={"redness": 1.0}, settings={"updates": 3}, sampling={"guidance_scale": 4.5, "num_inference_steps": 20},
         rows={"base": {"reward/redness": 0.1}, "tuned": {"reward/redness": 0.4}},
     )  # fmt: skip
     return CardFacts(**(values | changes))

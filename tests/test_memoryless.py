@@ -1,4 +1,6 @@
-"""Memoryless adjoint matching (arXiv 2409.08861) on a Gaussian: its discrete fixed point by scalar algebra, and what that tends to."""
+"""Memoryless adjoint matching (arXiv 2409.08861) on a Gaussian: its discrete fixed point by scalar algebra, and what
+that tends to.
+"""
 
 import itertools
 
@@ -9,10 +11,10 @@ from datasets import Dataset
 from flowrl_trainers import AdjointMatchingConfig, AdjointMatchingTrainer
 from flowrl_trainers.flow import memoryless_adjoint, memoryless_step, memoryless_variance, uniform_sigmas
 
-from .gaussian import GaussianFlow, StepControl, base_coefficients, closeness
-from .test_control import PROMPTS, settings
+from .gaussian import NUMBERED, STD, GaussianFlow, StepControl, base_coefficients, closeness, settings
+from .helpers import first_rollout
 
-STD, MEAN, SCALE, TARGET = 0.5, 0.5, 2.0, 1.0
+MEAN, SCALE, TARGET = 0.5, 2.0, 1.0
 TILTED_VARIANCE = 1 / (1 / STD**2 + SCALE)
 TILTED_MEAN = TILTED_VARIANCE * (MEAN / STD**2 + SCALE * TARGET)
 
@@ -24,10 +26,11 @@ def affine_step(sigma: float, sigma_next: float, slope: float, offset: float) ->
 
 
 def fixed_point(steps: int) -> list[tuple[float, float]]:
-    """Slope and offset of the velocity at every step for which v = v_base - s^2 / 2 E[g_{k+1} | x_k] under its own process.
+    """Slope and offset of the velocity at every step for which v = v_base - s^2 / 2 E[g_{k+1} | x_k] under its own
+    process.
 
-    All is affine: E[x_N | x_k] = p x_k + q, and g_{k+1} is `carry` times g_N = -lambda (x_N - target), as base Jacobians are constants.
-    The end x_N is the noiseless Euler step of the base velocity from x_{N-1}.
+    All is affine: E[x_N | x_k] = p x_k + q, and g_{k+1} is `carry` times g_N = -lambda (x_N - target), as base
+    Jacobians are constants. The end x_N is the noiseless Euler step of the base velocity from x_{N-1}.
     """
     sigmas = uniform_sigmas(steps).double().tolist()
     h = 1 / steps
@@ -39,7 +42,8 @@ def fixed_point(steps: int) -> list[tuple[float, float]]:
     for sigma, sigma_next in reversed(list(itertools.pairwise(sigmas[:-1]))):
         slope, offset = base_coefficients(sigma, STD, MEAN)
         gain = -SCALE * carry * (sigma + h) / (1 - sigma_next)
-        # With u = gain (y - target), y = E[x_N | x] = p (x (1 - h / (1 - sigma')) - 2 h (v_base - u)) + q, which is linear in y.
+        # With u = gain (y - target), y = E[x_N | x] = p (x (1 - h / (1 - sigma')) - 2 h (v_base - u)) + q,
+        # which is linear in y.
         divisor = 1 - 2 * h * p * gain
         y_slope = p * (1 - h / (1 - sigma_next) - 2 * h * slope) / divisor
         y_offset = (q - 2 * h * p * (offset + gain * TARGET)) / divisor
@@ -78,8 +82,9 @@ def test_the_tuned_model_draws_what_the_fixed_point_draws(tmp_path, steps):
     t = AdjointMatchingTrainer(
         GaussianFlow(network, 1), closeness(TARGET),
         AdjointMatchingConfig(**settings(
-            tmp_path, dynamics="memoryless", num_inference_steps=steps, adjoint_steps=steps, reward_scale=SCALE, memoryless_loss_clip=None,
-            per_device_train_batch_size=256, max_steps=400, learning_rate=0.1, adam_beta2=0.99,
+            tmp_path, dynamics="memoryless", num_inference_steps=steps, adjoint_steps=steps, reward_scale=SCALE,
+            memoryless_loss_clip=None, per_device_train_batch_size=256, max_steps=400, learning_rate=0.1,
+            adam_beta2=0.99,
         )), Dataset.from_dict({"prompt": [str(n) for n in range(256)]}),
     )  # fmt: skip
     t.train()
@@ -88,7 +93,10 @@ def test_the_tuned_model_draws_what_the_fixed_point_draws(tmp_path, steps):
     control = zip(network.slopes.flatten().tolist(), network.offsets.flatten().tolist(), strict=True)
     learned = [(slope - k, offset - b) for (slope, offset), (k, b) in zip(base, control, strict=True)]
     expected = samples(fixed_point(steps))
-    print(f"{steps} steps: mean and variance {samples(learned)}, fixed point {expected}, tilted {TILTED_MEAN, TILTED_VARIANCE}")
+    print(
+        f"{steps} steps: mean and variance {samples(learned)}, fixed point {expected}, "
+        f"tilted {TILTED_MEAN, TILTED_VARIANCE}"
+    )
     assert samples(learned) == pytest.approx(expected, rel=0.02)
 
 
@@ -108,11 +116,15 @@ def test_a_step_is_that_of_the_paper_in_its_own_time():
     mean, std = memoryless_step(x, v, torch.tensor([1 - t]), torch.tensor([1 - t - h]))
     torch.testing.assert_close(mean, x + h * (-2 * v - x / (t + h)))
     torch.testing.assert_close(std, torch.tensor([[2 * h * (1 - t + h) / (t + h)]]).sqrt())
-    torch.testing.assert_close(memoryless_variance(torch.tensor(1 - t), torch.tensor(1 - t - h)), torch.tensor(2 * (1 - t + h) / (t + h)))
+    torch.testing.assert_close(
+        memoryless_variance(torch.tensor(1 - t), torch.tensor(1 - t - h)), torch.tensor(2 * (1 - t + h) / (t + h))
+    )
 
 
 def test_the_adjoint_is_the_gradient_of_the_end_through_the_means():
-    """Against autograd through the chain with its noise held fixed, in double precision, for a velocity that is not linear."""
+    """Against autograd through the chain with its noise held fixed, in double precision, for a velocity that is not
+    linear.
+    """
     sigmas = torch.tensor([1.0, 0.8, 0.5, 0.1, 0.0], dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
 
@@ -134,9 +146,12 @@ def test_the_adjoint_is_the_gradient_of_the_end_through_the_means():
 
 def memoryless(folder, **changes) -> AdjointMatchingTrainer:
     config = AdjointMatchingConfig(**settings(
-        folder, dynamics="memoryless", num_inference_steps=8, adjoint_steps=8, per_device_train_batch_size=2, max_steps=1, **changes
+        folder, dynamics="memoryless", num_inference_steps=8, adjoint_steps=8, per_device_train_batch_size=2,
+        max_steps=1, **changes
     ))  # fmt: skip
-    return AdjointMatchingTrainer(GaussianFlow(StepControl(uniform_sigmas(8), 1, STD, MEAN), 1), closeness(TARGET), config, PROMPTS)
+    return AdjointMatchingTrainer(
+        GaussianFlow(StepControl(uniform_sigmas(8), 1, STD, MEAN), 1), closeness(TARGET), config, NUMBERED
+    )
 
 
 def test_the_last_quarter_of_the_steps_and_as_many_earlier_ones_are_trained(tmp_path):
@@ -152,8 +167,7 @@ def test_a_state_with_too_large_an_error_teaches_nothing(tmp_path):
     gradients = []
     for clip in (1e9, 1e-9):
         t = memoryless(tmp_path, reward_scale=SCALE, memoryless_loss_clip=clip)
-        examples = next(iter(t.get_train_dataloader()))
-        (batch,) = t._make_rollout(examples)
+        examples, (batch,) = first_rollout(t)
         loss = sum(t.micro_batch_losses(t.model, batch, t.condition(examples), state).sum() for state in range(4))
         if clip == 1e9:
             s2, g = 2 * batch.tensors["gains"][:, 0], batch.tensors["adjoints"][:, 0, 0]

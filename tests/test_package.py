@@ -30,14 +30,20 @@ print("drawn", image.size)
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT],
+        check=True,
+        capture_output=True,
+    )
     (path,) = folder.glob("*.whl")
     return path
 
 
 def test_the_wheel_holds_weights_types_and_licence_and_is_small(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert len([n for n in names if n.startswith("flowrl_trainers/shapes/weights/") and n.endswith(".safetensors")]) == 3
+    assert (
+        len([n for n in names if n.startswith("flowrl_trainers/shapes/weights/") and n.endswith(".safetensors")]) == 3
+    )
     assert "flowrl_trainers/py.typed" in names
     assert any(n.endswith("LICENSE") for n in names)
     assert all(n.startswith("flowrl_trainers") for n in names)
@@ -48,12 +54,16 @@ def test_the_wheel_works_in_a_fresh_environment(wheel, tmp_path):
     """The environment sees this one's libraries, but not the checkout: its own site-packages come first."""
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel], check=True, capture_output=True)
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel], check=True, capture_output=True
+    )
     site = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / "env")}))
     (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
     result = subprocess.run([python, "-c", SCRIPT], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "drawn (32, 32)" in result.stdout
-    shown = subprocess.run([tmp_path / "env" / "bin" / "flowrl", "--help"], capture_output=True, text=True, cwd=tmp_path)
+    shown = subprocess.run(
+        [tmp_path / "env" / "bin" / "flowrl", "--help"], capture_output=True, text=True, cwd=tmp_path
+    )
     assert shown.returncode == 0
     assert "demo" in shown.stdout

@@ -11,7 +11,13 @@ from flowrl_trainers.sampling.prompt_groups import ImageKey, PromptGroupSampler
 
 def sampler(num_processes: int = 1, **settings) -> PromptGroupSampler:
     defaults = dict(
-        num_prompts=10, num_generations=2, images_per_update=8, updates_per_rollout=1, repeats=1, num_processes=num_processes, seed=0
+        num_prompts=10,
+        num_generations=2,
+        images_per_update=8,
+        updates_per_rollout=1,
+        repeats=1,
+        num_processes=num_processes,
+        seed=0,
     )
     return PromptGroupSampler(**(defaults | settings))
 
@@ -67,7 +73,14 @@ def test_a_rollout_is_repeated_for_every_micro_step_in_which_it_is_used():
 
 
 def test_keyed_draws_differ_in_every_part_of_their_key_and_repeat():
-    keys = [(0, 0, 0, 0, "a"), (1, 0, 0, 0, "a"), (0, 1, 0, 0, "a"), (0, 0, 1, 0, "a"), (0, 0, 0, 1, "a"), (0, 0, 0, 0, "b")]
+    keys = [
+        (0, 0, 0, 0, "a"),
+        (1, 0, 0, 0, "a"),
+        (0, 1, 0, 0, "a"),
+        (0, 0, 1, 0, "a"),
+        (0, 0, 0, 1, "a"),
+        (0, 0, 0, 0, "b"),
+    ]
     draws = [torch.randn(4, generator=keyed_generator(*key)) for key in keys]
     for i, draw in enumerate(draws):
         assert torch.equal(draw, torch.randn(4, generator=keyed_generator(*keys[i])))

@@ -1,10 +1,6 @@
 """A killed run goes on bit for bit; a checkpoint that cannot be trusted is not used. For every trainer."""
 
-import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,33 +8,15 @@ import torch
 
 from flowrl_trainers.run_folder.checkpoints import MANIFEST, checkpoint_to_resume, condition, write_manifest
 
-SCRIPT = Path(__file__).parent / "training_script.py"
-TRAINERS = {
-    "AdjointMatchingTrainer": {"adjoint_steps": 2, "control_to_velocity_ratio": 0.3},
-    "VGGFlowTrainer": {"timestep_bins": 2, "control_to_velocity_ratio": 0.3},
-    "ACFlowTrainer": {"num_generations": 2, "critic_warmup_max_steps": 1},
-    "TAFSGRPOTrainer": {"num_generations": 2},
-}
-NO_DROPOUT = {"TAFSGRPOTrainer": {"lora_dropout": 0.0}}  # which it refuses
+from .helpers import TRAINERS
+from .runs import assert_same, run
 
 # Two updates per rollout, each rollout used twice: a window of four updates, two rollouts of four prompts an epoch.
 WINDOW = {
-    "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_generations": 2, "steps_per_generation": 4,
-    "num_iterations": 2, "max_steps": 12, "save_steps": 1, "learning_rate": 0.01, "ema_decay": 0.9,
+    "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_generations": 2,
+    "steps_per_generation": 4, "num_iterations": 2, "max_steps": 12, "save_steps": 1, "learning_rate": 0.01,
+    "ema_decay": 0.9,
 }  # fmt: skip
-
-
-def run(folder: Path, trainer: str, config: dict, kill_at: int | None = None, resume: bool | str = False) -> subprocess.CompletedProcess:
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "trainer": trainer,
-        "config": TRAINERS[trainer] | NO_DROPOUT.get(trainer, {}) | config | {"output_dir": str(folder)},
-        "kill_at": kill_at,
-        "resume": resume,
-    }
-    (folder / "settings.json").write_text(json.dumps(settings))
-    environment = {k: v for k, v in os.environ.items() if k != "CI"}
-    return subprocess.run([sys.executable, SCRIPT, folder / "settings.json"], capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -57,24 +35,10 @@ def uninterrupted(tmp_path_factory):
     return result
 
 
-def assert_same(a, b) -> None:
-    """Equal to the last bit, through dictionaries and lists."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b
-
-
 @pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize("kill_at", [3, 4, 10], ids=["middle of a window", "between windows", "middle of a window of the second epoch"])
+@pytest.mark.parametrize(
+    "kill_at", [3, 4, 10], ids=["middle of a window", "between windows", "middle of a window of the second epoch"]
+)
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, uninterrupted, trainer, kill_at):
     killed = run(tmp_path, trainer, WINDOW, kill_at=kill_at)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -85,7 +49,10 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, uninterrupted, trainer, kill
     assert_same(result["weights"], expected["weights"])
     assert_same(result["optimizer"], expected["optimizer"])
     assert_same(result["state"], expected["state"])  # the moving average; reward scale, or critic and its optimizer
-    rewards = [[(row["step"], row["reward/redness"]) for row in r["history"] if "reward/redness" in row] for r in (result, expected)]
+    rewards = [
+        [(row["step"], row["reward/redness"]) for row in r["history"] if "reward/redness" in row]
+        for r in (result, expected)
+    ]
     assert len(rewards[1]) == 3  # updates 1, 5 and 9 made rollouts
     assert rewards[0] == rewards[1]
     losses = [[(row["step"], row["loss"]) for row in r["history"] if "loss" in row] for r in (result, expected)]
@@ -127,7 +94,7 @@ def test_a_resumed_run_must_deal_its_images_as_before(tmp_path):
         assert sentence in refused.stderr
 
 
-# ---- the manifest ------------------------------------------------------------------------------------------------------------
+# ---- the manifest ---------------------------------------------------------------------------------------------------
 
 
 def make_checkpoint(folder: Path) -> Path:
@@ -156,7 +123,11 @@ def test_the_newest_complete_checkpoint_is_taken_by_number(tmp_path):
 
 
 def test_nothing_to_resume_from_is_said(tmp_path):
-    with pytest.raises(ValueError, match="holds no complete checkpoint to resume from: start without `resume_from_checkpoint`"):
+    with pytest.raises(
+        ValueError, match="holds no complete checkpoint to resume from: start without `resume_from_checkpoint`"
+    ):
         checkpoint_to_resume(tmp_path, True)
-    with pytest.raises(ValueError, match=r"is no complete checkpoint, as it has no valid manifest\.json; there is no good one"):
+    with pytest.raises(
+        ValueError, match=r"is no complete checkpoint, as it has no valid manifest\.json; there is no good one"
+    ):
         checkpoint_to_resume(tmp_path, tmp_path / "checkpoint-7")

@@ -19,11 +19,19 @@ PROMPTS = ["a red circle", "a blue square and a green cross"]
 
 def pictures(size: int = 32) -> torch.Tensor:
     rng = np.random.default_rng(3)
-    return torch.from_numpy(np.stack([draw(random_scene(parse(p), rng, size), size) for p in PROMPTS])).permute(0, 3, 1, 2) / 255
+    return (
+        torch.from_numpy(np.stack([draw(random_scene(parse(p), rng, size), size) for p in PROMPTS])).permute(
+            0, 3, 1, 2
+        )
+        / 255
+    )
 
 
 def examples(**columns) -> list[Example]:
-    return [Example(ImageKey(i, 0, 0), p, {name: values[i] for name, values in columns.items()}) for i, p in enumerate(PROMPTS)]
+    return [
+        Example(ImageKey(i, 0, 0), p, {name: values[i] for name, values in columns.items()})
+        for i, p in enumerate(PROMPTS)
+    ]
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -38,7 +46,9 @@ def test_asynchronous_rewards_compute_gradients_where_the_caller_does(enabled):
 
 def test_a_reward_that_takes_other_arguments_is_refused():
     with pytest.raises(
-        ValueError, match=r"^Reward 'narrow' must take `images, prompts, \*\*columns` by name, as trainers call it: .*'trainer_state'"
+        ValueError,
+        match=r"^Reward 'narrow' must take `images, prompts, \*\*columns` by name, as trainers call it: "
+        r".*'trainer_state'",
     ):
         as_rewards(narrow)
     (reward,) = as_rewards(needs_a_column)
@@ -57,7 +67,9 @@ def test_a_reward_that_returns_nothing_is_named():
     def forgetful(images, prompts, **columns):
         pass
 
-    with pytest.raises(ValueError, match=r"^Reward 'forgetful' returned None for 2 images: return one score per image\.$"):
+    with pytest.raises(
+        ValueError, match=r"^Reward 'forgetful' returned None for 2 images: return one score per image\.$"
+    ):
         call_rewards(as_rewards(forgetful), pictures(), examples())
 
 
@@ -67,7 +79,9 @@ def test_clip_score_is_the_cosine_of_the_two_embeddings():
     with torch.no_grad():
         text = clip.text_projection(clip.text_model(**tokens).pooler_output)
         image = clip.visual_projection(clip.vision_model((pictures() - 0.5) / 0.5).pooler_output)
-    torch.testing.assert_close(ShapesReward()(pictures(), PROMPTS), torch.cosine_similarity(text, image), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        ShapesReward()(pictures(), PROMPTS), torch.cosine_similarity(text, image), atol=1e-6, rtol=0
+    )
 
 
 @pytest.mark.parametrize("shape", [(48, 48), (37, 64), (200, 90), (24, 24)])
@@ -83,12 +97,18 @@ def test_resizing_is_torchs_own_in_values_and_gradients(shape):
 
 
 def test_clip_score_resizes_as_pillow_does():
-    """Bicubic with antialiasing in torch against Pillow's, which rounds to 8 bits: one level of 255 apart, two at most."""
+    """Bicubic with antialiasing in torch against Pillow's, which rounds to 8 bits: one level of 255 apart, two at
+    most.
+    """
     large = pictures(80)
     reward = ShapesReward()
     ours = reward.pixels(large) * 0.5 + 0.5
     theirs = torch.from_numpy(np.stack([
-        np.asarray(PILImage.fromarray((x.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)).resize((32, 32), PILImage.Resampling.BICUBIC))
+        np.asarray(
+            PILImage.fromarray((x.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)).resize(
+                (32, 32), PILImage.Resampling.BICUBIC
+            )
+        )
         for x in large
     ])).permute(0, 3, 1, 2) / 255  # fmt: skip
     assert (ours.clamp(0, 1) - theirs).abs().max() <= 2.5 / 255
@@ -115,11 +135,17 @@ def test_shapes_reward_prefers_the_right_caption():
     """The best of all 625 captions describes the drawn picture, in at least 95 of 100 cases."""
     captions, rng, reward = all_prompts(), np.random.default_rng(0), ShapesReward()
     numbers = rng.integers(0, len(captions), 100)
-    drawn = torch.from_numpy(np.stack([draw(random_scene(parse(captions[n]), rng)) for n in numbers])).permute(0, 3, 1, 2) / 255
-    scores = reward.image_embeddings(drawn) @ reward.text_embeddings(captions, drawn).T  # of every picture with every caption
+    drawn = (
+        torch.from_numpy(np.stack([draw(random_scene(parse(captions[n]), rng)) for n in numbers])).permute(0, 3, 1, 2)
+        / 255
+    )
+    scores = (
+        reward.image_embeddings(drawn) @ reward.text_embeddings(captions, drawn).T
+    )  # of every picture with every caption
     torch.testing.assert_close(scores.diagonal(), reward(drawn, captions[:100]), atol=1e-6, rtol=0)
     right = sum(
-        sorted(parse(captions[int(best)])) == sorted(parse(captions[n])) for best, n in zip(scores.argmax(dim=1), numbers, strict=True)
+        sorted(parse(captions[int(best)])) == sorted(parse(captions[n]))
+        for best, n in zip(scores.argmax(dim=1), numbers, strict=True)
     )
     assert right >= 95
 
@@ -151,7 +177,9 @@ def test_functions_coroutines_lists_and_none_are_scores():
 
 
 def test_a_wrong_number_of_scores_is_refused():
-    with pytest.raises(ValueError, match=r"Reward 'short' returned scores of shape \(1,\) for 2 images: return one score per image"):
+    with pytest.raises(
+        ValueError, match=r"Reward 'short' returned scores of shape \(1,\) for 2 images: return one score per image"
+    ):
         call_rewards(as_rewards(differentiable(short)), pictures(), examples())
 
 

@@ -26,7 +26,9 @@ def test_checker_is_right_on_drawn_pictures(asked):
 
 
 def test_checker_accepts_no_other_prompt(asked):
-    """Each picture is shown with three other prompts: a random one, one with another colour, one with another shape."""
+    """Each picture is shown with three other prompts: a random one, one with another colour, one with another
+    shape.
+    """
     rng = np.random.default_rng(2)
     pictures, captions = drawn(asked), all_prompts()
     wrong, images = [], []
@@ -46,7 +48,10 @@ def test_checker_accepts_no_other_prompt(asked):
 
 
 def test_checker_rejects_what_is_no_clean_picture():
-    blank, noise = torch.full((1, 3, 32, 32), 0.93), torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    blank, noise = (
+        torch.full((1, 3, 32, 32), 0.93),
+        torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
+    )
     assert check(torch.cat([blank, noise]), ["a red circle"] * 2) == [False, False]
 
 
@@ -93,11 +98,16 @@ def test_both_text_encoders_are_one_module_and_the_networks_float32(shared_shape
 def test_no_text_is_unknown_to_the_tokenizer():
     _, tokenizer = load_clip()
     assert len(tokenizer("a purple triangle and a yellow diamond").input_ids) == 9
-    assert tokenizer.decode(tokenizer("crème brûlée, 北").input_ids, skip_special_tokens=True).strip() == "crème brûlée , 北"
+    assert (
+        tokenizer.decode(tokenizer("crème brûlée, 北").input_ids, skip_special_tokens=True).strip()
+        == "crème brûlée , 北"
+    )
 
 
 def test_the_readme_picture(shared_shapes):
-    """The stock call with stock defaults draws a red circle, in at least 6 of 8 cases: its words were never swapped."""
+    """The stock call with stock defaults draws a red circle, in at least 6 of 8 cases: its words were never
+    swapped.
+    """
     generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
     images = shared_shapes(["a red circle"] * 8, generator=generators).images
     assert {image.size for image in images} == {(32, 32)}
@@ -118,7 +128,7 @@ def test_pictures_do_not_depend_on_the_number_of_empty_t5_tokens(shared_shapes):
     assert (velocities[0] - velocities[1]).norm() / velocities[1].norm() < 0.05
 
 
-# ---- diversity ---------------------------------------------------------------------------------------------------------------
+# ---- diversity ------------------------------------------------------------------------------------------------------
 
 
 def test_diversity_is_the_mean_pairwise_distance_of_accepted_pictures():

@@ -7,7 +7,6 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 from safetensors.torch import save_file
 
@@ -15,53 +14,30 @@ from flowrl_trainers import FlowPipeline
 from flowrl_trainers.cli.convert_sit import convert_sit
 from flowrl_trainers.sit import SiTPipeline, SiTTransformer2DModel, convert_checkpoint, load_transformer
 
-from .test_families import check_update
-from .test_resume import TRAINERS
+from .helpers import TRAINERS, check_update, seeds
+from .tiny_sit import (
+    CHANNELS,
+    CLASS_PROMPTS,
+    CLASSES,
+    DEPTH,
+    GRID,
+    HEADS,
+    NAMES,
+    PATCH,
+    SIZE,
+    D,
+    original_checkpoint,
+    sin_cos_table,
+    tiny_sit,
+    tiny_vae,
+)
 
-D, HEADS, DEPTH, PATCH, CHANNELS, SIZE, CLASSES = 24, 2, 2, 2, 4, 8, 5
-GRID = SIZE // PATCH
-NAMES = ["goldfish, Carassius auratus", "crane", "crane", "tench", "volcano"]
-PROMPTS = ["goldfish", "4"]
-
-
-# ---- the original code, in plain torch functions ------------------------------------------------------------------------------
-
-
-def sin_cos_table() -> torch.Tensor:
-    """(1, N, D): half of the dimensions for the column, half for the row, each sines first."""
-    omega = 10000 ** -(torch.arange(D // 4, dtype=torch.float64) / (D / 4))
-    rows, columns = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
-    halves = [torch.outer(position.flatten().double(), omega) for position in (columns, rows)]
-    return torch.cat([f(angle) for angle in halves for f in (torch.sin, torch.cos)], dim=1).float()[None]
-
-
-def original_checkpoint(learn_sigma: bool = True) -> dict[str, torch.Tensor]:
-    """Random weights in the original layout; as in a trained network, none are zero."""
-    outputs = PATCH**2 * CHANNELS * (2 if learn_sigma else 1)
-    shapes = {
-        "x_embedder.proj": (D, CHANNELS, PATCH, PATCH),
-        "t_embedder.mlp.0": (D, 256),
-        "t_embedder.mlp.2": (D, D),
-        "final_layer.linear": (outputs, D),
-        "final_layer.adaLN_modulation.1": (2 * D, D),
-    }
-    for i in range(DEPTH):
-        shapes |= {
-            f"blocks.{i}.attn.qkv": (3 * D, D),
-            f"blocks.{i}.attn.proj": (D, D),
-            f"blocks.{i}.mlp.fc1": (4 * D, D),
-            f"blocks.{i}.mlp.fc2": (D, 4 * D),
-            f"blocks.{i}.adaLN_modulation.1": (6 * D, D),
-        }
-    generator = torch.Generator().manual_seed(0)
-    state = {"pos_embed": sin_cos_table(), "y_embedder.embedding_table.weight": torch.randn(CLASSES + 1, D, generator=generator)}
-    for name, shape in shapes.items():
-        state[f"{name}.weight"] = torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))
-        state[f"{name}.bias"] = 0.3 * torch.randn(shape[0], generator=generator)
-    return state
+# ---- the original code, in plain torch functions --------------------------------------------------------------------
 
 
-def original_forward(state: dict[str, torch.Tensor], x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def original_forward(
+    state: dict[str, torch.Tensor], x: torch.Tensor, t: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor:
     """data - noise at x = t data + (1 - t) noise, for t in [0, 1]."""
 
     def linear(name: str, value: torch.Tensor) -> torch.Tensor:
@@ -69,16 +45,27 @@ def original_forward(state: dict[str, torch.Tensor], x: torch.Tensor, t: torch.T
 
     def norm(value: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         centred = value - value.mean(-1, keepdim=True)
-        return centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + scale[:, None]) + shift[:, None]
+        return (
+            centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + scale[:, None]) + shift[:, None]
+        )
 
     angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(128) / 128)
-    time = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], dim=1))))
+    time = linear(
+        "t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], dim=1)))
+    )
     c = F.silu(time + state["y_embedder.embedding_table.weight"][y])
-    h = F.conv2d(x, state["x_embedder.proj.weight"], state["x_embedder.proj.bias"], stride=PATCH).flatten(2).mT + state["pos_embed"]
+    h = (
+        F.conv2d(x, state["x_embedder.proj.weight"], state["x_embedder.proj.bias"], stride=PATCH).flatten(2).mT
+        + state["pos_embed"]
+    )
     for i in range(DEPTH):
         b = f"blocks.{i}"
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = linear(f"{b}.adaLN_modulation.1", c).chunk(6, dim=1)
-        q, k, v = linear(f"{b}.attn.qkv", norm(h, shift_1, scale_1)).reshape(len(x), -1, 3, HEADS, D // HEADS).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            linear(f"{b}.attn.qkv", norm(h, shift_1, scale_1))
+            .reshape(len(x), -1, 3, HEADS, D // HEADS)
+            .permute(2, 0, 3, 1, 4)
+        )
         attention = (q @ k.mT / math.sqrt(D // HEADS)).softmax(-1) @ v
         h = h + gate_1[:, None] * linear(f"{b}.attn.proj", attention.transpose(1, 2).flatten(2))
         inner = F.gelu(linear(f"{b}.mlp.fc1", norm(h, shift_2, scale_2)), approximate="tanh")
@@ -88,7 +75,7 @@ def original_forward(state: dict[str, torch.Tensor], x: torch.Tensor, t: torch.T
     return torch.einsum("nhwpqc->nchpwq", h).reshape(len(x), -1, SIZE, SIZE)[:, :CHANNELS]
 
 
-# ---- tiny pipelines -----------------------------------------------------------------------------------------------------------
+# ---- tiny pipelines -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -98,49 +85,30 @@ def checkpoint(tmp_path):
     return path
 
 
-def tiny_vae(**config) -> AutoencoderKL:
-    torch.manual_seed(1)
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        norm_num_groups=4,
-        sample_size=16,
-        **({"latent_channels": CHANNELS, "scaling_factor": 0.18215} | config),
-    ).eval()
-
-
 @pytest.fixture
 def tiny(checkpoint) -> SiTPipeline:
     return tiny_sit(checkpoint)
 
 
-def tiny_sit(checkpoint) -> SiTPipeline:
-    transformer = load_transformer(checkpoint, num_attention_heads=HEADS)
-    pipeline = SiTPipeline(transformer, tiny_vae(), FlowMatchEulerDiscreteScheduler(shift=1.0), dict(enumerate(NAMES)))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def seeds(count: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(100 + i) for i in range(count)]
-
-
 def drawn(pipeline: SiTPipeline, **settings) -> torch.Tensor:
-    return pipeline(PROMPTS, num_inference_steps=4, generator=seeds(2), output_type="pt", **settings).images
+    return pipeline(CLASS_PROMPTS, num_inference_steps=4, generator=seeds(2), output_type="pt", **settings).images
 
 
-# ---- conversion ---------------------------------------------------------------------------------------------------------------
+# ---- conversion -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("learn_sigma", [True, False])
 def test_a_converted_checkpoint_computes_what_the_original_code_computes(tmp_path, learn_sigma):
-    """At timestep 1000 sigma it is minus the original velocity at t = 1 - sigma, for every class and for no class (the last row)."""
+    """At timestep 1000 sigma it is minus the original velocity at t = 1 - sigma, for every class and for no class (the
+    last row).
+    """
     state = original_checkpoint(learn_sigma)
     save_file(state, tmp_path / "tiny.safetensors")
     model = load_transformer(tmp_path / "tiny.safetensors", num_attention_heads=HEADS)
-    x, sigma = torch.randn(6, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(1)), torch.tensor([1, 0.9, 0.5, 0.3, 0.01, 0])
+    x, sigma = (
+        torch.randn(6, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(1)),
+        torch.tensor([1, 0.9, 0.5, 0.3, 0.01, 0]),
+    )
     y = torch.arange(CLASSES + 1)
     with torch.no_grad():
         velocity = model(x, 1000 * sigma, y).sample
@@ -150,7 +118,9 @@ def test_a_converted_checkpoint_computes_what_the_original_code_computes(tmp_pat
 
 
 def test_a_converted_checkpoint_has_the_epsilon_of_the_original_norms(tmp_path):
-    """Hidden states of about 0.01 make an epsilon of 1e-6 count in every norm: 1e-5 would change the output by percents."""
+    """Hidden states of about 0.01 make an epsilon of 1e-6 count in every norm: 1e-5 would change the output by
+    percents.
+    """
     state = original_checkpoint()
     for name in state:
         if "x_embedder" in name or "attn.proj" in name or "mlp.fc2" in name or name == "pos_embed":
@@ -160,7 +130,9 @@ def test_a_converted_checkpoint_has_the_epsilon_of_the_original_norms(tmp_path):
     x, y = torch.randn(2, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 3])
     with torch.no_grad():
         velocity = model(x, torch.tensor([700.0, 200.0]), y).sample
-    torch.testing.assert_close(velocity, -original_forward(state, x, torch.tensor([0.3, 0.8]), y), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        velocity, -original_forward(state, x, torch.tensor([0.3, 0.8]), y), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_a_fresh_network_has_the_position_embeddings_of_the_original_code():
@@ -171,15 +143,23 @@ def test_a_fresh_network_has_the_position_embeddings_of_the_original_code():
 def test_what_training_saved_gives_its_moving_average(tmp_path, checkpoint):
     state = original_checkpoint()
     other = {name: value + 1 for name, value in state.items()}
-    torch.save({"model": other, "ema": state, "opt": {"state": {}}, "args": argparse.Namespace(lr=1e-4)}, tmp_path / "0050000.pt")
+    torch.save(
+        {"model": other, "ema": state, "opt": {"state": {}}, "args": argparse.Namespace(lr=1e-4)},
+        tmp_path / "0050000.pt",
+    )
     torch.save({"model": other}, tmp_path / "model.pt")
-    average, plain, model = (load_transformer(tmp_path / name, HEADS).state_dict() for name in ("0050000.pt", "tiny.pt", "model.pt"))
+    average, plain, model = (
+        load_transformer(tmp_path / name, HEADS).state_dict() for name in ("0050000.pt", "tiny.pt", "model.pt")
+    )
     assert all(torch.equal(average[name], plain[name]) for name in plain)
     assert not torch.equal(model["class_embedder.weight"], plain["class_embedder.weight"])
 
 
 def test_gradient_checkpointing_leaves_gradients_as_they_are(tiny):
-    model, x = tiny.transformer.train(), torch.randn(2, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    model, x = (
+        tiny.transformer.train(),
+        torch.randn(2, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(1)),
+    )
 
     def gradient() -> torch.Tensor:
         loss = model(x, torch.tensor([700.0, 200.0]), torch.tensor([0, 3])).sample.square().mean()
@@ -194,21 +174,25 @@ def test_the_command_writes_a_pipeline_that_loads(tmp_path, checkpoint, capsys):
     tiny_vae().save_pretrained(tmp_path / "vae")
     (tmp_path / "names.txt").write_text("\n".join(NAMES) + "\n")
     out = tmp_path / "out"
-    convert_sit([str(checkpoint), str(out), "--vae", str(tmp_path / "vae"), "--class_names", str(tmp_path / "names.txt"),
+    convert_sit([str(checkpoint), str(out), "--vae", str(tmp_path / "vae"), "--class_names",
+                 str(tmp_path / "names.txt"),
                  "--num_attention_heads", str(HEADS)])  # fmt: skip
     assert "SiT of 2 blocks, width 24, patches of 2, 5 classes, pictures of 16 x 16 pixels" in capsys.readouterr().out
     flow = FlowPipeline.from_pretrained(out, guidance_scale=2.0)
     assert flow.sample(["Carassius auratus"], 2).shape == (1, 3, 16, 16)
 
 
-# ---- the pipeline and its family ----------------------------------------------------------------------------------------------
+# ---- the pipeline and its family ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [{"height": 16, "width": 16}, {"height": 8, "width": 16}])
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 def test_parity_with_the_pipeline(tiny, guidance_scale, size):
     settings = {"guidance_scale": guidance_scale, **size}
-    ours, stock = FlowPipeline.from_pipeline(tiny, **settings).sample(PROMPTS, 4, generator=seeds(2)), drawn(tiny, **settings)
+    ours, stock = (
+        FlowPipeline.from_pipeline(tiny, **settings).sample(CLASS_PROMPTS, 4, generator=seeds(2)),
+        drawn(tiny, **settings),
+    )
     assert ours.shape == (2, 3, size["height"], size["width"])
     assert stock.std() > 0.05
     torch.testing.assert_close(ours, stock, atol=1e-4, rtol=0)
@@ -225,7 +209,9 @@ def test_sampling_is_the_euler_ode_of_the_original_code_on_a_uniform_grid(tiny):
         t = torch.full((2,), step / 4)
         v, null = original_forward(state, x, t, y), original_forward(state, x, t, torch.full((2,), CLASSES))
         x = x + (null + 3.0 * (v - null)) / 4
-    latents = tiny(PROMPTS, num_inference_steps=4, guidance_scale=3.0, generator=seeds(2), output_type="latent").images
+    latents = tiny(
+        CLASS_PROMPTS, num_inference_steps=4, guidance_scale=3.0, generator=seeds(2), output_type="latent"
+    ).images
     torch.testing.assert_close(latents, x, atol=1e-4, rtol=1e-5)
 
 
@@ -236,7 +222,10 @@ def test_a_saved_pipeline_draws_the_same_when_loaded(tmp_path, tiny):
     assert loaded.labels == tiny.labels
     assert torch.equal(drawn(loaded), drawn(tiny))
     flow = FlowPipeline.from_pretrained(tmp_path)
-    assert torch.equal(flow.sample(PROMPTS, 4, generator=seeds(2)), FlowPipeline.from_pipeline(tiny).sample(PROMPTS, 4, generator=seeds(2)))
+    assert torch.equal(
+        flow.sample(CLASS_PROMPTS, 4, generator=seeds(2)),
+        FlowPipeline.from_pipeline(tiny).sample(CLASS_PROMPTS, 4, generator=seeds(2)),
+    )
 
 
 def test_a_repository_of_the_hub_is_fetched_without_code(tmp_path, tiny, monkeypatch):
@@ -259,8 +248,10 @@ def test_a_repository_of_the_hub_is_fetched_without_code(tmp_path, tiny, monkeyp
 def test_a_saved_lora_is_read_by_a_fresh_pipeline_with_its_alpha(tmp_path, tiny):
     tiny.save_pretrained(tmp_path / "base")
     flow = FlowPipeline.from_pipeline(tiny, guidance_scale=2.0)
-    flow.transformer.add_adapter(LoraConfig(r=2, lora_alpha=12, target_modules=flow.lora_target_modules, init_lora_weights=False))
-    tuned = flow.sample(PROMPTS, 4, generator=seeds(2))
+    flow.transformer.add_adapter(
+        LoraConfig(r=2, lora_alpha=12, target_modules=flow.lora_target_modules, init_lora_weights=False)
+    )
+    tuned = flow.sample(CLASS_PROMPTS, 4, generator=seeds(2))
     flow.save_lora(tmp_path / "lora")
     fresh = SiTPipeline.from_pretrained(tmp_path / "base")
     fresh.set_progress_bar_config(disable=True)
@@ -276,7 +267,14 @@ def test_an_update_changes_the_adapter_alone_and_the_loader_reads_it(tmp_path, c
     def draw(pipeline: SiTPipeline, flow: FlowPipeline) -> torch.Tensor:
         return drawn(pipeline, **flow.call_arguments())
 
-    check_update(tmp_path, trainer, lambda: tiny_sit(checkpoint), draw, [*PROMPTS, "tench", "volcano"], {"height": SIZE, "width": 2 * SIZE})
+    check_update(
+        tmp_path,
+        trainer,
+        lambda: tiny_sit(checkpoint),
+        draw,
+        [*CLASS_PROMPTS, "tench", "volcano"],
+        {"height": SIZE, "width": 2 * SIZE},
+    )
 
 
 def test_the_card_shows_a_class_and_no_task_that_is_not_its_own(tmp_path, tiny):
@@ -288,22 +286,29 @@ def test_the_card_shows_a_class_and_no_task_that_is_not_its_own(tmp_path, tiny):
 def test_classes_in_one_batch_do_not_mix(tiny):
     flow = FlowPipeline.from_pipeline(tiny, guidance_scale=4.0)
     latents, sigma = flow.initial_latents(2, torch.Generator().manual_seed(0)), torch.tensor([0.7, 0.2])
-    conditioning = flow.encode_prompts(PROMPTS)
+    conditioning = flow.encode_prompts(CLASS_PROMPTS)
     together = flow.velocity(flow.transformer, latents, sigma, conditioning)
     for i in range(2):
         own = {name: value[i : i + 1] for name, value in conditioning.items()}
         torch.testing.assert_close(
-            together[i : i + 1], flow.velocity(flow.transformer, latents[i : i + 1], sigma[i : i + 1], own), atol=1e-5, rtol=0
+            together[i : i + 1],
+            flow.velocity(flow.transformer, latents[i : i + 1], sigma[i : i + 1], own),
+            atol=1e-5,
+            rtol=0,
         )
 
 
 def test_weights_learn_through_the_conditional_branch_alone(tiny):
-    """With guidance s, v = (1 - s) v_null + s v; without a gradient to the latents v_null is a constant, so the gradient is s that of v."""
+    """With guidance s, v = (1 - s) v_null + s v; without a gradient to the latents v_null is a constant, so the
+    gradient is s that of v.
+    """
     flow, weight = FlowPipeline.from_pipeline(tiny, guidance_scale=3.0), tiny.transformer.proj_out.weight
     latents, sigma = flow.initial_latents(2, torch.Generator().manual_seed(0)), torch.tensor([0.7, 0.2])
-    conditioning = flow.encode_prompts(PROMPTS)
+    conditioning = flow.encode_prompts(CLASS_PROMPTS)
     guided, plain = (
-        torch.autograd.grad(flow.velocity(flow.transformer, latents, sigma, conditioning, guidance=on).sum(), weight)[0]
+        torch.autograd.grad(flow.velocity(flow.transformer, latents, sigma, conditioning, guidance=on).sum(), weight)[
+            0
+        ]
         for on in (True, False)
     )
     torch.testing.assert_close(guided, 3.0 * plain)
@@ -311,7 +316,7 @@ def test_weights_learn_through_the_conditional_branch_alone(tiny):
 
 def test_the_prompt_of_a_critic_is_the_embedding_of_the_class(tiny):
     flow = FlowPipeline.from_pipeline(tiny)
-    features, mask = flow.prompt_features(flow.encode_prompts(PROMPTS))
+    features, mask = flow.prompt_features(flow.encode_prompts(CLASS_PROMPTS))
     assert torch.equal(features[:, 0], original_checkpoint()["y_embedder.embedding_table.weight"][[0, 4]])
     assert mask.tolist() == [[True], [True]]
     assert not features.requires_grad
@@ -327,7 +332,9 @@ def test_gradients_reach_the_latents_through_decode_unclamped(tiny):
     """The directional derivative against a central difference in double precision."""
     flow = FlowPipeline.from_pipeline(tiny)
     tiny.vae.double()
-    x = torch.randn(1, CHANNELS, SIZE, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x = torch.randn(
+        1, CHANNELS, SIZE, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ).requires_grad_()
     direction = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
     def brightness(latents: torch.Tensor) -> torch.Tensor:
@@ -342,7 +349,7 @@ def test_gradients_reach_the_latents_through_decode_unclamped(tiny):
     assert flow.images(20 * x).max() == 1
 
 
-# ---- one clear sentence each --------------------------------------------------------------------------------------------------
+# ---- one clear sentence each ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("prompt", "sentence"), [
@@ -375,11 +382,13 @@ def test_refuses_more_names_than_classes(tiny):
 ])  # fmt: skip
 def test_the_pipeline_refuses_wrong_arguments(tiny, settings, sentence):
     with pytest.raises(ValueError, match=sentence):
-        tiny(PROMPTS, num_inference_steps=1, **settings)
+        tiny(CLASS_PROMPTS, num_inference_steps=1, **settings)
 
 
 def test_the_family_refuses_a_size_without_position_embeddings(tiny):
-    with pytest.raises(ValueError, match=r"`height` \(20\) must be a multiple of 4 pixels and at most 16 for this model"):
+    with pytest.raises(
+        ValueError, match=r"`height` \(20\) must be a multiple of 4 pixels and at most 16 for this model"
+    ):
         FlowPipeline.from_pipeline(tiny, height=20)
 
 
@@ -390,7 +399,10 @@ class Intruder:
 
 def test_refuses_a_file_that_could_run_code(tmp_path, capsys):
     torch.save({**original_checkpoint(), "extra": Intruder()}, tmp_path / "tiny.pt")
-    with pytest.raises(ValueError, match="is no file of tensors alone, and reading what else is in it could run code, so it is refused"):
+    with pytest.raises(
+        ValueError,
+        match="is no file of tensors alone, and reading what else is in it could run code, so it is refused",
+    ):
         load_transformer(tmp_path / "tiny.pt", HEADS)
     assert capsys.readouterr().out == ""
 
@@ -427,13 +439,18 @@ def test_refuses_a_checkpoint_that_is_not_there(tmp_path):
 
 def test_refuses_to_guess_the_heads_of_a_width_that_is_not_official(checkpoint):
     for heads in (None, 5):
-        with pytest.raises(ValueError, match=f"`num_attention_heads` is {heads}, but a network of width 24 needs a divisor of it"):
+        with pytest.raises(
+            ValueError, match=f"`num_attention_heads` is {heads}, but a network of width 24 needs a divisor of it"
+        ):
             load_transformer(checkpoint, heads)
 
 
 def test_refuses_an_autoencoder_that_does_not_fit(tmp_path, checkpoint):
     tiny_vae(latent_channels=16).save_pretrained(tmp_path / "vae")
-    with pytest.raises(ValueError, match="has latents of 16 channels, but the checkpoint reads 4: pass the one that it was trained with"):
+    with pytest.raises(
+        ValueError,
+        match="has latents of 16 channels, but the checkpoint reads 4: pass the one that it was trained with",
+    ):
         convert_checkpoint(checkpoint, tmp_path / "out", tmp_path / "vae", num_attention_heads=HEADS)
     for missing in (tmp_path / "missing", "nobody/no-autoencoder"):
         with pytest.raises(ValueError, match=f"The autoencoder '{re.escape(str(missing))}' cannot be loaded"):

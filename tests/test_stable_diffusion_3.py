@@ -2,18 +2,21 @@
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline, UNet2DModel
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
+    UNet2DModel,
+)
 from peft import LoraConfig
 
 from flowrl_trainers import FlowPipeline
 
+from .helpers import seeds
 from .tiny import tiny_sd3
 
 PROMPTS = ["a red circle", "a green square and a blue triangle"]
-
-
-def seeds(count: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(100 + i) for i in range(count)]
 
 
 def stock_pictures(pipeline: StableDiffusion3Pipeline, steps: int, **settings) -> torch.Tensor:
@@ -23,7 +26,9 @@ def stock_pictures(pipeline: StableDiffusion3Pipeline, steps: int, **settings) -
 @pytest.mark.parametrize("steps", [4, 20])
 @pytest.mark.parametrize("size", [{"height": 32, "width": 32}, {"height": 32, "width": 48}])
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
-@pytest.mark.parametrize("scheduler", [{"shift": 3.0}, {"use_dynamic_shifting": True, "shift": 1.0}], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    "scheduler", [{"shift": 3.0}, {"use_dynamic_shifting": True, "shift": 1.0}], ids=["static", "dynamic"]
+)
 def test_parity_with_the_stock_pipeline(scheduler, guidance_scale, size, steps):
     pipeline = tiny_sd3(**scheduler)
     settings = {"guidance_scale": guidance_scale, "max_sequence_length": 8, **size}
@@ -103,7 +108,9 @@ def test_gradients_reach_the_latents_through_decode_unclamped(tiny_pipeline):
 
 def test_a_saved_lora_is_read_by_the_stock_pipeline_with_its_alpha(tmp_path, tiny_pipeline):
     flow = FlowPipeline.from_pipeline(tiny_pipeline, guidance_scale=1.0)
-    flow.transformer.add_adapter(LoraConfig(r=2, lora_alpha=12, target_modules=flow.lora_target_modules, init_lora_weights=False))
+    flow.transformer.add_adapter(
+        LoraConfig(r=2, lora_alpha=12, target_modules=flow.lora_target_modules, init_lora_weights=False)
+    )
     tuned = flow.sample(PROMPTS, 4, generator=seeds(2))
     flow.save_lora(tmp_path)
     fresh = tiny_sd3()
@@ -121,11 +128,13 @@ def test_a_folder_is_loaded_also_where_the_pipeline_has_no_t5(tmp_path, shared_s
     assert torch.equal(flow.sample(PROMPTS, 2, generator=seeds(2)), same.sample(PROMPTS, 2, generator=seeds(2)))
 
 
-# ---- one clear sentence each -------------------------------------------------------------------------------------------------
+# ---- one clear sentence each ----------------------------------------------------------------------------------------
 
 
 def test_refuses_a_folder_that_is_no_pipeline(tmp_path):
-    with pytest.raises(ValueError, match=r"is no diffusers pipeline: pass a Hub id or a folder that holds a `model_index\.json`"):
+    with pytest.raises(
+        ValueError, match=r"is no diffusers pipeline: pass a Hub id or a folder that holds a `model_index\.json`"
+    ):
         FlowPipeline.from_pretrained(tmp_path)
 
 
@@ -136,7 +145,8 @@ def test_refuses_a_name_that_the_hub_cannot_tell_of():
 
 
 def test_refuses_a_pipeline_of_an_unknown_family(tmp_path):
-    ddpm = DDPMPipeline(UNet2DModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=4, down_block_types=("DownBlock2D",) * 2,
+    ddpm = DDPMPipeline(UNet2DModel(sample_size=8, block_out_channels=(8, 8), norm_num_groups=4,
+                                   down_block_types=("DownBlock2D",) * 2,
                                     up_block_types=("UpBlock2D",) * 2), DDPMScheduler())  # fmt: skip
     with pytest.raises(ValueError, match="DDPMPipeline is not a supported family"):
         FlowPipeline.from_pipeline(ddpm)
@@ -147,7 +157,9 @@ def test_refuses_a_pipeline_of_an_unknown_family(tmp_path):
 
 def test_refuses_a_scheduler_that_is_not_flow_matching(tiny_pipeline):
     tiny_pipeline.register_modules(scheduler=DDPMScheduler())
-    with pytest.raises(ValueError, match="scheduler is DDPMScheduler, which is not the Euler sampler of flow matching"):
+    with pytest.raises(
+        ValueError, match="scheduler is DDPMScheduler, which is not the Euler sampler of flow matching"
+    ):
         FlowPipeline.from_pipeline(tiny_pipeline)
 
 

@@ -1,4 +1,6 @@
-"""The TAFS-GRPO trainer: its sampler, its probabilities and its credit against closed forms and independent computations."""
+"""The TAFS-GRPO trainer: its sampler, its probabilities and its credit against closed forms and independent
+computations.
+"""
 
 import logging
 import math
@@ -8,7 +10,6 @@ import torch
 from datasets import Dataset
 from diffusers import FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
-from torch import nn
 
 from flowrl_trainers import TAFSGRPOConfig, TAFSGRPOTrainer
 from flowrl_trainers.flow import compare_within_groups, step_advantages
@@ -16,55 +17,34 @@ from flowrl_trainers.metrics import colour_entropy, edge_density
 from flowrl_trainers.sampling.micro_batch import MicroBatch
 from flowrl_trainers.sampling.prompt_groups import Example, ImageKey
 
-from .gaussian import GaussianFlow
-from .test_wrong_input import make
+from .gaussian import NUMBERED, GaussianFlow, Shifted, height, unit_slope
+from .helpers import make_trainer
 from .tiny import tiny_sd3
-
-PROMPTS = Dataset.from_dict({"prompt": [str(n) for n in range(64)]})
-
-
-def height(images, prompts, **columns):
-    """r = x."""
-    return images[:, 0].tolist()
-
-
-def slope(sigma):
-    """The velocity of the flow of N(0, 1) is `slope x`."""
-    return (2 * sigma - 1) / ((1 - sigma) ** 2 + sigma**2)
-
-
-class Shifted(nn.Module):
-    """The velocity of N(0, I) plus theta, one number; and `extra` of x, where the module is in training mode."""
-
-    def __init__(self, extra: float = 0.0) -> None:
-        super().__init__()
-        self.theta, self.extra, self.sizes = nn.Parameter(torch.zeros(())), extra, []
-
-    def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        self.sizes.append(len(x))
-        return slope(sigma[:, None]) * x + self.theta + (self.extra * x if self.training else 0.0)
 
 
 def tafs(folder, dim: int = 1, network=None, reward=height, **changes) -> TAFSGRPOTrainer:
     defaults = dict(
-        output_dir=str(folder), max_steps=2, per_device_train_batch_size=64, num_generations=16, beta=0.0, epsilon=1e-4, save_strategy="no",
-        report_to="none", use_cpu=True, disable_tqdm=True, logging_steps=1, max_grad_norm=0.0, learning_rate=1e-2,
+        output_dir=str(folder), max_steps=2, per_device_train_batch_size=64, num_generations=16, beta=0.0,
+        epsilon=1e-4, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, logging_steps=1,
+        max_grad_norm=0.0, learning_rate=1e-2,
     )  # fmt: skip
     config = TAFSGRPOConfig(**(defaults | changes))
-    t = TAFSGRPOTrainer(GaussianFlow(network or Shifted(), dim), reward, config, PROMPTS)
-    t.conditioning.encode(PROMPTS["prompt"], torch.device("cpu"), show_progress=False)
+    t = TAFSGRPOTrainer(GaussianFlow(network or Shifted(), dim), reward, config, NUMBERED)
+    t.conditioning.encode(NUMBERED["prompt"], torch.device("cpu"), show_progress=False)
     return t
 
 
 def rolled_out(t: TAFSGRPOTrainer, rollout: int = 0) -> MicroBatch:
     """A prepared micro-batch of one rollout: groups of the config's size."""
     size, group = t.args.per_device_train_batch_size, t.args.num_generations
-    (batch,) = t._make_rollout([Example(ImageKey(i // group, i % group, rollout), str(i // group), {}) for i in range(size)])
+    (batch,) = t._make_rollout(
+        [Example(ImageKey(i // group, i % group, rollout), str(i // group), {}) for i in range(size)]
+    )
     t._micro_step = 1
     return batch
 
 
-# ---- credit -------------------------------------------------------------------------------------------------------------------
+# ---- credit ---------------------------------------------------------------------------------------------------------
 
 
 def test_advantages_compare_within_the_prompt_and_column_by_column():
@@ -76,7 +56,9 @@ def test_advantages_compare_within_the_prompt_and_column_by_column():
     spread = torch.stack([c.std(correction=0) for c in columns])
     torch.testing.assert_close(compare_within_groups(rewards, groups, "batch"), centred / (spread + 1e-4))
     own = torch.tensor([1.0, math.sqrt(8 / 3)])
-    torch.testing.assert_close(compare_within_groups(rewards, groups, "group"), centred / (own + 1e-4), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        compare_within_groups(rewards, groups, "group"), centred / (own + 1e-4), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(("rule", "expected"), [
@@ -89,7 +71,7 @@ def test_every_rule_credits_a_draw_with_what_came_after_it(rule, expected):
     torch.testing.assert_close(found, torch.tensor([expected, [-e for e in expected]]))
 
 
-# ---- the sampler --------------------------------------------------------------------------------------------------------------
+# ---- the sampler ----------------------------------------------------------------------------------------------------
 
 
 def test_the_sampler_is_that_of_the_stochastic_scheduler_of_diffusers(tmp_path, monkeypatch):
@@ -119,7 +101,13 @@ def test_images_of_a_prompt_start_together_and_their_first_velocity_is_computed_
     torch.testing.assert_close(
         states[:, :, 0].flatten(0, 1), t.initial_latents([ImageKey(i // 16, 0, 0) for i in range(64)], "initial latents")
     )
-    apart = tafs(tmp_path, dim=3, network=network, reward=lambda images, prompts, **columns: images.mean(dim=1), share_initial_noise=False)
+    apart = tafs(
+        tmp_path,
+        dim=3,
+        network=network,
+        reward=lambda images, prompts, **columns: images.mean(dim=1),
+        share_initial_noise=False,
+    )
     network.sizes.clear()
     assert rolled_out(apart).tensors["states"][:, 0].unique(dim=0).shape[0] == 64
     assert network.sizes == [64] * 4
@@ -128,12 +116,19 @@ def test_images_of_a_prompt_start_together_and_their_first_velocity_is_computed_
 @pytest.mark.parametrize("kernel", ["renoise", "flow_grpo"])
 @pytest.mark.parametrize("form", ["gaussian", "coefficients_preserving"])
 def test_stored_probabilities_are_those_of_torch(tmp_path, kernel, form):
-    t = tafs(tmp_path, dim=5, kernel=kernel, eta=0.8, log_prob_form=form, reward=lambda images, prompts, **columns: images.mean(dim=1))
+    t = tafs(
+        tmp_path,
+        dim=5,
+        kernel=kernel,
+        eta=0.8,
+        log_prob_form=form,
+        reward=lambda images, prompts, **columns: images.mean(dim=1),
+    )
     batch = rolled_out(t)
     for k in range(3):
         s, s_next = t.sigmas[k], t.sigmas[k + 1]
         x, x_next = batch.tensors["states"][:, k].double(), batch.tensors["states"][:, k + 1].double()
-        v = slope(s.double()) * x
+        v = unit_slope(s.double()) * x
         if kernel == "renoise":
             std = s_next * math.sin(math.pi * 0.4)
             mean = (1 - s_next) * (x - s * v) + s_next * math.cos(math.pi * 0.4) * (x + (1 - s) * v)
@@ -149,30 +144,37 @@ def test_stored_probabilities_are_those_of_torch(tmp_path, kernel, form):
         torch.testing.assert_close(batch.tensors["log_probabilities"][:, k].double(), expected, atol=2e-6, rtol=2e-6)
 
 
-# ---- the gradient -------------------------------------------------------------------------------------------------------------
+# ---- the gradient ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rule", ["level", "final", "gain", "return"])
 def test_the_policy_gradient_is_the_analytic_one_and_vanishes_one_step_off(tmp_path, rule):
-    """Velocity `slope x + theta`, reward x, all noise drawn afresh. With c_k = 1 - s_k slope_k the clean estimate is c_k x_k - s_k theta,
-    so a draw of mean m_k = (1 - s_{k+1}) x0_k moves x0_j by prod (1 - s) c on the way, and its own mean moves by -(1 - s_{k+1}) s_k a theta.
-    The mean of a group of G contains the image itself, which takes 1 / G of the covariance away.
+    """Velocity `slope x + theta`, reward x, all noise drawn afresh. With c_k = 1 - s_k slope_k the clean estimate is
+    c_k x_k - s_k theta, so a draw of mean m_k = (1 - s_{k+1}) x0_k moves x0_j by prod (1 - s) c on the way, and its
+    own mean moves by -(1 - s_{k+1}) s_k a theta. The mean of a group of G contains the image itself, which takes 1 / G
+    of the covariance away.
     """
     group, groups, discount = 64, 400, 0.7
     t = tafs(
-        tmp_path, per_device_train_batch_size=group, num_generations=group, credit_rule=rule, scale_rewards="none", advantage_clip=1e6,
-        log_prob_form="gaussian", epsilon=1e-2, credit_discount=discount,
+        tmp_path, per_device_train_batch_size=group, num_generations=group, credit_rule=rule, scale_rewards="none",
+        advantage_clip=1e6, log_prob_form="gaussian", epsilon=1e-2, credit_discount=discount,
     )  # fmt: skip
     s = t.sigmas.double()
-    c = 1 - s * slope(s)
+    c = 1 - s * unit_slope(s)
 
     def effect(k: int, j: int) -> float:
         """Of the draw k on the clean estimate of step j > k, per unit of theta."""
-        carried = c[j] * torch.prod(torch.stack([(1 - s[i + 1]) * c[i] for i in range(k + 1, j)])) if j > k + 1 else c[j]
+        carried = (
+            c[j] * torch.prod(torch.stack([(1 - s[i + 1]) * c[i] for i in range(k + 1, j)])) if j > k + 1 else c[j]
+        )
         return float(-(1 - s[k + 1]) * s[k] * carried)
 
-    credited = {"level": lambda k: effect(k, k + 1), "gain": lambda k: effect(k, k + 1), "final": lambda k: effect(k, 3),
-                "return": lambda k: sum(discount ** (j - k - 1) * effect(k, j) for j in range(k + 1, 4))}[rule]  # fmt: skip
+    credited = {
+        "level": lambda k: effect(k, k + 1),
+        "gain": lambda k: effect(k, k + 1),
+        "final": lambda k: effect(k, 3),
+        "return": lambda k: sum(discount ** (j - k - 1) * effect(k, j) for j in range(k + 1, 4)),
+    }[rule]
     analytic = -sum(credited(k) for k in range(3)) * (1 - 1 / group)
     found, shifted = [], []
     t.model.eval()
@@ -200,18 +202,23 @@ def test_the_policy_gradient_is_the_analytic_one_and_vanishes_one_step_off(tmp_p
 
 
 def test_flow_grpo_is_a_configuration(tmp_path):
-    """Its loss computed from its equations (arXiv 2505.05470), after the weights have moved, so that ratios differ from 1 and some are clipped."""
+    """Its loss computed from its equations (arXiv 2505.05470), after the weights have moved, so that ratios differ
+    from 1 and some are clipped.
+    """
     t = tafs(
-        tmp_path, dim=6, kernel="flow_grpo", eta=0.7, credit_rule="final", share_initial_noise=False, log_prob_form="gaussian",
-        scale_rewards="group", beta=0.04, epsilon=1e-2, num_iterations=2, reward=lambda images, prompts, **columns: images.square().sum(dim=1),
+        tmp_path, dim=6, kernel="flow_grpo", eta=0.7, credit_rule="final", share_initial_noise=False,
+        log_prob_form="gaussian", scale_rewards="group", beta=0.04, epsilon=1e-2, num_iterations=2,
+        reward=lambda images, prompts, **columns: images.square().sum(dim=1),
     )  # fmt: skip
     batch = rolled_out(t)
     x = batch.tensors["states"]
     with torch.no_grad():
-        final = x[:, 3] - t.sigmas[3] * slope(t.sigmas[3]) * x[:, 3]
+        final = x[:, 3] - t.sigmas[3] * unit_slope(t.sigmas[3]) * x[:, 3]
         t.model.transformer.theta.fill_(0.05)
     rewards = final.square().sum(dim=1).unflatten(0, (4, 16))
-    advantages = ((rewards - rewards.mean(dim=1, keepdim=True)) / (rewards.std(dim=1, correction=0, keepdim=True) + 1e-4)).flatten()
+    advantages = (
+        (rewards - rewards.mean(dim=1, keepdim=True)) / (rewards.std(dim=1, correction=0, keepdim=True) + 1e-4)
+    ).flatten()
     t._micro_step = 2
     clipped = []
     for k in range(3):
@@ -220,11 +227,13 @@ def test_flow_grpo_is_a_configuration(tmp_path):
         std = g * math.sqrt(-dt)
 
         def mean(theta: float, x=x[:, k], s=s, dt=dt, g=g):
-            v = slope(s) * x + theta
+            v = unit_slope(s) * x + theta
             return x * (1 + g**2 * dt / (2 * s)) + v * (1 + g**2 * (1 - s) / (2 * s)) * dt
 
         def log_p(m, k=k, std=std):
-            return (-((x[:, k + 1] - m) ** 2) / (2 * std**2) - math.log(std) - math.log(math.sqrt(2 * math.pi))).mean(dim=1)
+            return (-((x[:, k + 1] - m) ** 2) / (2 * std**2) - math.log(std) - math.log(math.sqrt(2 * math.pi))).mean(
+                dim=1
+            )
 
         ratio = torch.exp(log_p(mean(0.05)) - log_p(mean(0.0)))
         policy = torch.maximum(-advantages * ratio, -advantages * torch.clamp(ratio, 0.99, 1.01))
@@ -247,18 +256,22 @@ def test_the_divergence_is_that_of_torch(tmp_path):
     for k in range(3):
         s, s_next = t.sigmas[k], t.sigmas[k + 1]
         x = batch.tensors["states"][:, k]
-        means = [(1 - s_next) * (x - s * (slope(s) * x + theta)) for theta in (0.2, 0.0)]
-        expected = torch.distributions.kl_divergence(*(torch.distributions.Normal(m, s_next) for m in means)).mean(dim=1)
+        means = [(1 - s_next) * (x - s * (unit_slope(s) * x + theta)) for theta in (0.2, 0.0)]
+        expected = torch.distributions.kl_divergence(*(torch.distributions.Normal(m, s_next) for m in means)).mean(
+            dim=1
+        )
         found = t.micro_batch_losses(t.model, batch, t.condition(batch.examples), k)
         torch.testing.assert_close(found.detach(), expected, atol=1e-6, rtol=1e-5)
 
 
-# ---- guards -------------------------------------------------------------------------------------------------------------------
+# ---- guards ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_replay_that_differs_from_the_rollout_stops_the_run(tmp_path):
     t = tafs(tmp_path, network=Shifted(extra=1e-3))
-    with pytest.raises(RuntimeError, match=r"The probability ratio of a rollout that was just made is off by .*, more than 1e-06"):
+    with pytest.raises(
+        RuntimeError, match=r"The probability ratio of a rollout that was just made is off by .*, more than 1e-06"
+    ):
         t.train()
     assert t.state.global_step == 0
 
@@ -276,7 +289,7 @@ def test_half_precision_gets_more_room_and_a_warning(tmp_path, caplog):
 
 
 def test_the_ratio_of_a_real_network_is_one_and_logged(tmp_path):
-    t = make("TAFSGRPOTrainer", tmp_path, num_iterations=2, max_steps=4)
+    t = make_trainer("TAFSGRPOTrainer", tmp_path, num_iterations=2, max_steps=4)
     t.train()
     errors = [row["replay_ratio_error"] for row in t.state.log_history if "replay_ratio_error" in row]
     assert len(errors) == 2  # one for each rollout
@@ -284,10 +297,10 @@ def test_the_ratio_of_a_real_network_is_one_and_logged(tmp_path):
 
 
 def test_bfloat16_counts_as_half_precision(tmp_path):
-    t = make("TAFSGRPOTrainer", tmp_path, bf16=True)
+    t = make_trainer("TAFSGRPOTrainer", tmp_path, bf16=True)
     assert not t.exact
     t.train()
-    assert make("TAFSGRPOTrainer", tmp_path).exact
+    assert make_trainer("TAFSGRPOTrainer", tmp_path).exact
 
 
 @pytest.mark.parametrize(("changes", "sentence"), [
@@ -309,7 +322,9 @@ def test_wrong_settings_are_refused(tmp_path, changes, sentence):
 
 
 def test_dropout_is_refused(tmp_path):
-    config = TAFSGRPOConfig(output_dir=str(tmp_path), num_generations=2, per_device_train_batch_size=4, report_to="none", use_cpu=True)
+    config = TAFSGRPOConfig(
+        output_dir=str(tmp_path), num_generations=2, per_device_train_batch_size=4, report_to="none", use_cpu=True
+    )
     prompts = Dataset.from_dict({"prompt": ["a", "b"]})
     with pytest.raises(ValueError, match=r"`lora_dropout` \(0.1\) must be 0"):
         TAFSGRPOTrainer(tiny_sd3(), height, config, prompts, peft_config=LoraConfig(r=2, lora_dropout=0.1))
@@ -328,7 +343,7 @@ def test_an_image_that_is_left_out_does_not_spoil_its_group(tmp_path):
     assert max(errors) <= 1e-6
 
 
-# ---- a run --------------------------------------------------------------------------------------------------------------------
+# ---- a run ----------------------------------------------------------------------------------------------------------
 
 
 def test_rewards_rise_and_the_kl_term_holds_back(tmp_path):
@@ -363,16 +378,20 @@ def test_several_rewards_are_compared_one_by_one(tmp_path):
     both = rolled_out(tafs(tmp_path, dim=2, reward=[tall, wide], reward_weights=[1.0, 0.5]))
     alone = [rolled_out(tafs(tmp_path, dim=2, reward=reward)) for reward in (height, wide)]
     expected = alone[0].tensors["advantages"] + 0.5 * alone[1].tensors["advantages"]
-    torch.testing.assert_close(both.tensors["advantages"], expected, atol=2e-3, rtol=2e-3)  # 1e-4 is added to either spread
+    torch.testing.assert_close(
+        both.tensors["advantages"], expected, atol=2e-3, rtol=2e-3
+    )  # 1e-4 is added to either spread
 
 
 def test_evaluation_reports_the_own_sampler_and_the_ode(tmp_path):
-    t = make("TAFSGRPOTrainer", tmp_path, max_steps=1, learning_rate=1e-2)
+    t = make_trainer("TAFSGRPOTrainer", tmp_path, max_steps=1, learning_rate=1e-2)
     t.train()
     metrics = t.evaluate(Dataset.from_dict({"prompt": ["a red circle", "a red circle", "a blue square"]}))
     assert set(t.rows) == {"base", "tuned", "base_ode", "tuned_ode"}
     for prefix in ("eval", "eval_base", "eval_ode", "eval_base_ode"):
-        assert {f"{prefix}_{n}" for n in ("reward/redness", "diversity", "edge_density", "colour_entropy")} <= metrics.keys()
+        assert {
+            f"{prefix}_{n}" for n in ("reward/redness", "diversity", "edge_density", "colour_entropy")
+        } <= metrics.keys()
     assert metrics["eval_base_reward/redness"] != metrics["eval_base_ode_reward/redness"]
     assert metrics["eval_velocity_distance"] > 0
     t.save_model()
@@ -382,7 +401,7 @@ def test_evaluation_reports_the_own_sampler_and_the_ode(tmp_path):
     assert "| tuned_ode |" in card
 
 
-# ---- what betrays a hacked reward ---------------------------------------------------------------------------------------------
+# ---- what betrays a hacked reward -----------------------------------------------------------------------------------
 
 
 def test_image_statistics_of_pictures_that_are_known():

@@ -31,12 +31,17 @@ def test_words_are_swapped_as_often_as_asked_and_within_their_pairs(script):
     caption = "a blue triangle and a red circle"
     generator, number = torch.Generator().manual_seed(0), script.NUMBERS[caption]
     drawn = [script.CAPTIONS[n] for n in script.swap_words(torch.full((4000,), number), 0.4, generator).tolist()]
-    assert set(drawn) == {f"a {colour} {shape} and a red circle" for colour in ("blue", "purple") for shape in ("triangle", "cross")}
+    assert set(drawn) == {
+        f"a {colour} {shape} and a red circle" for colour in ("blue", "purple") for shape in ("triangle", "cross")
+    }
     for word in ("purple", "cross"):
         assert sum(word in text for text in drawn) / 4000 == pytest.approx(0.4, abs=0.04)
     every = torch.arange(len(script.CAPTIONS))
     assert torch.equal(script.swap_words(every, 0.0, generator), every)
-    swapped = [(script.CAPTIONS[a], script.CAPTIONS[b]) for a, b in enumerate(script.swap_words(every, 1.0, generator).tolist())]
+    swapped = [
+        (script.CAPTIONS[a], script.CAPTIONS[b])
+        for a, b in enumerate(script.swap_words(every, 1.0, generator).tolist())
+    ]
     assert ("a red triangle", "a red cross") in swapped
     assert ("a purple cross and a blue square", "a blue triangle and a purple square") in swapped
     assert ("a red circle", "a red circle") in swapped
@@ -61,7 +66,9 @@ def test_scenes_are_in_reading_order_and_the_checker_accepts_them(script):
 
 
 def train(folder: Path, scale: str) -> str:
-    result = subprocess.run([sys.executable, SCRIPT, "--out", folder, "--scale", scale, "--threads", "1"], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, SCRIPT, "--out", folder, "--scale", scale, "--threads", "1"], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     return (folder / "train_shapes.log").read_text()
 
@@ -91,5 +98,7 @@ def test_a_run_is_a_function_of_its_seed_also_where_it_was_cut_off(tmp_path):
     shutil.copy(tmp_path / "first" / "transformer_before_confusion.safetensors", tmp_path / "second")
     train(tmp_path / "second", "0.002")
     train(tmp_path / "third", "0.002")
-    first, second, third = (list(load_pipeline(tmp_path / name).transformer.parameters()) for name in ("first", "second", "third"))
+    first, second, third = (
+        list(load_pipeline(tmp_path / name).transformer.parameters()) for name in ("first", "second", "third")
+    )
     assert all(torch.equal(p, q) and torch.equal(p, r) for p, q, r in zip(first, second, third, strict=True))

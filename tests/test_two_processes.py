@@ -1,15 +1,10 @@
 """Two processes of `accelerate launch` make the same groups, rollouts and update as one. For every trainer."""
 
-import json
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from .test_resume import SCRIPT, TRAINERS, assert_same, run
+from .helpers import TRAINERS
+from .runs import assert_same, launch, run
 
 CONFIG = {
     "per_device_train_batch_size": 1,
@@ -21,33 +16,25 @@ CONFIG = {
 }
 
 
-def launch(folder: Path, trainer: str, config: dict, processes: int) -> subprocess.CompletedProcess:
-    folder.mkdir()
-    settings = {"trainer": trainer, "config": TRAINERS[trainer] | config | {"output_dir": str(folder)}, "kill_at": None, "resume": False}
-    (folder / "settings.json").write_text(json.dumps(settings))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    # accelerate starts one process for `--cpu --num_processes 2`; with `--multi_gpu` and `use_cpu` it starts two on gloo.
-    return subprocess.run(
-        [Path(sys.executable).parent / "accelerate", "launch", "--multi_gpu", "--num_processes", str(processes), "--num_machines", "1",
-         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_ip", "127.0.0.1", "--main_process_port", str(port),
-         SCRIPT, folder / "settings.json"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_two_processes_equal_one(tmp_path, trainer):
     # Dropout draws from a generator of the process, so it is off here.
     one = run(tmp_path / "one", trainer, CONFIG | {"gradient_accumulation_steps": 4, "lora_dropout": 0.0})
     assert one.returncode == 0, one.stderr
-    two = launch(tmp_path / "two", trainer, CONFIG | {"gradient_accumulation_steps": 2, "ddp_backend": "gloo", "lora_dropout": 0.0}, 2)
+    two = launch(
+        tmp_path / "two",
+        trainer,
+        CONFIG | {"gradient_accumulation_steps": 2, "ddp_backend": "gloo", "lora_dropout": 0.0},
+        2,
+    )
     assert two.returncode == 0, two.stderr
     results = [torch.load(tmp_path / name / "result.pt") for name in ("one", "two")]
     assert [r["world_size"] for r in results] == [1, 2]
     assert [r["wrapper"] for r in results] == ["FlowModel", "DistributedDataParallel"]
-    (alone,), halves = ([torch.load(tmp_path / name / f"rollout_{rank}.pt") for rank in range(n)] for name, n in (("one", 1), ("two", 2)))
+    (alone,), halves = (
+        [torch.load(tmp_path / name / f"rollout_{rank}.pt") for rank in range(n)]
+        for name, n in (("one", 1), ("two", 2))
+    )
     # The first rollout, before anything was summed in another order, is equal to the last bit.
     assert_same(alone[0], halves[0][0] + halves[1][0])
     assert len(alone[0]) == 4
@@ -58,7 +45,9 @@ def test_two_processes_equal_one(tmp_path, trainer):
         assert len(logged[0]) > 0
         assert logged[0] == pytest.approx(logged[1], abs=1e-6)
     # What an evaluation finds, and what the rewards log in it, is the same everywhere: of all rows.
-    alone, first, second = (torch.load(tmp_path / name) for name in ("one/evaluation_0.pt", "two/evaluation_0.pt", "two/evaluation_1.pt"))
+    alone, first, second = (
+        torch.load(tmp_path / name) for name in ("one/evaluation_0.pt", "two/evaluation_0.pt", "two/evaluation_1.pt")
+    )
     assert first == second
     assert "eval_brightness" in first
     assert first == pytest.approx(alone, abs=1e-5)

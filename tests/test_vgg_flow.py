@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import nn
 
@@ -15,33 +14,28 @@ from flowrl_trainers.flow import clean_estimate
 from flowrl_trainers.networks import ValueMLP, ValueUNet, value_network
 from flowrl_trainers.sampling.prompt_groups import ImageKey
 
-from .gaussian import GaussianFlow, SmoothControl, base_coefficients, closeness
-from .test_adjoint_matching import PROMPTS, redness
-from .test_control import BETA, STD, continuous_gains, settings
+from .gaussian import BETA, STD, GaussianFlow, SmoothControl, base_coefficients, closeness, continuous_gains, settings
+from .helpers import CAPTIONS, LORA, first_examples, first_rollout, redness, update_rows
 from .tiny import tiny_sd3
 
-LORA = LoraConfig(r=4, lora_alpha=8)
 
-
-def trainer(folder, pipeline, reward=redness, lora=LORA, network=None, **changes) -> VGGFlowTrainer:
+def vgg_flow(folder, pipeline, reward=redness, lora=LORA, network=None, **changes) -> VGGFlowTrainer:
     defaults = dict(
-        output_dir=str(folder), max_steps=2, per_device_train_batch_size=2, num_inference_steps=6, timestep_bins=2, guidance_scale=1.0,
-        max_sequence_length=8, reward_scale=50.0, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+        output_dir=str(folder), max_steps=2, per_device_train_batch_size=2, num_inference_steps=6, timestep_bins=2,
+        guidance_scale=1.0, max_sequence_length=8, reward_scale=50.0, save_strategy="no", report_to="none",
+        use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
     config = VGGFlowConfig(**(defaults | changes))
-    return VGGFlowTrainer(pipeline, reward, config, Dataset.from_dict({"prompt": PROMPTS}), peft_config=lora, value_network=network)
+    return VGGFlowTrainer(
+        pipeline, reward, config, Dataset.from_dict({"prompt": CAPTIONS}), peft_config=lora, value_network=network
+    )
 
 
-def one_rollout(t: VGGFlowTrainer):
-    examples = next(iter(t.get_train_dataloader()))
-    return examples, t._make_rollout(examples)
-
-
-# ---- states -------------------------------------------------------------------------------------------------------------------
+# ---- states ---------------------------------------------------------------------------------------------------------
 
 
 def test_one_state_of_each_bin_is_drawn_and_never_the_first(tmp_path, tiny_pipeline):
-    t = trainer(tmp_path, tiny_pipeline, num_inference_steps=11, timestep_bins=5, value_network="none")
+    t = vgg_flow(tmp_path, tiny_pipeline, num_inference_steps=11, timestep_bins=5, value_network="none")
     keys = [ImageKey(0, image, 0) for image in range(200)]
     steps = t.drawn_steps(keys)
     assert steps.shape == (200, 5)
@@ -51,8 +45,8 @@ def test_one_state_of_each_bin_is_drawn_and_never_the_first(tmp_path, tiny_pipel
 
 
 def test_what_is_kept_of_a_rollout_is_what_the_sampler_saw(tmp_path, tiny_pipeline):
-    t = trainer(tmp_path, tiny_pipeline, value_network="none")
-    examples = next(iter(t.get_train_dataloader()))
+    t = vgg_flow(tmp_path, tiny_pipeline, value_network="none")
+    examples = first_examples(t)
     keys, conditioning = [e.key for e in examples], t.condition(examples)
     with torch.no_grad():
         kept = t.rollout(t.initial_latents(keys, "initial latents"), conditioning, keys)
@@ -67,13 +61,13 @@ def test_what_is_kept_of_a_rollout_is_what_the_sampler_saw(tmp_path, tiny_pipeli
     assert torch.equal(kept["final"], x)
 
 
-# ---- targets ------------------------------------------------------------------------------------------------------------------
+# ---- targets --------------------------------------------------------------------------------------------------------
 
 
 def test_the_reward_gradient_is_that_of_the_clean_estimate_and_does_not_pass_the_network(tmp_path, tiny_pipeline):
     """The same rule at the state and at the shifted point, bit for bit, against autograd at a detached estimate."""
-    t = trainer(tmp_path, tiny_pipeline, eta_schedule="constant", reward_gradient_clip_quantile=None)
-    examples, (batch,) = one_rollout(t)
+    t = vgg_flow(tmp_path, tiny_pipeline, eta_schedule="constant", reward_gradient_clip_quantile=None)
+    examples, (batch,) = first_rollout(t)
     conditioning = t.condition(examples)
     for prefix in ("", "shifted_"):
         level = batch.tensors[f"{prefix}sigmas"]
@@ -87,11 +81,13 @@ def test_the_reward_gradient_is_that_of_the_clean_estimate_and_does_not_pass_the
 
 
 def test_the_target_is_the_base_velocity_plus_the_scheduled_pull(tmp_path):
-    """Without a value network: mean_d (v - v_base + beta eta R)^2, with eta = (1 - sigma)^2 and v still the base velocity."""
+    """Without a value network: mean_d (v - v_base + beta eta R)^2, with eta = (1 - sigma)^2 and v still the base
+    velocity.
+    """
     changes = {"value_network": "none", "reward_gradient_clip_quantile": None}
-    t = trainer(tmp_path, tiny_sd3(), **changes)
-    examples, (batch,) = one_rollout(t)
-    _, (linear,) = one_rollout(trainer(tmp_path, tiny_sd3(), eta_schedule="linear", **changes))
+    t = vgg_flow(tmp_path, tiny_sd3(), **changes)
+    examples, (batch,) = first_rollout(t)
+    _, (linear,) = first_rollout(vgg_flow(tmp_path, tiny_sd3(), eta_schedule="linear", **changes))
     sigma = batch.tensors["sigmas"][:, 0, None, None, None]
     torch.testing.assert_close(batch.tensors["pulls"][:, 0], (1 - sigma) * linear.tensors["pulls"][:, 0])
     t.model.eval()
@@ -102,19 +98,21 @@ def test_the_target_is_the_base_velocity_plus_the_scheduled_pull(tmp_path):
 def test_four_fifths_of_the_gradients_keep_their_norm(tmp_path):
     norms = []
     for quantile in (None, 0.8):
-        t = trainer(
-            tmp_path, tiny_sd3(), value_network="none", per_device_train_batch_size=4, timestep_bins=5, eta_schedule="constant",
-            reward_gradient_clip_quantile=quantile,
+        t = vgg_flow(
+            tmp_path, tiny_sd3(), value_network="none", per_device_train_batch_size=4, timestep_bins=5,
+            eta_schedule="constant", reward_gradient_clip_quantile=quantile,
         )  # fmt: skip
-        _, (batch,) = one_rollout(t)
+        _, (batch,) = first_rollout(t)
         norms.append(batch.tensors["pulls"].flatten(0, 1).flatten(1).norm(dim=1))
     assert torch.isclose(norms[0], norms[1], rtol=1e-5).sum() == 16  # of 20; the quantile lies between two norms
     torch.testing.assert_close(norms[1].max(), norms[0].quantile(0.8))
 
 
 def test_the_scale_is_found_on_the_first_rollout(tmp_path, tiny_pipeline):
-    t = trainer(tmp_path, tiny_pipeline, reward_scale=None, control_to_velocity_ratio=0.25, reward_gradient_clip_quantile=None)
-    _, (batch,) = one_rollout(t)
+    t = vgg_flow(
+        tmp_path, tiny_pipeline, reward_scale=None, control_to_velocity_ratio=0.25, reward_gradient_clip_quantile=None
+    )
+    _, (batch,) = first_rollout(t)
     ratio = batch.tensors["pulls"].square().mean().sqrt() / batch.tensors["velocities"].square().mean().sqrt()
     assert float(ratio) == pytest.approx(0.25, rel=1e-4)
 
@@ -128,7 +126,9 @@ def test_training_moves_the_reward_the_way_the_sign_says(tmp_path, sign):
             return sign * super()._pull(gradient, sigma)
 
     config = VGGFlowConfig(
-        **settings(tmp_path, num_inference_steps=8, reward_scale=0.3, max_steps=40, learning_rate=1e-2, value_network="none")
+        **settings(
+            tmp_path, num_inference_steps=8, reward_scale=0.3, max_steps=40, learning_rate=1e-2, value_network="none"
+        )
     )
     prompts = Dataset.from_dict({"prompt": [str(n) for n in range(64)]})
     t = Turned(GaussianFlow(SmoothControl(2, STD, 0.0), 2), closeness(1.0), config, prompts, eval_dataset=prompts)
@@ -137,12 +137,12 @@ def test_training_moves_the_reward_the_way_the_sign_says(tmp_path, sign):
     assert sign * (metrics["eval_reward/reward"] - metrics["eval_base_reward/reward"]) > 0.05
 
 
-# ---- guidance -----------------------------------------------------------------------------------------------------------------
+# ---- guidance -------------------------------------------------------------------------------------------------------
 
 
 def test_with_guidance_the_target_is_guided_and_weights_learn_through_the_conditional_branch(tmp_path, tiny_pipeline):
-    t = trainer(tmp_path, tiny_pipeline, guidance_scale=4.0, value_network="none")
-    examples, (batch,) = one_rollout(t)
+    t = vgg_flow(tmp_path, tiny_pipeline, guidance_scale=4.0, value_network="none")
+    examples, (batch,) = first_rollout(t)
     conditioning = t.condition(examples)
     x, sigma = batch.tensors["latents"][:, 0], batch.tensors["sigmas"][:, 0]
     with torch.no_grad(), t.model.reference():
@@ -163,8 +163,8 @@ def test_with_guidance_the_target_is_guided_and_weights_learn_through_the_condit
 
 
 def test_with_guidance_gradients_to_the_latents_pass_both_branches(tmp_path, tiny_pipeline):
-    t = trainer(tmp_path, tiny_pipeline, guidance_scale=4.0, value_network="none")
-    examples = next(iter(t.get_train_dataloader()))
+    t = vgg_flow(tmp_path, tiny_pipeline, guidance_scale=4.0, value_network="none")
+    examples = first_examples(t)
     x, sigma = t.initial_latents([e.key for e in examples], "x").requires_grad_(), torch.tensor([0.7, 0.7])
     conditioning = t.condition(examples)
     (guided,) = torch.autograd.grad(t.model(x, sigma, conditioning, guidance=True).sum(), x)
@@ -172,18 +172,23 @@ def test_with_guidance_gradients_to_the_latents_pass_both_branches(tmp_path, tin
     assert not torch.allclose(guided, 4 * conditional, atol=1e-4)
 
 
-# ---- the value network --------------------------------------------------------------------------------------------------------
+# ---- the value network ----------------------------------------------------------------------------------------------
 
 
 class Exact(nn.Module):
-    """The residual that makes (1) the exact value gradient of the linear-quadratic problem; `wrong` is added to its slope."""
+    """The residual that makes (1) the exact value gradient of the linear-quadratic problem; `wrong` is added to its
+    slope.
+    """
 
     def __init__(self, gains: dict[float, tuple[float, float]], wrong: float = 0.0) -> None:
         super().__init__()
         self.gains, self.wrong = gains, nn.Parameter(torch.tensor(wrong))
 
     def forward(self, latents, sigma, prompt_features, prompt_mask):
-        slope, offset = (torch.tensor([[self.gains[round(s, 4)][i]] for s in sigma.double().tolist()], dtype=latents.dtype) for i in (0, 1))
+        slope, offset = (
+            torch.tensor([[self.gains[round(s, 4)][i]] for s in sigma.double().tolist()], dtype=latents.dtype)
+            for i in (0, 1)
+        )
         a, b = base_coefficients(sigma[:, None], STD, 0.0)
         estimate = latents - sigma[:, None] * (a * latents + b)  # the policy is still the base
         return -slope * latents - offset + BETA * (1 - sigma[:, None]) ** 2 * (1.0 - estimate) + self.wrong * latents
@@ -197,14 +202,14 @@ def test_consistency_vanishes_on_the_exact_value_gradient_and_not_beside_it(tmp_
     losses = []
     for wrong in (0.0, 0.3):
         config = VGGFlowConfig(**settings(
-            tmp_path, num_inference_steps=20, reward_scale=BETA, finite_difference_step=1e-3, boundary_coefficient=1e-9,
-            timestep_bins=19, max_steps=1,
+            tmp_path, num_inference_steps=20, reward_scale=BETA, finite_difference_step=1e-3,
+            boundary_coefficient=1e-9, timestep_bins=19, max_steps=1,
         ))  # fmt: skip
         t = VGGFlowTrainer(
-            GaussianFlow(SmoothControl(2, STD, 0.0), 2), closeness(1.0), config, Dataset.from_dict({"prompt": [str(n) for n in range(64)]}),
-            value_network=Exact(gains, wrong),
+            GaussianFlow(SmoothControl(2, STD, 0.0), 2), closeness(1.0), config,
+            Dataset.from_dict({"prompt": [str(n) for n in range(64)]}), value_network=Exact(gains, wrong),
         )  # fmt: skip
-        examples, (batch,) = one_rollout(t)
+        examples, (batch,) = first_rollout(t)
         with torch.no_grad():
             for state in range(19):
                 t.micro_batch_losses(t.model, batch, t.condition(examples), state)
@@ -214,8 +219,8 @@ def test_consistency_vanishes_on_the_exact_value_gradient_and_not_beside_it(tmp_
 
 def test_transformer_and_value_network_learn_from_their_own_losses(tmp_path, tiny_pipeline):
     """Moving the matching loss alone leaves the value network's gradient as it was and changes the transformer's."""
-    t = trainer(tmp_path, tiny_pipeline)
-    examples, (batch,) = one_rollout(t)
+    t = vgg_flow(tmp_path, tiny_pipeline)
+    examples, (batch,) = first_rollout(t)
     heads = list(t.model.head.parameters())
     gradients = []
     for offset in (0.0, 1.0):
@@ -223,7 +228,10 @@ def test_transformer_and_value_network_learn_from_their_own_losses(tmp_path, tin
         t.model.zero_grad()
         t.micro_batch_losses(t.model, batch, t.condition(examples), 1).sum().backward()
         gradients.append(
-            ([p.grad.clone() for p in heads if p.grad is not None], [p.grad.clone() for p in t.trained_parameters() if p.grad is not None])
+            (
+                [p.grad.clone() for p in heads if p.grad is not None],
+                [p.grad.clone() for p in t.trained_parameters() if p.grad is not None],
+            )
         )
     for a, b in zip(gradients[0][0], gradients[1][0], strict=True):
         torch.testing.assert_close(a, b)
@@ -231,12 +239,14 @@ def test_transformer_and_value_network_learn_from_their_own_losses(tmp_path, tin
 
 
 def test_the_value_network_is_saved_and_has_its_own_learning_rate_and_clip(tmp_path, tiny_pipeline):
-    t = trainer(tmp_path, tiny_pipeline, value_network_learning_rate=3e-3, max_grad_norm=1e-3, optim="sgd", learning_rate=1.0)
+    t = vgg_flow(
+        tmp_path, tiny_pipeline, value_network_learning_rate=3e-3, max_grad_norm=1e-3, optim="sgd", learning_rate=1.0
+    )
     t.train()
     heads = {id(p) for p in t.model.head.parameters()}
     for group in t.optimizer.param_groups:
         assert {group["lr"]} == {3e-3 if id(p) in heads else 1.0 for p in group["params"]} or not group["params"]
-    row = next(r for r in t.state.log_history if "loss" in r)
+    row = update_rows(t)[0]
     assert row["value_network_grad_norm"] > 1e-3
     assert {"loss/matching", "loss/consistency", "loss/boundary", "residual_rms"} <= set(row)
     t.save_model()
@@ -247,13 +257,15 @@ def test_the_value_network_is_saved_and_has_its_own_learning_rate_and_clip(tmp_p
 
 
 def test_transformer_and_value_network_are_clipped_apart(tmp_path, tiny_pipeline):
-    t = trainer(tmp_path, tiny_pipeline, max_grad_norm=1.0)
+    t = vgg_flow(tmp_path, tiny_pipeline, max_grad_norm=1.0)
     t.create_optimizer()
     for p in t.trained_parameters():
         p.grad = torch.full_like(p, 10.0)
     t._clip_grad_norm(t.model)
     heads = torch.cat([p.grad.flatten() for p in t.model.head.parameters()])
-    others = torch.cat([p.grad.flatten() for n, p in t.model.named_parameters() if p.requires_grad and not n.startswith("head.")])
+    others = torch.cat(
+        [p.grad.flatten() for n, p in t.model.named_parameters() if p.requires_grad and not n.startswith("head.")]
+    )
     assert float(heads.double().norm()) == pytest.approx(1.0, rel=1e-3)
     assert float(others.double().norm()) == pytest.approx(1.0, rel=1e-3)
 
@@ -270,11 +282,13 @@ class Own(nn.Module):
 def test_a_value_network_of_ones_own(tmp_path, tiny_pipeline):
     network = Own()
     before = network.layer.weight.detach().clone()
-    t = trainer(tmp_path, tiny_pipeline, network=network)
+    t = vgg_flow(tmp_path, tiny_pipeline, network=network)
     t.train()
     assert not torch.equal(network.layer.weight, before)
     t.save_model()
-    assert torch.equal(load_file(tmp_path / "value_network" / "model.safetensors")["layer.weight"], network.layer.weight)
+    assert torch.equal(
+        load_file(tmp_path / "value_network" / "model.safetensors")["layer.weight"], network.layer.weight
+    )
 
 
 @pytest.mark.parametrize(("shape", "levels"), [((4, 4, 4), 1), ((8, 8, 8), 2), ((16, 12, 20), 2), ((16, 128, 128), 4)])
@@ -301,7 +315,7 @@ def test_vectors_get_an_mlp():
 
 def test_a_run_leaves_what_it_says(tmp_path, tiny_pipeline):
     before = {n: p.detach().clone() for n, p in tiny_pipeline.transformer.named_parameters()}
-    t = trainer(tmp_path, tiny_pipeline)
+    t = vgg_flow(tmp_path, tiny_pipeline)
     t.train()
     for name, parameter in t.flow.transformer.named_parameters():
         if "lora_" not in name:
@@ -326,9 +340,9 @@ def test_a_run_leaves_what_it_says(tmp_path, tiny_pipeline):
 ])  # fmt: skip
 def test_a_wrong_configuration_is_refused(tmp_path, tiny_pipeline, changes, sentence):
     with pytest.raises(ValueError, match=sentence):
-        trainer(tmp_path, tiny_pipeline, **changes)
+        vgg_flow(tmp_path, tiny_pipeline, **changes)
 
 
 def test_a_black_box_reward_is_refused(tmp_path, tiny_pipeline):
     with pytest.raises(ValueError, match="Reward 'checker' is not differentiable, which VGGFlowTrainer needs"):
-        trainer(tmp_path, tiny_pipeline, reward="checker")
+        vgg_flow(tmp_path, tiny_pipeline, reward="checker")

@@ -7,33 +7,13 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-import flowrl_trainers
-from flowrl_trainers import FlowPipeline, FlowRLTrainer
+from flowrl_trainers import FlowPipeline
 from flowrl_trainers.rewards import differentiable
 
-from .test_resume import TRAINERS
+from .helpers import TRAINERS, make_trainer, redness, update_rows
 from .tiny import tiny_sd3
 
-PROMPTS = ["a red circle", "a blue square", "a green cross", "a red circle and a blue square"]
 NEED_GRADIENTS = ["AdjointMatchingTrainer", "VGGFlowTrainer"]
-
-
-@differentiable
-def redness(images, prompts, **columns):
-    red, green, blue = images.unbind(dim=1)
-    return (red - (green + blue) / 2).mean(dim=(1, 2))
-
-
-def make(name: str, folder, pipeline=None, reward=redness, dataset=None, lora=True, **settings) -> FlowRLTrainer:
-    trainer = getattr(flowrl_trainers, name)
-    defaults = dict(
-        output_dir=str(folder), max_steps=2, per_device_train_batch_size=4, num_inference_steps=3, guidance_scale=1.0, max_sequence_length=8,
-        save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, logging_steps=1,
-    )  # fmt: skip
-    return trainer(
-        tiny_sd3() if pipeline is None else pipeline, reward, trainer.config_class(**(defaults | TRAINERS[name] | settings)),
-        Dataset.from_dict({"prompt": PROMPTS}) if dataset is None else dataset, peft_config=LoraConfig(r=2, lora_alpha=4) if lora else None,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TRAINERS)
@@ -67,20 +47,23 @@ def make(name: str, folder, pipeline=None, reward=redness, dataset=None, lora=Tr
 ])  # fmt: skip
 def test_wrong_input_is_refused_before_training(tmp_path, name, changes, sentence):
     with pytest.raises(ValueError, match=sentence):
-        make(name, tmp_path, **changes)
+        make_trainer(name, tmp_path, **changes)
 
 
 @pytest.mark.parametrize("name", NEED_GRADIENTS)
 def test_a_black_box_reward_is_refused_by_trainers_that_need_gradients(tmp_path, name):
     with pytest.raises(ValueError, match=f"Reward 'checker' is not differentiable, which {name} needs"):
-        make(name, tmp_path, reward="checker")
+        make_trainer(name, tmp_path, reward="checker")
 
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, name):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ValueError, match=r"`output_dir` \(.*file/run\) cannot be written to \(Not a directory\): choose another folder"):
-        make(name, tmp_path / "file" / "run")
+    with pytest.raises(
+        ValueError,
+        match=r"`output_dir` \(.*file/run\) cannot be written to \(Not a directory\): choose another folder",
+    ):
+        make_trainer(name, tmp_path / "file" / "run")
 
 
 @pytest.mark.parametrize("name", TRAINERS)
@@ -88,8 +71,12 @@ def test_a_pipeline_that_carries_a_lora_is_refused_or_trained_further(tmp_path, 
     pipeline = tiny_sd3()
     pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["attn.to_q"]))
     with pytest.raises(ValueError, match=r"already carries a LoRA: call `pipeline.fuse_lora\(\)`"):
-        make(name, tmp_path, pipeline)
-    trained = [n for n, p in make(name, tmp_path, pipeline, lora=False).model.transformer.named_parameters() if p.requires_grad]
+        make_trainer(name, tmp_path, pipeline)
+    trained = [
+        n
+        for n, p in make_trainer(name, tmp_path, pipeline, lora=False).model.transformer.named_parameters()
+        if p.requires_grad
+    ]
     assert trained
     assert all("lora_" in n for n in trained)
 
@@ -97,10 +84,10 @@ def test_a_pipeline_that_carries_a_lora_is_refused_or_trained_further(tmp_path, 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_settings_of_a_flow_pipeline_are_not_overridden(tmp_path, name):
     with pytest.raises(ValueError, match="`guidance_scale` is set in `args`, but `model` is a `FlowPipeline`"):
-        make(name, tmp_path, FlowPipeline.from_pipeline(tiny_sd3()))
+        make_trainer(name, tmp_path, FlowPipeline.from_pipeline(tiny_sd3()))
 
 
-# ---- the probe ----------------------------------------------------------------------------------------------------------------
+# ---- the probe ------------------------------------------------------------------------------------------------------
 
 
 @differentiable
@@ -124,13 +111,13 @@ def one_score(images, prompts, **columns):
     *((name, one_score, r"Reward 'one_score' returned scores of shape \(1,\) for 2 images") for name in TRAINERS),
 ])  # fmt: skip
 def test_a_probe_of_two_pictures_refuses_a_reward_before_training(tmp_path, name, reward, sentence):
-    t = make(name, tmp_path, reward=reward)
+    t = make_trainer(name, tmp_path, reward=reward)
     with pytest.raises(ValueError, match=sentence):
         t.train()
     assert t.state.global_step == 0
 
 
-# ---- what is not finite -------------------------------------------------------------------------------------------------------
+# ---- what is not finite ---------------------------------------------------------------------------------------------
 
 
 @differentiable
@@ -148,9 +135,11 @@ ONE_IMAGE = {  # of each prompt, where that can be
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_sample_whose_reward_is_not_finite_is_left_out_and_counted(tmp_path, name):
-    t = make(name, tmp_path, reward=blind_to_green, max_bad_sample_share=0.5, **ONE_IMAGE.get(name, {"num_generations": 1}))
+    t = make_trainer(
+        name, tmp_path, reward=blind_to_green, max_bad_sample_share=0.5, **ONE_IMAGE.get(name, {"num_generations": 1})
+    )
     t.train()
-    rows = [row for row in t.state.log_history if "loss" in row]
+    rows = update_rows(t)
     assert len(rows) == 2
     for row in rows:
         assert max(value for key, value in row.items() if key.startswith("bad_samples/")) == 0.25
@@ -162,7 +151,11 @@ def test_a_sample_whose_reward_is_not_finite_is_left_out_and_counted(tmp_path, n
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_too_large_a_share_of_bad_samples_ends_the_run(tmp_path, name):
-    t = make(name, tmp_path, reward=blind_to_green, max_bad_sample_share=0.2, **ONE_IMAGE.get(name, {"num_generations": 1}))
-    with pytest.raises(RuntimeError, match=r"is not finite for 25 % of the samples, more than `max_bad_sample_share` \(0.2\)"):
+    t = make_trainer(
+        name, tmp_path, reward=blind_to_green, max_bad_sample_share=0.2, **ONE_IMAGE.get(name, {"num_generations": 1})
+    )
+    with pytest.raises(
+        RuntimeError, match=r"is not finite for 25 % of the samples, more than `max_bad_sample_share` \(0.2\)"
+    ):
         t.train()
     assert t.state.global_step == 0

@@ -27,8 +27,16 @@ def tiny_sd3(**scheduler) -> StableDiffusion3Pipeline:
         )
         return CLIPTextModelWithProjection(config).eval()
 
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in "abcdefghijklmnopqrstuvwxyz")]
-    t5 = T5EncoderModel(T5Config(vocab_size=len(pieces), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).eval()
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        ("▁", -2.0),
+        *((c, -3.0) for c in "abcdefghijklmnopqrstuvwxyz"),
+    ]
+    t5 = T5EncoderModel(
+        T5Config(vocab_size=len(pieces), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    ).eval()
     transformer = SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,

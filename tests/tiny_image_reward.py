@@ -12,7 +12,16 @@ from transformers import BertTokenizer, BlipConfig
 Tensors = dict[str, torch.Tensor]
 
 SIZE, HEADS = 28, 4
-VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ",", *string.ascii_lowercase, *(f"##{c}" for c in string.ascii_lowercase)]
+VOCABULARY = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    ",",
+    *string.ascii_lowercase,
+    *(f"##{c}" for c in string.ascii_lowercase),
+]
 
 
 def tiny_blip() -> BlipConfig:
@@ -36,9 +45,17 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def official_shapes(config: BlipConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of `ImageReward.pt`, by the official code: timm's names for the picture, BERT's for the text, what is unused too."""
+    """Every tensor of `ImageReward.pt`, by the official code: timm's names for the picture, BERT's for the text, what
+    is unused too.
+    """
     vision, text = config.vision_config, config.text_config
-    d, m, patch, e, n = vision.hidden_size, vision.intermediate_size, vision.patch_size, text.hidden_size, text.intermediate_size
+    d, m, patch, e, n = (
+        vision.hidden_size,
+        vision.intermediate_size,
+        vision.patch_size,
+        text.hidden_size,
+        text.intermediate_size,
+    )
     see, read = "blip.visual_encoder", "blip.text_encoder"
     modules: dict[str, tuple[int, ...]] = {  # with a bias as long as the first dimension
         f"{see}.patch_embed.proj": (d, 3, patch, patch),
@@ -54,9 +71,17 @@ def official_shapes(config: BlipConfig) -> dict[str, tuple[int, ...]]:
     for i in range(text.num_hidden_layers):
         layer = f"{read}.encoder.layer.{i}"
         for attention, width in ((f"{layer}.attention", e), (f"{layer}.crossattention", d)):
-            modules |= {f"{attention}.self.query": (e, e), f"{attention}.self.key": (e, width), f"{attention}.self.value": (e, width)}
+            modules |= {
+                f"{attention}.self.query": (e, e),
+                f"{attention}.self.key": (e, width),
+                f"{attention}.self.value": (e, width),
+            }
             modules |= {f"{attention}.output.dense": (e, e), f"{attention}.output.LayerNorm": (e,)}
-        modules |= {f"{layer}.intermediate.dense": (n, e), f"{layer}.output.dense": (e, n), f"{layer}.output.LayerNorm": (e,)}
+        modules |= {
+            f"{layer}.intermediate.dense": (n, e),
+            f"{layer}.output.dense": (e, n),
+            f"{layer}.output.LayerNorm": (e,),
+        }
     for number, (a, b) in zip((0, 2, 4, 6, 7), pairwise([e, 1024, 128, 64, 16, 1]), strict=True):
         modules[f"mlp.layers.{number}"] = (b, a)
     return {
@@ -65,7 +90,11 @@ def official_shapes(config: BlipConfig) -> dict[str, tuple[int, ...]]:
         f"{read}.embeddings.position_ids": (1, text.max_position_embeddings),
         f"{read}.embeddings.word_embeddings.weight": (text.vocab_size, e),
         f"{read}.embeddings.position_embeddings.weight": (text.max_position_embeddings, e),
-        **{f"{name}.{kind}": shape for name, shape in modules.items() for kind, shape in (("weight", shape), ("bias", shape[:1]))},
+        **{
+            f"{name}.{kind}": shape
+            for name, shape in modules.items()
+            for kind, shape in (("weight", shape), ("bias", shape[:1]))
+        },
     }
 
 
@@ -83,11 +112,13 @@ def official_checkpoint() -> Tensors:
     return tensors
 
 
-# ---- the official code: one picture, one prompt ---------------------------------------------------------------------------------
+# ---- the official code: one picture, one prompt ---------------------------------------------------------------------
 
 
 def official_score(t: Tensors, pixels: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Score () of one normalised picture (3, 28, 28) and the N tokens (N,) of its prompt, unpadded, so that nothing needs a mask."""
+    """Score () of one normalised picture (3, 28, 28) and the N tokens (N,) of its prompt, unpadded, so that nothing
+    needs a mask.
+    """
     x = read(t, ids, see(t, pixels))
     for number in (0, 2, 4, 6, 7):
         x = linear(t, f"mlp.layers.{number}", x)
@@ -98,12 +129,17 @@ def see(t: Tensors, pixels: torch.Tensor) -> torch.Tensor:
     """(3, 28, 28) to (17, 48): 16 patches after a first state for all."""
     patches = pixels.unfold(1, 7, 7).unfold(2, 7, 7).permute(1, 2, 0, 3, 4).reshape(16, 147)
     kernel, bias = (t[f"blip.visual_encoder.patch_embed.proj.{part}"] for part in ("weight", "bias"))
-    x = torch.cat([t["blip.visual_encoder.cls_token"][0], patches @ kernel.flatten(1).T + bias]) + t["blip.visual_encoder.pos_embed"][0]
+    x = (
+        torch.cat([t["blip.visual_encoder.cls_token"][0], patches @ kernel.flatten(1).T + bias])
+        + t["blip.visual_encoder.pos_embed"][0]
+    )
     for i in range(3):
         block = f"blip.visual_encoder.blocks.{i}"
         q, k, v = linear(t, f"{block}.attn.qkv", norm(t, f"{block}.norm1", x, 1e-6)).chunk(3, dim=1)
         x = x + linear(t, f"{block}.attn.proj", attend(q, k, v))
-        x = x + linear(t, f"{block}.mlp.fc2", F.gelu(linear(t, f"{block}.mlp.fc1", norm(t, f"{block}.norm2", x, 1e-6))))
+        x = x + linear(
+            t, f"{block}.mlp.fc2", F.gelu(linear(t, f"{block}.mlp.fc1", norm(t, f"{block}.norm2", x, 1e-6)))
+        )
     return norm(t, "blip.visual_encoder.norm", x, 1e-6)
 
 
@@ -115,7 +151,12 @@ def read(t: Tensors, ids: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
         layer = f"blip.text_encoder.encoder.layer.{i}"
         for attention in ("attention", "crossattention"):
             name, context = f"{layer}.{attention}", x if attention == "attention" else picture
-            y = attend(*(linear(t, f"{name}.self.{part}", s) for part, s in (("query", x), ("key", context), ("value", context))))
+            y = attend(
+                *(
+                    linear(t, f"{name}.self.{part}", s)
+                    for part, s in (("query", x), ("key", context), ("value", context))
+                )
+            )
             x = norm(t, f"{name}.output.LayerNorm", x + linear(t, f"{name}.output.dense", y), 1e-12)
         y = linear(t, f"{layer}.output.dense", F.gelu(linear(t, f"{layer}.intermediate.dense", x)))
         x = norm(t, f"{layer}.output.LayerNorm", x + y, 1e-12)
@@ -127,7 +168,9 @@ def linear(t: Tensors, name: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def norm(t: Tensors, name: str, x: torch.Tensor, eps: float) -> torch.Tensor:
-    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + eps).sqrt() * t[f"{name}.weight"] + t[f"{name}.bias"]
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + eps).sqrt() * t[
+        f"{name}.weight"
+    ] + t[f"{name}.bias"]
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """A training run of a tiny pipeline as a process of its own: `python training_script.py settings.json`.
 
-settings: `trainer`, the class; `config`, its settings; `kill_at`, an update after which the process kills itself, or null; `resume`.
-Leaves `result.pt` (of process 0) and `rollout_<rank>.pt` (the first rollout) in the output folder.
+settings: `trainer`, the class; `config`, its settings; `kill_at`, an update after which the process kills itself, or
+null; `resume`. Leaves `result.pt` (of process 0) and `rollout_<rank>.pt` (the first rollout) in the output folder.
 """
 
 import json
@@ -49,11 +49,12 @@ def main() -> None:
     trainer_class = getattr(flowrl_trainers, settings["trainer"])
     dropout = settings["config"].pop("lora_dropout", 0.1)
     config = trainer_class.config_class(
-        **{"use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1, "guidance_scale": 1.0, "max_sequence_length": 8,
-           "num_inference_steps": 3, "log_images": 0} | settings["config"]
+        **{"use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1, "guidance_scale": 1.0,
+           "max_sequence_length": 8, "num_inference_steps": 3, "log_images": 0} | settings["config"]
     )  # fmt: skip
     trainer = trainer_class(
-        tiny_sd3(), redness, config, Dataset.from_dict({"prompt": PROMPTS}), peft_config=LoraConfig(r=2, lora_alpha=4, lora_dropout=dropout),
+        tiny_sd3(), redness, config, Dataset.from_dict({"prompt": PROMPTS}),
+        peft_config=LoraConfig(r=2, lora_alpha=4, lora_dropout=dropout),
         callbacks=[Killer(settings["kill_at"])] if settings["kill_at"] is not None else None,
     )  # fmt: skip
     rollouts = []
@@ -62,22 +63,33 @@ def main() -> None:
     def remember(examples):
         window = make_rollout(examples)
         rollouts.append(
-            [{name: value.clone() for name, value in b.tensors.items()} | {"rows": [e.key.row for e in b.examples]} for b in window]
+            [
+                {name: value.clone() for name, value in b.tensors.items()} | {"rows": [e.key.row for e in b.examples]}
+                for b in window
+            ]
         )
         return window
 
     trainer._make_rollout = remember
     trainer.train(resume_from_checkpoint=settings["resume"])
     folder = Path(config.output_dir)
-    torch.save(trainer.evaluate(Dataset.from_dict({"prompt": PROMPTS[:3]})), folder / f"evaluation_{config.process_index}.pt")
+    torch.save(
+        trainer.evaluate(Dataset.from_dict({"prompt": PROMPTS[:3]})), folder / f"evaluation_{config.process_index}.pt"
+    )
     torch.save(rollouts, folder / f"rollout_{config.process_index}.pt")
     if trainer.is_world_process_zero():
-        history = [{k: v for k, v in row.items() if not k.startswith(("seconds/", "train_"))} for row in trainer.state.log_history]
+        history = [
+            {k: v for k, v in row.items() if not k.startswith(("seconds/", "train_"))}
+            for row in trainer.state.log_history
+        ]
         torch.save(
             {
                 "weights": {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad},
                 "optimizer": trainer.optimizer.state_dict(),
-                "state": {"algorithm": trainer.algorithm_state(), "ema": trainer.ema.state_dict() if trainer.ema else None},
+                "state": {
+                    "algorithm": trainer.algorithm_state(),
+                    "ema": trainer.ema.state_dict() if trainer.ema else None,
+                },
                 "history": history,
                 "world_size": config.world_size,
                 "wrapper": type(trainer.model_wrapped).__name__,

@@ -1,0 +1,200 @@
+"""Servers of rewards for tests: one in a process of its own, one on a uvicorn of this process, and one that misbehaves
+as planned.
+"""
+
+import base64
+import io
+import json
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx2
+import numpy as np
+import torch
+import uvicorn
+from PIL import Image as PILImage
+
+from flowrl_trainers.rewards.server import Limits, reward_app
+from flowrl_trainers.sampling.prompt_groups import Example, ImageKey
+from flowrl_trainers.sampling.scoring import call_rewards
+
+ROOT = Path(__file__).parent.parent
+
+
+# What the server's own process imports. The first prompt says what is wanted.
+SERVED = '''
+import os, signal
+from pathlib import Path
+
+def redness(images, prompts, **columns):
+    red, green, blue = images.unbind(dim=1)
+    return (red - (green + blue) / 2).mean(dim=(1, 2))
+
+def by_prompt(images, prompts, trainer_state, log_metric, log_extra, **columns):
+    async def later():
+        return [4.0] * len(images)
+
+    log_metric("calls", 1.0)
+    match prompts[0]:
+        case "raise":
+            raise ArithmeticError("the judge is tired")
+        case "short":
+            return [1.0] * (len(images) - 1)
+        case "none":
+            return [None if prompt == "none" else 1.0 for prompt in prompts]
+        case "not finite":
+            return [float("nan"), float("-inf")]
+        case "column":
+            return [float(answer) for answer in columns["answer"]]
+        case "later":
+            return later()
+    return redness(images, prompts)
+
+calls = 0
+
+def dies_once(images, prompts, **columns):
+    """Redness; the third call of the first process never returns."""
+    global calls
+    calls += 1
+    if calls == 3 and not Path("died").exists():
+        Path("died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return redness(images, prompts)
+'''
+
+
+# Ends with its standard input, that is with the tests, however those end.
+START = """
+import os, sys, threading
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+from flowrl_trainers.cli.serve_reward import serve_reward
+serve_reward(sys.argv[1:])
+"""
+
+
+def start(folder: Path, name: str, port: int, *flags: str) -> subprocess.Popen:
+    (folder / "served.py").write_text(SERVED)
+    return subprocess.Popen(
+        [sys.executable, "-c", START, name, "--port", str(port), *flags], cwd=folder, stdin=subprocess.PIPE
+    )
+
+
+def wait_for(process: subprocess.Popen, address: str) -> None:
+    for _ in range(240):
+        assert process.poll() is None, "the server ended by itself"
+        try:
+            httpx2.get(f"{address}/health")
+            return
+        except httpx2.TransportError:
+            time.sleep(0.5)
+    raise AssertionError("the server did not come up")
+
+
+def stop(process: subprocess.Popen) -> None:
+    process.kill()
+    process.wait()
+    process.stdin.close()
+
+
+@contextmanager
+def serving(reward, limits: Limits = Limits()):  # noqa: B008
+    """The address of a reward on a uvicorn of this process."""
+    uvicorn_server = uvicorn.Server(
+        uvicorn.Config(reward_app(reward, limits, torch.device("cpu")), port=0, log_level="error")
+    )
+    thread = threading.Thread(target=uvicorn_server.run, daemon=True)
+    thread.start()
+    while not uvicorn_server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{uvicorn_server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        uvicorn_server.should_exit = True
+        thread.join()
+
+
+@contextmanager
+def fake(*plan):
+    """A server that follows a plan, a word per request, and afterwards answers: `address`, and what it got, `bodies`,
+    `times`, `headers`.
+
+    A number is a status, "slow" answers too late, "drop" closes the connection, anything else is the body of an answer
+    of status 200.
+    """
+    got, over = SimpleNamespace(bodies=[], times=[], headers=[]), threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args) -> None:
+            pass
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            got.bodies.append(body)
+            got.times.append(time.monotonic())
+            got.headers.append(self.headers)
+            step = plan[len(got.bodies) - 1] if len(got.bodies) <= len(plan) else None
+            if step == "slow":
+                over.wait(3)
+            if step in ("slow", "drop"):
+                self.close_connection = True
+                return
+            if step is None:
+                step = json.dumps({"scores": [1.0] * len(body.get("images", []))})
+            content = step.encode() if isinstance(step, str) else json.dumps({"error": "out of order"}).encode()
+            self.send_response(200 if isinstance(step, str) else step)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    got.address = f"http://127.0.0.1:{http.server_port}"
+    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield got
+    finally:
+        over.set()
+        http.shutdown()
+        http.server_close()
+        thread.join()
+
+
+def noise(count: int, size: int = 16) -> torch.Tensor:
+    """Noise in multiples of 1/255, which survives a PNG."""
+    return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(5)) / 255
+
+
+def examples(prompts: list[str], **columns) -> list[Example]:
+    return [
+        Example(ImageKey(i, 0, 0), p, {name: values[i] for name, values in columns.items()})
+        for i, p in enumerate(prompts)
+    ]
+
+
+def scores_of(reward, images: torch.Tensor, prompts: list[str] | None = None, **columns) -> torch.Tensor:
+    """As a trainer asks for them."""
+    asked = examples(prompts or ["a circle"] * len(images), **columns)
+    return call_rewards([reward], images, asked, trainer_state=None, log_metric=None, log_extra=None)[:, 0]
+
+
+def decoded(png: str) -> torch.Tensor:
+    return torch.from_numpy(np.array(PILImage.open(io.BytesIO(base64.b64decode(png))))).permute(2, 0, 1) / 255
+
+
+def png(size: tuple[int, int] = (8, 8), mode: str = "RGB") -> bytes:
+    file = io.BytesIO()
+    PILImage.new(mode, size).save(file, "PNG")
+    return file.getvalue()
+
+
+def asked(*images: bytes | str, **changes) -> dict:
+    encoded = [i if isinstance(i, str) else base64.b64encode(i).decode() for i in images]
+    return {"images": encoded, "prompts": ["a circle"] * len(images)} | changes

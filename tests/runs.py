@@ -1,0 +1,75 @@
+"""Training runs as processes of their own (`training_script.py`): alone, killed and resumed, or on two processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .helpers import TRAINERS
+
+SCRIPT = Path(__file__).parent / "training_script.py"
+NO_DROPOUT = {"TAFSGRPOTrainer": {"lora_dropout": 0.0}}  # which it refuses
+
+
+def write_settings(
+    folder: Path, trainer: str, config: dict[str, Any], kill_at: int | None = None, resume: bool | str = False
+) -> Path:
+    settings = {
+        "trainer": trainer,
+        "config": TRAINERS[trainer] | NO_DROPOUT.get(trainer, {}) | config | {"output_dir": str(folder)},
+        "kill_at": kill_at,
+        "resume": resume,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "settings.json").write_text(json.dumps(settings))
+    return folder / "settings.json"
+
+
+def run(
+    folder: Path, trainer: str, config: dict[str, Any], kill_at: int | None = None, resume: bool | str = False
+) -> subprocess.CompletedProcess:
+    """A run in one process; `kill_at`: the update after which it kills itself."""
+    settings = write_settings(folder, trainer, config, kill_at, resume)
+    environment = {k: v for k, v in os.environ.items() if k != "CI"}
+    return subprocess.run([sys.executable, SCRIPT, settings], capture_output=True, text=True, env=environment)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def launch(folder: Path, trainer: str, config: dict[str, Any], processes: int) -> subprocess.CompletedProcess:
+    """The same run in several processes of `accelerate launch`.
+
+    accelerate starts one process for `--cpu --num_processes 2`; with `--multi_gpu` and `use_cpu` it starts two on
+    gloo.
+    """
+    return subprocess.run(
+        [Path(sys.executable).parent / "accelerate", "launch", "--multi_gpu", "--num_processes", str(processes),
+         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_ip", "127.0.0.1",
+         "--main_process_port", str(free_port()), SCRIPT, write_settings(folder, trainer, config)],
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def assert_same(a: Any, b: Any) -> None:
+    """Equal to the last bit, through dictionaries and lists."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b

@@ -1,0 +1,92 @@
+"""What an evaluation finds and a reward logs stands in metrics, pictures, trackers and the card."""
+
+import json
+from itertools import combinations
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from flowrl_trainers.rewards import differentiable
+
+from .helpers import adjoint_matching, update_rows
+
+
+def test_what_a_reward_logs_stands_in_metrics_pictures_and_card(tmp_path, tiny_pipeline):
+    @differentiable
+    def talkative(images, prompts, log_metric, log_extra, **columns):
+        log_metric("brightness", float(images.detach().mean()))
+        log_extra("length", [len(prompt) for prompt in prompts])
+        return images.mean(dim=(1, 2, 3))
+
+    t = adjoint_matching(
+        tmp_path,
+        tiny_pipeline,
+        reward=talkative,
+        eval_dataset=Dataset.from_dict({"prompt": ["a cat", "a dog, sitting"]}),
+        max_steps=1,
+    )
+    t.train()
+    assert "brightness" in update_rows(t)[0]
+    assert "eval_brightness" in t.evaluate()
+    t.save_model()
+    assert "| brightness |" in (tmp_path / "README.md").read_text()
+    assert json.loads((tmp_path / "samples" / "step-000001.json").read_text())["extra"] == {"length": [5, 14]}
+    assert "(samples/step-000001.png)" in (tmp_path / "README.md").read_text()
+    t.save_model(str(tmp_path / "elsewhere"))
+    assert ".png" not in (tmp_path / "elsewhere" / "README.md").read_text()  # no picture is there
+
+
+def test_the_diversity_of_an_evaluation_is_that_of_its_pictures(tmp_path, tiny_pipeline):
+    """Whatever the order of the rows and the size of the batches."""
+    seen: list[tuple[str, torch.Tensor]] = []
+
+    @differentiable
+    def looks(images, prompts, **columns):
+        seen.extend(zip(prompts, images, strict=True))
+        return images.mean(dim=(1, 2, 3))
+
+    rows = Dataset.from_dict({"prompt": ["a fox", "a cat", "a dog", "a cat", "a dog", "a cat"]})
+    t = adjoint_matching(
+        tmp_path, tiny_pipeline, reward=looks, eval_dataset=rows, per_device_eval_batch_size=2, log_images=0
+    )
+    found = t.evaluate()["eval_diversity"]
+    prompts, images = zip(*seen[:6], strict=True)  # of the tuned model
+    assert sorted(prompts) == sorted(rows["prompt"])
+    cats, dogs = (
+        [image for prompt, image in zip(prompts, images, strict=True) if prompt == name] for name in ("a cat", "a dog")
+    )
+    distances = [[float((a - b).square().mean() ** 0.5) for a, b in combinations(group, 2)] for group in (cats, dogs)]
+    assert found == pytest.approx(sum(sum(d) / len(d) for d in distances) / 2, rel=1e-5)
+
+
+def test_the_card_says_where_the_adapter_is_and_what_was_told_of_it(tmp_path, tiny_pipeline):
+    t = adjoint_matching(tmp_path, tiny_pipeline)
+    t.hub_model_id = "me/red"  # as `push_to_hub` makes it, whatever `args.push_to_hub` says
+    t.create_model_card(dataset_name="me/prompts", license="apache-2.0", tags="red")
+    t.save_model()
+    card = (tmp_path / "README.md").read_text()
+    assert 'pipe.load_lora_weights("me/red")' in card
+    head = yaml.safe_load(card.split("---")[1])
+    assert (head["datasets"], head["license"]) == (["me/prompts"], "apache-2.0")
+    assert "red" in head["tags"]
+    t.create_model_card(model_name="Red")
+    t.create_model_card(model_name=tmp_path.name)  # as Trainer's `push_to_hub` says
+    assert "# Red\n" in (tmp_path / "README.md").read_text()
+    with pytest.raises(TypeError, match="colour"):
+        t.create_model_card(colour="red")
+
+
+def test_tensorboard_gets_the_pictures(tmp_path, tiny_pipeline, monkeypatch):
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    held_out = Dataset.from_dict({"prompt": ["a red circle", "a cross"]})
+    t = adjoint_matching(tmp_path, tiny_pipeline, eval_dataset=held_out, report_to="tensorboard", max_steps=1,
+                eval_strategy="steps", eval_steps=1)  # fmt: skip
+    t.train()
+    events = EventAccumulator(str(tmp_path / "board"), size_guidance={"images": 0})
+    events.Reload()
+    assert {"samples/base", "samples/tuned"} <= {tag.split("/image")[0] for tag in events.Tags()["images"]}
+    assert "train/reward/redness" in events.Tags()["scalars"]

@@ -1,0 +1,104 @@
+"""A reward, a velocity or a gradient that is not finite costs its sample or its update, is counted, and ends a run of
+too many.
+"""
+
+import math
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from flowrl_trainers.rewards import differentiable
+
+from .helpers import adjoint_matching, constant, first_rollout, redness, update_rows
+
+
+def flaky(bad_calls: set[int]):
+    """Redness, but not a number for the first image of the calls listed; the probe is call 0."""
+    calls = iter(range(1000))
+
+    def reward(images, prompts, **columns):
+        scores = redness(images=images, prompts=prompts)
+        if next(calls) in bad_calls:
+            scores = torch.cat([scores[:1] * math.nan, scores[1:]])
+        return scores
+
+    return differentiable(reward)
+
+
+def test_a_sample_that_is_not_finite_is_left_out_and_counted(tmp_path, tiny_pipeline):
+    """Two images, the second of which is lost: the update is that of the other alone, at half weight."""
+    settings = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_bad_sample_share": 0.5}
+    t = adjoint_matching(tmp_path, tiny_pipeline, reward=flaky({1}), **settings)
+    t.train()
+    (row,) = update_rows(t)
+    assert row["bad_samples/reward_gradient"] == 0.5
+    assert row["skipped_updates"] == 0
+    assert math.isfinite(row["reward/reward"])
+    assert all(p.isfinite().all() for p in t.trained_parameters())
+    assert any(p.abs().max() > 0 for n, p in t.model.named_parameters() if "lora_B" in n)
+
+
+def test_an_image_whose_velocity_is_not_finite_is_left_out_and_does_not_spoil_the_scale(tmp_path, tiny_pipeline):
+    t = adjoint_matching(tmp_path, tiny_pipeline, reward_scale=None, max_bad_sample_share=0.5)
+    velocity = t.flow.velocity
+
+    def poisoned(transformer, latents, sigma, conditioning, guidance=True):
+        v = velocity(transformer, latents, sigma, conditioning, guidance)
+        if torch.is_grad_enabled() and t.sampler is not None and not transformer.training:  # the adjoint's calls
+            v = torch.cat([v[:1] * math.nan, v[1:]])
+        return v
+
+    t.flow.velocity = poisoned
+    _, (batch,) = first_rollout(t)
+    assert batch.good.tolist() == [False, True]
+    assert all(value.isfinite().all() for value in batch.tensors.values())
+    assert 0 < t.reward_scale < 1e6
+
+
+def test_too_many_bad_samples_end_the_run(tmp_path, tiny_pipeline):
+    t = adjoint_matching(tmp_path, tiny_pipeline, reward=flaky({2}), max_bad_sample_share=0.4)
+    with pytest.raises(
+        RuntimeError,
+        match=r"The reward_gradient is not finite for 50 % of the samples, more than `max_bad_sample_share` \(0.4\)",
+    ):
+        t.train()
+    assert t.state.global_step == 1
+
+
+def test_an_update_whose_gradient_is_not_finite_is_skipped(tmp_path, tiny_pipeline):
+    t = adjoint_matching(tmp_path, tiny_pipeline, max_steps=3, save_strategy="no")
+    losses, calls = t.micro_batch_losses, iter(range(100))
+
+    def poisoned(*args):
+        value = losses(*args)
+        return value + torch.sqrt(value * 0) if next(calls) in (3, 4, 5) else value  # finite, but its gradient is not
+
+    t.micro_batch_losses = poisoned
+    before = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            before.append([p.detach().clone() for p in t.trained_parameters()])
+
+    t.add_callback(Watch())
+    t.train()
+    assert [r["skipped_updates"] for r in update_rows(t)] == [0, 1, 0]
+    assert all(torch.equal(a, b) for a, b in zip(before[0], before[1], strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(before[1], before[2], strict=True))
+
+
+def test_what_has_no_score_has_no_part_in_the_reward(tmp_path, tiny_pipeline):
+    t = adjoint_matching(tmp_path, tiny_pipeline)
+    t.log_rewards(torch.tensor([[-2.0], [math.nan], [-4.0], [math.inf]]))
+    assert t.rollout_reward == -3.0
+    assert t._metrics["reward/redness"] == [-3.0]
+    t.log_rewards(torch.tensor([[math.nan], [math.nan]]))
+    assert t.rollout_reward is None  # not 0, which may be more than any reward is
+    assert t._metrics["reward"] == [-3.0]
+
+
+def test_constant_rewards_are_named(tmp_path, tiny_pipeline):
+    t = adjoint_matching(tmp_path, tiny_pipeline, reward=differentiable(constant), reward_scale=None)
+    with pytest.raises(ValueError, match="gradient is zero on the whole first rollout"):
+        t.train()

@@ -1,0 +1,73 @@
+"""Before training: what is encoded, in which order, and the probe, which tries every reward on two pictures."""
+
+import pytest
+from datasets import Dataset
+
+from flowrl_trainers import FlowPipeline
+from flowrl_trainers.rewards import differentiable
+from flowrl_trainers.sampling.conditioning import ConditioningCache
+from flowrl_trainers.sampling.flow_model import FlowModel
+
+from .helpers import adjoint_matching
+
+
+def test_the_probe_tries_the_rewards_of_the_evaluation_too(tmp_path, tiny_pipeline):
+    held_out = Dataset.from_dict({"prompt": ["a cat"]})
+    t = adjoint_matching(tmp_path, tiny_pipeline, eval_dataset=held_out, eval_reward_funcs="checker")
+    with pytest.raises(ValueError, match="'a cat' is not a caption of this world"):
+        t.train()
+
+
+def test_the_probe_tries_the_rewards_of_training_on_the_rows_of_the_evaluation(tmp_path, tiny_pipeline):
+    @differentiable
+    def needs_answers(images, prompts, answer, **columns):
+        return images.mean(dim=(1, 2, 3))
+
+    rows = Dataset.from_dict({"prompt": [f"prompt {i}" for i in range(8)], "answer": ["yes"] * 8})
+    t = adjoint_matching(
+        tmp_path,
+        tiny_pipeline,
+        reward=needs_answers,
+        dataset=rows,
+        eval_dataset=Dataset.from_dict({"prompt": ["a cat"]}),
+    )
+    with pytest.raises(TypeError, match="answer"):
+        t.train()
+    assert t.state.global_step == 0
+
+
+def test_only_prompts_that_will_be_asked_for_are_encoded(tmp_path, tiny_pipeline):
+    many = Dataset.from_dict({"prompt": [f"a red circle {n}" for n in range(50)]})
+    t = adjoint_matching(tmp_path, tiny_pipeline, dataset=many, max_steps=3)
+    assert len(t.conditioning.index) <= 8  # two of the probe, two of each rollout
+    t.train()
+
+
+def test_prompts_are_encoded_before_the_network_is_placed(tmp_path, tiny_pipeline, monkeypatch):
+    """Text encoders and transformer need not fit onto the device together."""
+    order = []
+    encode, to = ConditioningCache.encode, FlowModel.to
+    monkeypatch.setattr(
+        ConditioningCache,
+        "encode",
+        lambda self, *args, **kwargs: order.append("encode") or encode(self, *args, **kwargs),
+    )
+    monkeypatch.setattr(
+        FlowModel, "to", lambda self, *args, **kwargs: order.append("place") or to(self, *args, **kwargs)
+    )
+    adjoint_matching(tmp_path, tiny_pipeline)
+    assert order[0] == "encode"
+    assert "place" in order
+
+
+def test_the_negative_prompt_is_encoded_once(tiny_pipeline, monkeypatch):
+    flow, asked = FlowPipeline.from_pipeline(tiny_pipeline, guidance_scale=3.0), []
+    encode = flow._encode
+    monkeypatch.setattr(
+        flow,
+        "_encode",
+        lambda prompts, negative: asked.append((len(prompts), negative)) or encode(prompts, negative=negative),
+    )
+    conditioning = flow.encode_prompts(["a cat", "a dog", "a fox"])
+    assert asked == [(3, False), (1, True)]
+    assert {len(value) for value in conditioning.values()} == {3}
