@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import flowrl_trainers
 from flowrl_trainers import AdjointMatchingConfig, AdjointMatchingTrainer, FlowPipeline, FlowRLTrainer
 from flowrl_trainers.rewards import differentiable
-from flowrl_trainers.sampling.micro_batch import MicroBatch
+from flowrl_trainers.sampling.buffer import MicroBatch
 from flowrl_trainers.sampling.prompt_groups import Example
 
 from .tiny import tiny_sd3

@@ -24,7 +24,7 @@ from flowrl_trainers.flow import (
 )
 from flowrl_trainers.networks import ConvCritic, MLPCritic, critic
 from flowrl_trainers.run_folder.gallery import to_pillow
-from flowrl_trainers.sampling.micro_batch import MicroBatch
+from flowrl_trainers.sampling.buffer import MicroBatch
 from flowrl_trainers.sampling.prompt_groups import Example, ImageKey
 
 from .gaussian import NUMBERED, GaussianFlow, closeness, height, settings

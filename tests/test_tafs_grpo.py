@@ -14,7 +14,7 @@ from peft import LoraConfig
 from flowrl_trainers import TAFSGRPOConfig, TAFSGRPOTrainer
 from flowrl_trainers.flow import compare_within_groups, step_advantages
 from flowrl_trainers.metrics import colour_entropy, edge_density
-from flowrl_trainers.sampling.micro_batch import MicroBatch
+from flowrl_trainers.sampling.buffer import MicroBatch
 from flowrl_trainers.sampling.prompt_groups import Example, ImageKey
 
 from .gaussian import NUMBERED, GaussianFlow, Shifted, height, unit_slope

@@ -7,10 +7,9 @@ from typing import Any
 from datasets import Dataset
 from matplotlib.figure import Figure
 
-from ..run_folder import before_after
+from ..run_folder import sheet_of
 from ..shapes import prompts
 from ..trainers import FlowRLTrainer
-from ..trainers.evaluation import Pictures
 from .arguments import TRAINERS, parse
 from .run import make_trainer
 
@@ -118,7 +117,7 @@ def _table(trainer: FlowRLTrainer, pictures: int) -> str:
 def _draw_before_after(trainer: FlowRLTrainer, folder: Path) -> None:
     """Evenly spaced held-out prompts, chosen before anyone saw them; beside the sheet, what a redrawing needs."""
     base, tuned = trainer.pictures(prompts("held_out"), SHOWN)
-    sheet, boxes = before_after(base.prompts, {"base": base.images, "tuned": tuned.images}, Pictures.right(base, tuned))
+    sheet, boxes = sheet_of({"base": base, "tuned": tuned})
     sheet.save(folder / "before_after.png")
     facts = {"prompts": tuned.prompts, "seeds": tuned.seeds, "tuned_boxes": boxes["tuned"]}
     (folder / "before_after.json").write_text(json.dumps(facts, indent=2) + "\n")

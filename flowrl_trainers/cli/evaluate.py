@@ -13,18 +13,19 @@ from trl import TrlParser
 
 from ..metrics import signs_of_over_optimisation, standard_error_of_change
 from ..pipelines import FlowPipeline
-from ..rewards import CheckerReward, Reward, as_rewards
-from ..run_folder import before_after
+from ..rewards import Reward, as_rewards
+from ..run_folder import sheet_of
 from ..sampling.conditioning import ConditioningCache
-from ..trainers import FlowRLConfig
+from ..sampling.evaluator import Evaluator, ode_sampler
+from ..sampling.pictures import Pictures
 from ..trainers.base_trainer import SETTINGS
-from ..trainers.evaluation import Pictures, Sampler, draw_rows, evaluation_row
 from ..trainers.input_checks import check_dataset
 from .arguments import wrong_arguments
 from .run import load_model, load_prompts, named_reward
 
 SHOWN = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CONTEXT = {"trainer_state": None, "log_metric": lambda name, value: None, "log_extra": lambda name, values: None}
 ADAPTER = "measured"  # a row's label may hold a dot, an adapter's name may not
 
 
@@ -90,11 +91,7 @@ def evaluate(arguments: list[str]) -> None:
     table = _table(rows, told)
     (folder / "table.md").write_text(table + "\n")
     (folder / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
-    sheet, _ = before_after(
-        pictures["base"].prompts,
-        {name: p.images for name, p in pictures.items()},
-        _right(pictures),
-    )
+    sheet, _ = sheet_of(pictures)
     sheet.save(folder / "pictures.png")
     print(f"\n{table}\n")
     for label in labels:
@@ -125,10 +122,6 @@ def _rows(
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, torch.Tensor]], dict[str, Pictures]]:
     """The row, all scores and some pictures of the base model and of every adapter."""
     prompts = check_dataset(load_prompts(told.dataset, told.dataset_config, told.split, told.prompt_column), "dataset")
-    args = FlowRLConfig(
-        output_dir=told.out, num_inference_steps=told.num_inference_steps, per_device_eval_batch_size=told.batch_size, seed=told.seed,
-        decode_batch_size=told.decode_batch_size, use_cpu=told.use_cpu, report_to="none",
-    )  # fmt: skip
     pipeline = load_model(told.model, DTYPES[told.dtype])
     flow = FlowPipeline.from_pipeline(pipeline, **{name: getattr(told, name) for name in SETTINGS})
     transformer: PeftAdapterMixin | Any = flow.transformer
@@ -143,16 +136,23 @@ def _rows(
     for part in [transformer, *rewards]:
         part.to(accelerator.device)
     dataset = Dataset.from_list([row for _ in range(told.pictures_per_prompt) for row in prompts])
-    sigmas = flow.sigmas(told.num_inference_steps).to(accelerator.device)
-
-    def ode(network: torch.nn.Module, latents: torch.Tensor, conditioning: Any, generators: list[torch.Generator]) -> torch.Tensor:
-        return flow.sample_latents(network, conditioning, latents, sigmas)
-
+    evaluator = Evaluator(
+        flow,
+        cache,
+        rewards,
+        accelerator,
+        seed=told.seed,
+        batch_size=told.batch_size,
+        decode_batch_size=told.decode_batch_size,
+    )
+    sampler = ode_sampler(flow, flow.sigmas(told.num_inference_steps).to(accelerator.device))
+    transformer.eval()
     rows, scores, pictures = {}, {}, {}
     for label, source in [("base", None), *zip(labels, told.adapter, strict=True)]:
         if source is not None:
             _load_adapter(pipeline, source)
-        rows[label], scores[label], pictures[label] = _row(flow, transformer, cache, dataset, rewards, ode, args, accelerator, label)
+        rows[label], scores[label] = evaluator.row(transformer, dataset, sampler, label, CONTEXT)
+        pictures[label] = evaluator.pictures(transformer, dataset, sampler, SHOWN, CONTEXT)
         if source is not None:
             pipeline.delete_adapters(ADAPTER)
     return rows, scores, pictures
@@ -170,30 +170,6 @@ def _load_adapter(pipeline: Any, source: str) -> None:
             f"The adapter {source!r} changes {' and '.join(changed) or 'no part of this pipeline'}, but what is measured is the "
             "transformer: pass one that changes it alone."
         )
-
-
-def _row(
-    flow: FlowPipeline,
-    transformer: Any,
-    cache: ConditioningCache,
-    dataset: Dataset,
-    rewards: list[Reward],
-    sampler: Sampler,
-    args: FlowRLConfig,
-    accelerator: Accelerator,
-    label: str,
-) -> tuple[dict[str, float], dict[str, torch.Tensor], Pictures]:
-    context: dict[str, Any] = {"trainer_state": None, "log_metric": lambda name, value: None, "log_extra": lambda name, values: None}
-    transformer.eval()
-    row, scores = evaluation_row(flow, transformer, cache, dataset, rewards, sampler, args, accelerator, label, context)
-    return row, scores, draw_rows(flow, transformer, cache, dataset, SHOWN, rewards, sampler, args, accelerator, context)
-
-
-def _right(pictures: dict[str, Pictures]) -> dict[str, list[bool]] | None:
-    """Which pictures the checker accepts, where it was asked."""
-    if CheckerReward.name not in pictures["base"].scores:
-        return None
-    return {label: [score == 1 for score in p.scores[CheckerReward.name]] for label, p in pictures.items()}
 
 
 def _table(rows: dict[str, dict[str, float]], told: EvaluateArguments) -> str:

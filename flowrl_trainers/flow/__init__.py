@@ -7,15 +7,18 @@ One convention for time: sigma is the noise level, 1 for noise and 0 for data,
 Papers that run t from noise to data are converted by t = 1 - sigma and v_paper = -velocity.
 """
 
-from .adjoint import carry_adjoint, lean_adjoint, memoryless_adjoint, vector_jacobian_product
+from .adjoint import carry_adjoint, vector_jacobian_product
 from .advantages import advantage_weights, compare_within_groups, explained_variance, shape_rewards, step_advantages
 from .control_costs import best_control, best_rms, control_cost, control_cost_gradient, root_mean_square
 from .conversions import clean_estimate, expand_like, interpolate, noise_estimate, velocity_between
-from .memoryless import memoryless_step, memoryless_variance
+from .dynamics import Dynamics, MemorylessDynamics, OdeDynamics
 from .sigmas import shift_sigmas, uniform_sigmas
-from .steps import euler_step, flow_grpo_step, log_probability, renoise
+from .steps import euler_step, euler_steps, flow_grpo_step, log_probability, renoise
 
 __all__ = [
+    "Dynamics",
+    "MemorylessDynamics",
+    "OdeDynamics",
     "advantage_weights",
     "best_control",
     "best_rms",
@@ -25,15 +28,12 @@ __all__ = [
     "control_cost",
     "control_cost_gradient",
     "euler_step",
+    "euler_steps",
     "expand_like",
     "explained_variance",
     "flow_grpo_step",
     "interpolate",
-    "lean_adjoint",
     "log_probability",
-    "memoryless_adjoint",
-    "memoryless_step",
-    "memoryless_variance",
     "noise_estimate",
     "renoise",
     "root_mean_square",

@@ -4,6 +4,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 Weighting = Literal["exponential", "softplus", "positive", "indicator", "linear"]
 WEIGHTINGS: tuple[Weighting, ...] = ("exponential", "softplus", "positive", "indicator", "linear")
@@ -14,11 +15,15 @@ CREDIT_RULES: tuple[CreditRule, ...] = ("mixed", "final", "level", "gain", "retu
 SMALLEST_SPREAD = 1e-4
 
 
-def shape_rewards(rewards: torch.Tensor, groups: torch.Tensor, clip: float) -> torch.Tensor:
+def shape_rewards(rewards: Tensor, groups: Tensor, clip: float) -> Tensor:
     """Rewards minus the mean of their group, over the standard deviation of all so centred, clipped to +-clip.
 
-    A standard deviation over everything, as a group whose images are nearly alike would otherwise be blown up. rewards: (M,), NaN for
-    images that have none, which get 0. groups: (M,), equal numbers for images of one prompt. clip: above 0, in standard deviations.
+    The standard deviation is one of everything, as a group whose images are nearly alike would otherwise be blown up.
+
+    Args:
+        rewards: (M,), NaN for images that have none, which get 0.
+        groups: (M,), equal numbers for images of one prompt.
+        clip: above 0, in standard deviations.
     """
     present = ~rewards.isnan()
     _, number = groups.unique(return_inverse=True)
@@ -30,12 +35,17 @@ def shape_rewards(rewards: torch.Tensor, groups: torch.Tensor, clip: float) -> t
     return (centred / (spread + SMALLEST_SPREAD)).clamp(-clip, clip)
 
 
-def advantage_weights(advantages: torch.Tensor, weighting: Weighting, temperature: float) -> torch.Tensor:
-    """The weight f(A) of an advantage, any shape; temperature: tau, above 0.
+def advantage_weights(advantages: Tensor, weighting: Weighting, temperature: float) -> Tensor:
+    """The weight f(A) of every advantage.
 
     exponential   exp(A / tau)               softplus   log(1 + exp(A / tau))
     positive      max(A, 0)                  indicator  1 where A > 0
     linear        A / tau, signed: without an anchor the loss has no minimum
+
+    Args:
+        advantages: of any shape.
+        weighting: which f.
+        temperature: tau, above 0.
     """
     match weighting:
         case "exponential":
@@ -50,8 +60,10 @@ def advantage_weights(advantages: torch.Tensor, weighting: Weighting, temperatur
             return advantages / temperature
 
 
-def explained_variance(values: torch.Tensor, predictions: torch.Tensor) -> torch.Tensor:
-    """1 - Var(values - predictions) / Var(values) over the first dimension: 1 is perfect, 0 no better than a constant. (M, ...) each.
+def explained_variance(values: Tensor, predictions: Tensor) -> Tensor:
+    """1 - Var(values - predictions) / Var(values) over the first dimension of (M, ...) each.
+
+    1 is perfect, 0 no better than a constant.
 
     NaN where the values are all equal, and there is nothing to explain.
     """
@@ -59,12 +71,16 @@ def explained_variance(values: torch.Tensor, predictions: torch.Tensor) -> torch
     return torch.where(spread > 0, 1 - (values - predictions).var(dim=0, correction=0) / spread, torch.nan)
 
 
-def compare_within_groups(rewards: torch.Tensor, groups: torch.Tensor, scale: Scale) -> torch.Tensor:
-    """Rewards minus the mean of their group, column by column, over a standard deviation of the rewards: the advantages of GRPO.
+def compare_within_groups(rewards: Tensor, groups: Tensor, scale: Scale) -> Tensor:
+    """The advantages of GRPO: rewards minus the mean of their group, column by column, over a standard deviation.
 
-    rewards: (M, J), NaN where an image has none, which gets 0. groups: (M,), equal numbers for images of one prompt. scale: "batch" divides
-    by the standard deviation of the column, "group" by that of the group in the column, "none" by nothing (the words of TRL).
     Columns are never mixed: rewards rise over the steps, and a common mean would blame every early step.
+
+    Args:
+        rewards: (M, J), NaN where an image has none, which gets 0.
+        groups: (M,), equal numbers for images of one prompt.
+        scale: "batch" divides by the standard deviation of the column, "group" by that of the group in the column,
+            "none" by nothing (the words of TRL).
     """
     present = ~rewards.isnan()
     _, number = groups.unique(return_inverse=True)
@@ -84,18 +100,28 @@ def compare_within_groups(rewards: torch.Tensor, groups: torch.Tensor, scale: Sc
 
 
 def step_advantages(
-    rewards: torch.Tensor, groups: torch.Tensor, rule: CreditRule, scale: Scale, mix: float = 0.5, discount: float = 0.9
-) -> torch.Tensor:
-    """The advantage of every draw of an N-step sampler from the rewards of its N clean estimates: (M, N) to (M, N - 1).
+    rewards: Tensor, groups: Tensor, rule: CreditRule, scale: Scale, mix: float = 0.5, discount: float = 0.9
+) -> Tensor:
+    """The advantage of every draw of an N-step sampler from the rewards of its N clean estimates: (M, N) to (M, N -
+    1).
 
-    Draw k makes the state of step k + 1, so it had a hand in the rewards of columns k + 1 and later alone; column k was settled before it,
-    and its expected policy gradient is zero. With a_j the advantages of column j (`compare_within_groups`):
+    Draw k makes the state of step k + 1, so it had a hand in the rewards of columns k + 1 and later alone; column k
+    was settled before it, and its expected policy gradient is zero. With a_j the advantages of column j
+    (`compare_within_groups`):
 
         final    a_{N-1}                                  level    a_{k+1}
         gain     the advantages of R_{k+1} - R_k          return   sum_{j > k} discount^(j-k-1) a_j
         mixed    mix a_{N-1} + (1 - mix) a_{k+1}
 
-    rewards: NaN where there are none. mix, discount: in [0, 1]. Our choice throughout: the rule of arXiv 2602.01591 could not be read.
+    Our choice throughout: the rule of arXiv 2602.01591 could not be read.
+
+    Args:
+        rewards: (M, N), NaN where there are none.
+        groups: (M,), equal numbers for images of one prompt.
+        rule: which of the above.
+        scale: as in `compare_within_groups`.
+        mix: in [0, 1].
+        discount: in [0, 1].
     """
     if rule == "gain":
         return compare_within_groups(rewards[:, 1:] - rewards[:, :-1], groups, scale)

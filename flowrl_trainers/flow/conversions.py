@@ -1,35 +1,45 @@
 """Data, noise, state and velocity: any two of them at a known sigma give the other two."""
 
-import torch
+from torch import Tensor
 
 
-def expand_like(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Values `(B,)`, or one value `()`, with as many trailing dimensions of size 1 as `x` `(B, ...)` needs to broadcast."""
-    return values.reshape(-1, *[1] * (x.dim() - 1))
+def expand_like(values: Tensor, x: Tensor) -> Tensor:
+    """`values` with trailing dimensions of size 1, so that they broadcast with `x`.
+
+    values: of the leading shape of `x`: () for one value, (B,) for one per latent of (B, ...), (B, K) for one per
+    state of (B, K, ...).
+    """
+    return values.reshape(*values.shape, *[1] * (x.dim() - values.dim()))
 
 
-def interpolate(data: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+def interpolate(data: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """The state `x = (1 - sigma) data + sigma noise`.
 
-    data, noise: (B, ...). sigma: (B,) in [0, 1].
+    Args:
+        data: (B, ...), or (B, K, ...).
+        noise: of the shape of `data`.
+        sigma: (B,), or (B, K), in [0, 1].
     """
     sigma = expand_like(sigma, data)
     return (1 - sigma) * data + sigma * noise
 
 
-def velocity_between(data: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def velocity_between(data: Tensor, noise: Tensor) -> Tensor:
     """The velocity `dx/dsigma = noise - data` of the straight path between two points of the same shape."""
     return noise - data
 
 
-def clean_estimate(x: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """The data that a velocity points to: `x - sigma velocity`.
+def clean_estimate(x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
+    """The data that a velocity points to, `x - sigma velocity`: exact if the path from `x` is straight.
 
-    x, velocity: (B, ...). sigma: (B,) in [0, 1]. Exact if the path from `x` is straight.
+    Args:
+        x: states (B, ...), or (B, K, ...).
+        velocity: of the shape of `x`.
+        sigma: (B,), or (B, K), in [0, 1].
     """
     return x - expand_like(sigma, x) * velocity
 
 
-def noise_estimate(x: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """The noise that a velocity comes from: `x + (1 - sigma) velocity`. Shapes as in `clean_estimate`."""
+def noise_estimate(x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
+    """The noise that a velocity comes from, `x + (1 - sigma) velocity`. Arguments as in `clean_estimate`."""
     return x + (1 - expand_like(sigma, x)) * velocity

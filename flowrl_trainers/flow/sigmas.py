@@ -11,7 +11,7 @@ def uniform_sigmas(num_inference_steps: int) -> torch.Tensor:
 def shift_sigmas(sigmas: torch.Tensor, shift: float) -> torch.Tensor:
     """Levels moved towards noise: `shift sigma / (1 + (shift - 1) sigma)` (arXiv 2403.03206, equation 23).
 
-    `shift` > 0; 1 leaves the grid as it is. 0 and 1 stay fixed, and the shift by 1 / shift is the inverse. The dynamic shift
-    of FLUX with exponent mu is the shift by exp(mu).
+    `shift` > 0; 1 leaves the grid as it is. 0 and 1 stay fixed, and the shift by 1 / shift is the inverse. The dynamic
+    shift of FLUX with exponent mu is the shift by exp(mu).
     """
     return shift * sigmas / (1 + (shift - 1) * sigmas)

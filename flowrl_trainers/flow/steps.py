@@ -1,32 +1,61 @@
-"""One step of a sampler from `sigma` down to `sigma_next`, without and with noise, and the probability of the latter."""
+"""One step of a sampler down from `sigma` to `sigma_next`, without noise and with it, and how likely the latter is."""
 
 import math
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from .conversions import clean_estimate, expand_like, noise_estimate
 
+LogProbForm = Literal["coefficients_preserving", "gaussian"]
 
-def euler_step(x: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
+
+def euler_step(x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
     """One Euler step of the ODE `dx/dsigma = velocity`: `x + (sigma_next - sigma) velocity`.
 
-    x, velocity: (B, ...) float32. sigma, sigma_next: (B,) or () in [0, 1].
+    Args:
+        x: (B, ...) float32.
+        velocity: of the shape of x.
+        sigma: (B,) or (), in [0, 1].
+        sigma_next: of the shape of sigma.
     """
     return x + expand_like(sigma_next - sigma, x) * velocity
 
 
-def renoise(
-    x: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor, eta: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of one coefficients-preserving step (arXiv 2509.05952, in our time direction).
+def euler_steps(
+    velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigmas: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The Euler ODE from the first to the last level: state, velocity and next state of every step, (B, ...) each.
+
+    Args:
+        velocity: maps `(x (B, ...), sigma (B,))` to (B, ...).
+        x: the initial state (B, ...).
+        sigmas: (N + 1,), decreasing, at least two.
+    """
+    for sigma, sigma_next in pairwise(sigmas):
+        v = velocity(x, sigma.expand(len(x)))
+        x_next = euler_step(x, v, sigma, sigma_next)
+        yield x, v, x_next
+        x = x_next
+
+
+def renoise(x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+    """Mean (B, ...) and standard deviation (B, 1, ...) of one coefficients-preserving step (arXiv 2509.05952, in our
+    time).
 
         data = x - sigma velocity,   noise = x + (1 - sigma) velocity
         mean = (1 - sigma') data + sigma' cos(pi eta / 2) noise,   std = sigma' sin(pi eta / 2)
 
-    eta in [0, 1]: 0 is the Euler step of the ODE, 1 draws all noise afresh; the noise level is sigma' for every eta.
-    x, velocity: (B, ...) float32. sigma, sigma_next: (B,) in [0, 1]. Returns the mean (B, ...) and the standard deviation
-    (B, 1, ...), in units of the latent.
+    Args:
+        x: (B, ...) float32.
+        velocity: of the shape of x.
+        sigma: (B,) in [0, 1].
+        sigma_next: (B,), below sigma.
+        eta: in [0, 1]: 0 is the Euler step of the ODE, 1 draws all noise afresh; the noise level is sigma' for every
+            eta.
     """
     data, noise = clean_estimate(x, velocity, sigma), noise_estimate(x, velocity, sigma)
     level, angle = expand_like(sigma_next, x), math.pi * eta / 2
@@ -34,15 +63,22 @@ def renoise(
 
 
 def flow_grpo_step(
-    x: torch.Tensor, velocity: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor, eta: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of one Euler-Maruyama step of Flow-GRPO (arXiv 2505.05470, in our time direction).
+    x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, eta: float
+) -> tuple[Tensor, Tensor]:
+    """Mean (B, ...) and standard deviation (B, 1, ...) of one Euler-Maruyama step of Flow-GRPO (arXiv 2505.05470, in
+    our time).
 
-        g = eta sqrt(sigma / (1 - sigma)),   with sigma' in place of the second sigma where sigma = 1,   dt = sigma' - sigma
-        mean = (1 + g^2 dt / (2 sigma)) x + (1 + g^2 (1 - sigma) / (2 sigma)) dt velocity,    std = g sqrt(-dt)
+        g = eta sqrt(sigma / (1 - sigma)),   with sigma' in place of the second sigma where sigma = 1,   dt = sigma' -
+        sigma mean = (1 + g^2 dt / (2 sigma)) x + (1 + g^2 (1 - sigma) / (2 sigma)) dt velocity,    std = g sqrt(-dt)
 
-    eta: the noise level a of the paper, 0.7 there; 0 is the Euler step. With few steps the noise of the next state exceeds sigma'. Shapes,
-    units and return values as in `renoise`; sigma above 0.
+    With few steps the noise of the next state exceeds sigma'.
+
+    Args:
+        x: (B, ...) float32.
+        velocity: of the shape of x.
+        sigma: (B,), above 0 and at most 1.
+        sigma_next: (B,), below sigma.
+        eta: the noise level a of the paper, 0.7 there; 0 is the Euler step.
     """
     level, step = expand_like(sigma, x), expand_like(sigma_next - sigma, x)
     room = 1 - expand_like(torch.where(sigma == 1, sigma_next, sigma), x)
@@ -52,19 +88,25 @@ def flow_grpo_step(
 
 
 def log_probability(
-    x_next: torch.Tensor,
-    mean: torch.Tensor,
-    std: torch.Tensor,
-    form: Literal["coefficients_preserving", "gaussian"] = "coefficients_preserving",
-) -> torch.Tensor:
+    x_next: Tensor, mean: Tensor, std: Tensor, form: LogProbForm = "coefficients_preserving"
+) -> Tensor:
     """The log-probability of a Gaussian step, as a mean over latent dimensions: (B,).
 
         gaussian:                  mean_d [ -(x' - mean)^2 / (2 std^2) - log std - log(2 pi) / 2 ]
         coefficients_preserving:   mean_d [ -(x' - mean)^2 ]
 
-    The second is the first times `2 std^2`, without the terms that do not depend on the mean (the form of the code of arXiv
-    2509.05952); the weight changes how much each step counts, so clip ranges do not carry over from one form to the other.
-    Raises `ValueError` for another form. Gaussian: std > 0.
+    The second is the first times `2 std^2`, without the terms that do not depend on the mean (the form of the code of
+    arXiv 2509.05952). The weight changes how much each step counts, so clip ranges do not carry over from one form to
+    the other.
+
+    Args:
+        x_next: the state that was drawn, (B, ...).
+        mean: of the shape of x_next.
+        std: (B, 1, ...); above 0 for "gaussian".
+        form: which of the two.
+
+    Raises:
+        ValueError: for another form.
     """
     square = (x_next - mean) ** 2
     match form:

@@ -14,16 +14,17 @@ LIBRARIES = ("flowrl-trainers", "trl", "diffusers", "transformers", "peft", "tor
 class CardFacts:
     """What a card says, all of it taken from the run.
 
-    base_model: a Hub id, `flowrl_trainers.shapes`, or None if it is known under no name others could load. rows: `base` and `tuned`
-    of the last evaluation, empty if there was none. sampling: the arguments of the pipeline's call; sampling_note: what they leave
-    unsaid; scheduler: the lines that set the one which the pipeline needs, None for its own. loader: module and class that load the base
-    model. prompt: an example of what it draws. task: its `pipeline_tag`, None where the Hub knows none. license, further_tags: what the
-    user said. picture: the path of a sheet beside the card.
+    base_model: a Hub id, `flowrl_trainers.shapes`, or None if it is known under no name others could load. rows:
+    `base` and `tuned` of the last evaluation, empty if there was none. sampling: the arguments of the pipeline's call;
+    sampling_note: what they leave unsaid; scheduler: the lines that set the one which the pipeline needs, None for its
+    own. loader: module and class that load the base model. prompt: an example of what it draws. task: its
+    `pipeline_tag`, None where the Hub knows none. license, further_tags: what the user said. picture: the path of a
+    sheet beside the card.
     """
 
     name: str
     method: str
-    paper: dict[str, str]
+    paper: dict[str, str] | None
     tags: list[str]
     base_model: str | None
     has_adapter: bool
@@ -70,7 +71,11 @@ def _summary(facts: CardFacts) -> str:
     base = f"`{facts.base_model}`" if facts.base_model else "a flow-matching pipeline"
     aims = []
     for verb, sign in (("raise", 1), ("lower", -1)):
-        named = [f"`{name}`" + ("" if abs(w) == 1 else f" (weight {abs(w):g})") for name, w in facts.rewards.items() if sign * w > 0]
+        named = [
+            f"`{name}`" + ("" if abs(w) == 1 else f" (weight {abs(w):g})")
+            for name, w in facts.rewards.items()
+            if sign * w > 0
+        ]
         aims += [f"{verb} {' and '.join(named)}"] if named else []
     return f"{what} {base}, tuned by {facts.method} to {' and to '.join(aims)} with flowrl-trainers."
 
@@ -84,7 +89,8 @@ def _table(facts: CardFacts) -> str:
     sampling = ", ".join(f"{name} {value}" for name, value in facts.sampling.items())
     trained = ", ".join(f"`{name}`" for name in facts.rewards)
     sampling += f"; {facts.sampling_note}" if facts.sampling_note else ""
-    note = f"Held-out prompts, the same seeds for all rows ({sampling}). Training saw {trained} alone; what else is listed, it never saw."
+    seen = f"Training saw {trained} alone; what else is listed, it never saw."
+    note = f"Held-out prompts, the same seeds for all rows ({sampling}). {seen}"
     return "\n".join([*lines, "", note])
 
 
@@ -109,8 +115,11 @@ def _usage(facts: CardFacts) -> str:
 def _training(facts: CardFacts) -> str:
     rows = "\n".join(f"| `{name}` | {value} |" for name, value in facts.settings.items())
     versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
-    paper = f"[{facts.paper['title']}](https://huggingface.co/papers/{facts.paper['id']})"
+    method = facts.method
+    if facts.paper is not None:
+        paper = f"[{facts.paper['title']}](https://huggingface.co/papers/{facts.paper['id']})"
+        method += f", after {paper}{facts.paper.get('note', '')}"
     return (
-        f"Method: {facts.method}, after {paper}{facts.paper.get('note', '')}. Every setting is in `config.yaml`; the main ones:\n\n"
+        f"Method: {method}. Every setting is in `config.yaml`; the main ones:\n\n"
         f"| setting | value |\n|---|---|\n{rows}\n\nVersions: {versions}."
     )

@@ -49,8 +49,8 @@ def checkpoints(output_dir: Path) -> list[Path]:
 def checkpoint_to_resume(output_dir: Path, wanted: str | Path | Literal[True]) -> tuple[Path, list[Path]]:
     """The checkpoint to go on from, and the incomplete ones that were passed over to reach it.
 
-    wanted: a folder, or True for the newest complete one. Raises `ValueError` where there is none, where the folder has no manifest, and
-    where bytes differ from the manifest; then the newest good checkpoint is named.
+    wanted: a folder, or True for the newest complete one. Raises `ValueError` where there is none, where the folder
+    has no manifest, and where bytes differ from the manifest; then the newest good checkpoint is named.
     """
     candidates = checkpoints(output_dir) if wanted is True else [Path(wanted)]
     passed_over: list[Path] = []
@@ -59,12 +59,18 @@ def checkpoint_to_resume(output_dir: Path, wanted: str | Path | Literal[True]) -
             case "good":
                 return folder, passed_over
             case "damaged":
-                raise ValueError(f"{folder} is damaged: its files differ from its manifest; {_advice(output_dir, folder)}")
+                raise ValueError(
+                    f"{folder} is damaged: its files differ from its manifest; {_advice(output_dir, folder)}"
+                )
             case "incomplete":
                 passed_over.append(folder)
     if wanted is True:
-        raise ValueError(f"{output_dir} holds no complete checkpoint to resume from: start without `resume_from_checkpoint`.")
-    raise ValueError(f"{wanted} is no complete checkpoint, as it has no valid {MANIFEST}; {_advice(output_dir, Path(wanted))}")
+        raise ValueError(
+            f"{output_dir} holds no complete checkpoint to resume from: start without `resume_from_checkpoint`."
+        )
+    raise ValueError(
+        f"{wanted} is no complete checkpoint, as it has no valid {MANIFEST}; {_advice(output_dir, Path(wanted))}"
+    )
 
 
 def _advice(output_dir: Path, bad: Path) -> str:

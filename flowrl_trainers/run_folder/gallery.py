@@ -1,10 +1,13 @@
 """Pictures of pictures."""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..sampling.pictures import Pictures
 
 INK, PAPER, RIGHT, WRONG = (40, 40, 40), (255, 255, 255), (46, 140, 70), (200, 60, 50)
 GAP, LEAST_MARGIN, LINE = 12, 84, 20
@@ -12,20 +15,25 @@ GAP, LEAST_MARGIN, LINE = 12, 84, 20
 Box = tuple[int, int, int, int]
 
 
-def to_pillow(image: torch.Tensor) -> Image.Image:
+def to_pillow(image: Tensor) -> Image.Image:
     """A picture (3, H, W) in [0, 1] as Pillow sees it, rounded as diffusers rounds."""
     return Image.fromarray((image.detach().cpu().permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))
 
 
 def before_after(
-    prompts: list[str], rows: dict[str, torch.Tensor], right: dict[str, list[bool]] | None = None, columns: int = 4
+    prompts: list[str], rows: dict[str, Tensor], right: dict[str, list[bool]] | None = None, columns: int = 4
 ) -> tuple[Image.Image, dict[str, list[Box]]]:
     """A sheet with the pictures of each prompt under one another, one labelled row per model.
 
-    rows: name of a model -> pictures (B, 3, H, W) in [0, 1], one per prompt; small ones are enlarged by a whole factor to about 160
-    pixels, large ones reduced to 256.
-    right: for each model, whether each picture is right; those are framed in green and the others in red.
-    Returns the sheet and, for each model, the boxes (left, top, right, bottom) of its pictures on it.
+    Args:
+        prompts: B captions.
+        rows: name of a model -> pictures (B, 3, H, W) in [0, 1]; small ones are enlarged by a whole factor to about
+            160 pixels, large ones reduced to 256.
+        right: for each model, whether each picture is right; those are framed in green and the others in red.
+        columns: prompts side by side.
+
+    Returns:
+        The sheet and, for each model, the boxes (left, top, right, bottom) of its pictures on it.
     """
     height, width = next(iter(rows.values())).shape[-2:]
     longest = max(height, width)
@@ -54,6 +62,14 @@ def before_after(
         for number, line in enumerate(text):
             pen.text((left, top + number * LINE), line, INK, font)
     return sheet, boxes
+
+
+def sheet_of(models: Mapping[str, Pictures]) -> tuple[Image.Image, dict[str, list[Box]]]:
+    """`before_after` of the pictures of each model, which are framed where the checker judged all of them."""
+    right = {name: pictures.right for name, pictures in models.items() if pictures.right is not None}
+    prompts = next(iter(models.values())).prompts
+    rows = {name: pictures.images for name, pictures in models.items()}
+    return before_after(prompts, rows, right if len(right) == len(models) else None)
 
 
 def _wrapped(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> list[str]:

@@ -15,7 +15,13 @@ class ConditioningCache:
         self.stored: dict[str, list[torch.Tensor]] = {}
 
     def encode(self, prompts: list[str], device: torch.device, show_progress: bool) -> None:
-        """Encode the prompts that are not yet known; the text encoders are on `device` meanwhile and on the CPU afterwards."""
+        """Encode the prompts that are not yet known.
+
+        Args:
+            prompts: strings.
+            device: where the text encoders are meanwhile; afterwards they are on the CPU.
+            show_progress: whether to show a bar.
+        """
         new = [p for p in dict.fromkeys(prompts) if p not in self.index]
         if not new:
             return

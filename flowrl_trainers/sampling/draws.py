@@ -1,21 +1,47 @@
 """Random draws that depend on what they are for, and on nothing else."""
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Generator, Tensor
 
 
-def keyed_seed(seed: int, prompt_index: int, image_index: int, rollout: int, purpose: str) -> int:
+@dataclass(frozen=True)
+class ImageKey:
+    """One image to be made: the row of its prompt, its number in the prompt's group, and its rollout."""
+
+    row: int
+    image: int
+    rollout: int
+
+
+def keyed_seed(seed: int, key: ImageKey, purpose: str) -> int:
     """A seed that is a function of its arguments alone.
 
-    So the noise of an image does not depend on batch sizes, accumulation or the number of processes, and a resumed run draws it
-    again. prompt_index: the row of the dataset. image_index: the number of the image in its group. rollout: counted from the
-    start of training. purpose: what is drawn, such as "initial latents". 32 bits, as torch's CPU generator reads no more.
+    So the noise of an image does not depend on batch sizes, accumulation or the number of processes, and a resumed run
+    draws it again. 32 bits, as torch's CPU generator reads no more.
+
+    Args:
+        seed: that of the run.
+        key: of the image.
+        purpose: what is drawn, such as "initial latents".
     """
-    key = f"{seed}/{prompt_index}/{image_index}/{rollout}/{purpose}".encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little")
+    text = f"{seed}/{key.row}/{key.image}/{key.rollout}/{purpose}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little")
 
 
-def keyed_generator(seed: int, prompt_index: int, image_index: int, rollout: int, purpose: str) -> torch.Generator:
+def keyed_generator(seed: int, key: ImageKey, purpose: str) -> Generator:
     """A CPU generator started from `keyed_seed`."""
-    return torch.Generator("cpu").manual_seed(keyed_seed(seed, prompt_index, image_index, rollout, purpose))
+    return Generator("cpu").manual_seed(keyed_seed(seed, key, purpose))
+
+
+def keyed_generators(seed: int, keys: Sequence[ImageKey], purpose: str) -> list[Generator]:
+    """One CPU generator per image."""
+    return [keyed_generator(seed, key, purpose) for key in keys]
+
+
+def noise(generators: Sequence[Generator], shape: Sequence[int], device: torch.device) -> Tensor:
+    """Standard normal noise (B, *shape) on a device; each image's is drawn on the CPU from its own generator."""
+    return torch.stack([torch.randn(*shape, generator=generator) for generator in generators]).to(device)

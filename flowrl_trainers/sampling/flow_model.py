@@ -7,43 +7,66 @@ from typing import Any, Literal
 
 import torch
 from diffusers import ModelMixin
-from torch import nn
+from torch import Tensor, nn
 
 from ..pipelines import Conditioning, FlowPipeline
 
 
 class FlowModel(nn.Module):
-    """The transformer of a `FlowPipeline` and the head that an algorithm trains beside it, such as a value-gradient network.
+    """The transformer of a `FlowPipeline` and the head that an algorithm trains beside it, such as a value-gradient
+    network.
 
-    All trainable compute goes through `forward`, so that the hooks of wrappers fire. It has no `config`, because Trainer and its trackers
-    expect the config of a language model there.
+    All trainable compute goes through `forward`, so that the hooks of wrappers fire. It has no `config`, because
+    Trainer and its trackers expect the config of a language model there.
     """
 
     flow: FlowPipeline
     frozen: nn.Module | None
     transformer: nn.Module
-    head: nn.Module | None
 
     def __init__(self, flow: FlowPipeline, has_adapter: bool) -> None:
         super().__init__()
-        self.transformer, self.head = flow.transformer, None
-        # Outside of the module's own bookkeeping: neither the pipeline nor the frozen copy is trained, saved or wrapped.
+        self.transformer = flow.transformer
+        # Outside of the module's own bookkeeping: neither the pipeline nor the frozen copy is trained, saved or
+        # wrapped.
         frozen = None if has_adapter else deepcopy(flow.transformer).requires_grad_(False).eval()
         object.__setattr__(self, "flow", flow)
         object.__setattr__(self, "frozen", frozen)
-        self.use_frozen = False
+        self.has_adapter, self.use_frozen = has_adapter, False
+
+    def attach_head(self, name: str, head: nn.Module) -> None:
+        """Train a network beside the transformer; name: of its folder, its metrics, its tensors in checkpoints."""
+        self.add_module(name, head)
+
+    @property
+    def heads(self) -> dict[str, nn.Module]:
+        """The networks that are trained beside the transformer, by name: one, or none."""
+        return {name: module for name, module in self.named_children() if name != "transformer"}
+
+    @property
+    def head(self) -> nn.Module | None:
+        """The network that is trained beside the transformer."""
+        return next(iter(self.heads.values()), None)
 
     def forward(
         self,
-        latents: torch.Tensor,
-        sigma: torch.Tensor,
+        latents: Tensor,
+        sigma: Tensor,
         conditioning: Conditioning,
-        guidance: bool = False,
+        *,
+        guidance: bool,
         part: Literal["velocity", "head"] = "velocity",
-    ) -> torch.Tensor:
-        """The velocity at latents (B, ...) and levels sigma (B,), float32; see `FlowPipeline.velocity`. Or what the head says of them.
+    ) -> Tensor:
+        """The velocity at latents, float32; see `FlowPipeline.velocity`. Or what the head says of them.
 
         The head computes in float32: finite differences of it are taken.
+
+        Args:
+            latents: (B, ...).
+            sigma: (B,).
+            conditioning: of B prompts.
+            guidance: whether the velocity is the guided one; the head knows no guidance.
+            part: which of the two is asked for.
         """
         if part == "velocity":
             return self.flow.velocity(self.active_transformer, latents, sigma, conditioning, guidance=guidance)
@@ -59,9 +82,11 @@ class FlowModel(nn.Module):
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, the model is the frozen one that training started from: its adapter is off, or a frozen copy stands in.
+        """Inside, the model is the frozen one that training started from: its adapter is off, or a frozen copy stands
+        in.
 
-        Whatever is computed inside must be differentiated inside: activation checkpoints are recomputed with the adapter as it is then.
+        Call `backward` before leaving this context: activation checkpointing runs the forward pass again, and would
+        run it with the adapter on.
         """
         if self.frozen is not None:
             self.use_frozen = True
@@ -77,14 +102,39 @@ class FlowModel(nn.Module):
             finally:
                 adapted.enable_adapters()
 
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """The trained parameters, and the buffers (running statistics) of networks that are trained whole."""
+        tensors: dict[str, Tensor] = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        for part, network in self.named_children():
+            if part != "transformer" or not self.has_adapter:
+                kept = network.state_dict(keep_vars=True)
+                tensors |= {f"{part}.{name}": buffer for name, buffer in network.named_buffers() if name in kept}
+        return tensors
+
     def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
     ) -> None:
-        """What Trainer calls for `activation_checkpointing=True`; diffusers checkpoints every block, in its own way."""
+        """What Trainer calls for `activation_checkpointing=True`; diffusers checkpoints every block, in its own way.
+
+        Args:
+            activation_checkpointing_kwargs: must be None or empty.
+            every_n_layers: must be 1.
+            offload: must be False.
+
+        Raises:
+            ValueError: for other arguments, and for a network that is no `ModelMixin` of diffusers.
+        """
         if activation_checkpointing_kwargs or every_n_layers != 1 or offload:
-            raise ValueError("`activation_checkpointing_kwargs` must be left out: diffusers checkpoints every block in its own way.")
+            raise ValueError(
+                "`activation_checkpointing_kwargs` must be left out: diffusers checkpoints every block in its own way."
+            )
         for network in [self.transformer] if self.frozen is None else [self.transformer, self.frozen]:
             if not isinstance(network, ModelMixin):
                 kind = type(network).__name__
-                raise ValueError(f"`activation_checkpointing` is True, but {kind} is no `ModelMixin` of diffusers: set it to False.")
+                raise ValueError(
+                    f"`activation_checkpointing` is True, but {kind} is no `ModelMixin` of diffusers: set it to False."
+                )
             network.enable_gradient_checkpointing()

@@ -8,16 +8,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
 
-from .draws import keyed_generator
-
-
-@dataclass(frozen=True)
-class ImageKey:
-    """One image to be made: the row of its prompt, its number in the prompt's group, and its rollout."""
-
-    row: int
-    image: int
-    rollout: int
+from .draws import ImageKey, keyed_generator
 
 
 @dataclass
@@ -46,10 +37,19 @@ class PromptDataset(torch.utils.data.Dataset):
 class PromptGroupSampler(Sampler[ImageKey]):
     """Groups of `num_generations` images per prompt, as rollouts of `updates_per_rollout` updates each.
 
-    The groups of an update do not depend on how its images are spread over processes and micro-steps: with U images per update and
-    P processes, process p takes the p-th of P equal parts of every update. A data loader whose batch is one process's share of a
-    rollout deals them out. Each rollout is repeated for every micro-step in which it is used. The order of the prompts is a
-    function of (seed, epoch); prompts that do not fill a rollout at the end of an epoch are left for other epochs.
+    The groups of an update do not depend on how its images are spread over processes and micro-steps: with U images
+    per update and P processes, process p takes the p-th of P equal parts of every update. A data loader whose batch is
+    one process's share of a rollout deals them out. The order of the prompts is a function of (seed, epoch); prompts
+    that do not fill a rollout at the end of an epoch are left for other epochs.
+
+    Args:
+        num_prompts: the rows of the dataset.
+        num_generations: the images per prompt.
+        images_per_update: over all processes and micro-steps.
+        updates_per_rollout: those of one pass over a rollout.
+        repeats: how many micro-steps use each rollout; the sampler repeats it for every one.
+        num_processes: among which every update is dealt.
+        seed: that of the run.
     """
 
     def __init__(
@@ -94,7 +94,8 @@ class PromptGroupSampler(Sampler[ImageKey]):
         return list(rows)
 
     def _order(self, epoch: int) -> list[int]:
-        return torch.randperm(self.num_prompts, generator=keyed_generator(self.seed, 0, 0, epoch, "prompt order")).tolist()
+        generator = keyed_generator(self.seed, ImageKey(0, 0, epoch), "prompt order")
+        return torch.randperm(self.num_prompts, generator=generator).tolist()
 
     def _deal(self, images: list[ImageKey]) -> list[ImageKey]:
         share = self.images_per_update // self.num_processes

@@ -1,6 +1,5 @@
 """The trainers and their configurations."""
 
-from ..sampling.micro_batch import MicroBatch
 from .ac_flow_config import ACFlowConfig
 from .ac_flow_trainer import ACFlowTrainer
 from .adjoint_matching_config import AdjointMatchingConfig
@@ -21,7 +20,6 @@ __all__ = [
     "AdjointMatchingTrainer",
     "FlowRLConfig",
     "FlowRLTrainer",
-    "MicroBatch",
     "RewardGradientConfig",
     "RewardGradientTrainer",
     "TAFSGRPOConfig",

@@ -9,21 +9,26 @@ from .base_config import FlowRLConfig
 
 @dataclass
 class ACFlowConfig(FlowRLConfig):
-    r"""Settings of `ACFlowTrainer`, beside those of `FlowRLConfig`. All defaults are our choice: the paper's could not be read.
+    r"""Settings of `ACFlowTrainer`, beside those of `FlowRLConfig`. All defaults are our choice: the paper's could not
+    be read.
 
-    ORW-CFM-W2, the predecessor, is `critic="none"`, `reward_shaping="none"`, `advantage_clip=None`, `normalize_weights=False`;
-    reward-weighted flow matching is that with `wasserstein_coefficient=0`. Different from `FlowRLConfig`: `num_generations` 8.
+    ORW-CFM-W2, the predecessor, is `critic="none"`, `reward_shaping="none"`, `advantage_clip=None`,
+    `normalize_weights=False`; reward-weighted flow matching is that with `wasserstein_coefficient=0`. Different from
+    `FlowRLConfig`: `num_generations` 8.
     """
 
     num_generations: int = field(
         default=8,
-        metadata={"help": "The number of images per prompt in a rollout, over which rewards are centred; at least 2 with shaping."},
+        metadata={
+            "help": "The number of images per prompt in a rollout, over which rewards are centred; at least 2 with shaping."
+        },
     )
     reward_shaping: Literal["standardise", "none"] = field(
         default="standardise",
         metadata={
             "help": "'standardise' takes the mean of its prompt's images from each reward, divides by the standard deviation of the "
-            "rollout and clips; several rewards are shaped one by one, then summed with their weights. 'none' leaves rewards as they are."
+            "rollout and clips; several rewards are shaped one by one, then summed with their weights. 'none' leaves "
+            "rewards as they are."
         },
     )
     reward_clip: float = field(
@@ -40,13 +45,18 @@ class ACFlowConfig(FlowRLConfig):
         default="exponential",
         metadata={
             "help": "How an advantage A weighs its image: 'exponential' exp(A / temperature), 'softplus' log(1 + exp(A / temperature)), "
-            "'positive' max(A, 0), 'indicator' 1 where A is above 0, 'linear' A / temperature, which is signed and needs the anchor."
+            "'positive' max(A, 0), 'indicator' 1 where A is above 0, 'linear' A / temperature, which is signed and "
+            "needs the anchor."
         },
     )
-    temperature: float = field(default=1.0, metadata={"help": "The temperature tau of the weighting, above 0; small ones are greedy."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "The temperature tau of the weighting, above 0; small ones are greedy."}
+    )
     normalize_weights: bool = field(
         default=True,
-        metadata={"help": "Whether weights are divided by their mean over the rollout, so that the anchor's weight is relative."},
+        metadata={
+            "help": "Whether weights are divided by their mean over the rollout, so that the anchor's weight is relative."
+        },
     )
     wasserstein_coefficient: float = field(
         default=0.3,
@@ -57,7 +67,9 @@ class ACFlowConfig(FlowRLConfig):
     )
     timestep_bins: int = field(
         default=4,
-        metadata={"help": "The re-noised states per image: the noise levels are split into so many bins, and one is drawn from each."},
+        metadata={
+            "help": "The re-noised states per image: the noise levels are split into so many bins, and one is drawn from each."
+        },
     )
     timestep_sampling: Literal["uniform", "logit_normal", "pipeline"] = field(
         default="uniform",
@@ -72,20 +84,26 @@ class ACFlowConfig(FlowRLConfig):
             "help": "'default' is a small network sized by the latent, 'none' takes its value as zero. Your own module goes to the trainer."
         },
     )
-    critic_steps: int = field(default=4, metadata={"help": "The updates of the critic per rollout, each on all of its images."})
+    critic_steps: int = field(
+        default=4, metadata={"help": "The updates of the critic per rollout, each on all of its images."}
+    )
     critic_learning_rate: float = field(default=1e-3, metadata={"help": "The learning rate of the critic's AdamW."})
     critic_warmup_max_steps: int = field(
         default=20,
         metadata={
             "help": "The most rollouts during which the critic learns alone, from the base model's images. It ends before, once its "
-            "explained variance on images that it has not seen rises no more; 0 for none. All updates of these rollouts count."
+            "explained variance on images that it has not seen rises no more; 0 for none. All updates of these "
+            "rollouts count."
         },
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.save_only_model and self.load_best_model_at_end and self.critic != "none":
-            raise ValueError("`load_best_model_at_end` needs the critic of a checkpoint, which `save_only_model` leaves out: choose one.")
+            raise ValueError(
+                "`load_best_model_at_end` needs the critic of a checkpoint, which `save_only_model` leaves out: "
+                "choose one."
+            )
         self.refuse_unknown(
             reward_shaping=("standardise", "none"),
             weighting=WEIGHTINGS,
@@ -97,9 +115,16 @@ class ACFlowConfig(FlowRLConfig):
         self.refuse_below(0, "critic_warmup_max_steps", "wasserstein_coefficient")
         if self.reward_shaping == "standardise" and self.num_generations < 2:
             raise ValueError(
-                "`num_generations` (1) must be at least 2: shaped rewards are measured against the other images of their prompt."
+                "`num_generations` (1) must be at least 2: shaped rewards are measured against the other images of "
+                "their prompt."
             )
         if self.weighting == "linear" and self.wasserstein_coefficient == 0:
-            raise ValueError("`wasserstein_coefficient` must be above 0 with `weighting='linear'`: without it the loss has no minimum.")
+            raise ValueError(
+                "`wasserstein_coefficient` must be above 0 with `weighting='linear'`: without it the loss has no "
+                "minimum."
+            )
         if self.weighting == "linear" and self.normalize_weights:
-            raise ValueError("`normalize_weights` must be False with `weighting='linear'`: signed weights have no mean to divide by.")
+            raise ValueError(
+                "`normalize_weights` must be False with `weighting='linear'`: signed weights have no mean to divide "
+                "by."
+            )

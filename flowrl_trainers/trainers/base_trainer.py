@@ -1,58 +1,63 @@
-"""`FlowRLTrainer`: what the four methods share around their own rollout, targets and loss."""
+"""`FlowRLTrainer`: what the methods share around rollout, targets and loss, in the order of a run."""
 
-import copy
 import logging
-import math
-import time
 from abc import abstractmethod
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from time import perf_counter
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from accelerate.utils import broadcast
 from datasets import Dataset
 from diffusers import DiffusionPipeline, ModelMixin
-from diffusers.loaders import PeftAdapterMixin
-from diffusers.training_utils import EMAModel, cast_training_params
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState, enable_full_determinism, set_seed
-from transformers.trainer_utils import TrainOutput
+from transformers.integrations import TensorBoardCallback
 from transformers.utils import is_in_notebook
 
+from ..metrics import signs_of_over_optimisation
 from ..pipelines import Conditioning, FlowPipeline
 from ..rewards import as_rewards
 from ..rewards.named import RewardLike
-from ..run_folder.checkpoints import MANIFEST, checkpoints
+from ..run_folder import CardFacts, RunFolder
+from ..run_folder.identity import identity, refuse_another_run
+from ..run_folder.settings import run_settings
+from ..sampling.buffer import MicroBatch, Record, RolloutBuffer
+from ..sampling.comparison import Comparison
 from ..sampling.conditioning import ConditioningCache
-from ..sampling.draws import keyed_generator
+from ..sampling.draws import ImageKey, keyed_generators
+from ..sampling.evaluator import Evaluator, Sampler, ode_sampler, rewards_at_hand
 from ..sampling.flow_model import FlowModel
-from ..sampling.micro_batch import MicroBatch
-from ..sampling.prompt_groups import Example, ImageKey, PromptDataset, PromptGroupSampler
-from ..sampling.scoring import ask_rewards, call_rewards, decoded, pictures_at_a_time, score_with_gradient
+from ..sampling.metric_log import MetricLog
+from ..sampling.pictures import Pictures
+from ..sampling.prompt_groups import Example, PromptDataset, PromptGroupSampler
+from ..sampling.scoring import Scorer, call_rewards, decoded
+from .adapters import prepare_adapter
 from .base_config import FlowRLConfig
-from .evaluation import Pictures, Sampler
-from .input_checks import check_best_metric, check_dataset, check_lora, check_output_dir, check_rewards
+from .checkpointed_trainer import CheckpointedTrainer, TrainingState
+from .input_checks import check_best_metric, check_dataset, check_output_dir, check_rewards
 from .loop_callback import LoopCallback
-from .run_evaluation import RunEvaluation, means
+from .moving_average import MovingAverage
 
 logger = logging.getLogger(__name__)
 
 SETTINGS = ("height", "width", "guidance_scale", "negative_prompt", "max_sequence_length")
 PROBE = 2
 
+RolloutT = TypeVar("RolloutT", bound=Record)
+RecordT = TypeVar("RecordT", bound=Record)
 
-class FlowRLTrainer(RunEvaluation):
+
+class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
     """The base of all trainers.
 
-    An algorithm overrides `rollout` (how latents are drawn and what is kept of it), `prepare` (what is computed once per rollout)
-    and `micro_batch_losses`.
+    An algorithm overrides `rollout` (how latents are drawn and what is kept of it), `prepare` (what is computed once
+    per rollout) and `micro_batch_losses`. What a rollout keeps, and what the loss needs, are two frozen records of the
+    method's own.
 
     Args:
         model: a Hub id or folder of a diffusers pipeline, a loaded pipeline, or a `FlowPipeline`.
@@ -62,14 +67,17 @@ class FlowRLTrainer(RunEvaluation):
         eval_dataset: held-out prompts, one image each; a row that is repeated gives another image of the same prompt.
         eval_reward_funcs: rewards that evaluation adds to `reward_funcs` and training never sees.
         callbacks: as in `transformers.Trainer`.
-        optimizers: as in `transformers.Trainer`, of all trained parameters; where these are made by the trainer (a LoRA from
-            `peft_config`, a value network), set `trainer.optimizer` afterwards instead.
+        optimizers: as in `transformers.Trainer`, of all trained parameters; where these are made by the trainer (a
+            LoRA from `peft_config`, a value network), set `trainer.optimizer` afterwards instead.
         peft_config: the LoRA to train; None trains the adapter that the pipeline carries or, without one, all weights.
     """
 
     config_class: ClassVar[type[FlowRLConfig]] = FlowRLConfig
+    record_class: ClassVar[Any] = Record
+    _name: ClassVar[str] = "Reward fine-tuning"
+    _tag_names: ClassVar[list[str]] = []
+    _paper: ClassVar[dict[str, str] | None] = None
     needs_reward_gradient: ClassVar[bool] = False
-    replayed_settings: ClassVar[tuple[str, ...]] = ("seed", "num_inference_steps", "num_generations", "num_iterations", "ema_decay")
     loss_is_scaled_for_ga = False
 
     args: FlowRLConfig
@@ -87,6 +95,7 @@ class FlowRLTrainer(RunEvaluation):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: LoraConfig | None = None,
     ) -> None:
+        # What needs no model.
         args = args or self.config_class(output_dir=self._name.lower().replace(" ", "-"))
         check_output_dir(args)
         self.rewards = as_rewards(reward_funcs)
@@ -97,12 +106,21 @@ class FlowRLTrainer(RunEvaluation):
         if eval_dataset is not None:
             check_dataset(eval_dataset, "eval_dataset")
         elif args.eval_strategy != "no":
-            raise ValueError(f"`eval_strategy` is '{args.eval_strategy.value}', but there is no `eval_dataset`: pass held-out prompts.")
-        self.flow = self._flow_pipeline(model, args)
+            raise ValueError(
+                f"`eval_strategy` is '{args.eval_strategy.value}', but there is no `eval_dataset`: pass held-out "
+                "prompts."
+            )
+
+        # The model, and what is trained of it.
+        self.flow = _flow_pipeline(model, args)
         for sentence in self.flow.advice(args.num_inference_steps):
             logger.warning(sentence)
-        (enable_full_determinism if args.full_determinism else set_seed)(args.seed)  # a LoRA starts from random numbers
-        self.peft_config = self._add_adapter(peft_config)
+        (enable_full_determinism if args.full_determinism else set_seed)(
+            args.seed
+        )  # a LoRA starts from random numbers
+        self.peft_config = prepare_adapter(self.flow, peft_config)
+
+        # The prompts, encoded before Trainer places the network: it and the text encoders need not fit together.
         self.sampler = PromptGroupSampler(
             num_prompts=len(train_dataset),
             num_generations=args.num_generations,
@@ -113,59 +131,89 @@ class FlowRLTrainer(RunEvaluation):
             seed=args.seed,
         )
         self.conditioning = ConditioningCache(self.flow)
-        # Before Trainer places the network: it and the text encoders need not fit onto the device together.
         self._encode_prompts(args, train_dataset, eval_dataset)
+
+        # Trainer, and the parts that this trainer has.
+        self.average = MovingAverage(args.ema_decay)
+        flow_model = FlowModel(self.flow, has_adapter=self.peft_config is not None)
+        metrics = MetricLog(args.device)
+        loop = LoopCallback(self.sampler, flow_model, metrics, self.average, self.reason_to_stop)
         super().__init__(
-            model=FlowModel(self.flow, has_adapter=self.peft_config is not None),
+            metrics=metrics,
+            model=flow_model,
             args=args,
             data_collator=list,
             train_dataset=PromptDataset(train_dataset),
             eval_dataset=eval_dataset,
-            callbacks=[LoopCallback(self), *(callbacks or [])],
+            callbacks=[loop, *(callbacks or [])],
             optimizers=optimizers,
         )
-        if is_in_notebook() and not args.disable_tqdm:
-            from .notebook_table import NotebookProgressCallback, NotebookTable  # which need IPython
-
-            self.remove_callback(NotebookProgressCallback)
-            self.add_callback(NotebookTable(self))
-        self._metrics: dict[str, list[float]] = defaultdict(list)
-        self._window: list[MicroBatch] = []
-        self._micro_step = 0
-        self._updates = 0  # since `train` was called
-        self._base_rows: dict[str, tuple[dict[str, float], dict[str, torch.Tensor]]] = {}
-        self._base_pictures: dict[str, Pictures] = {}
-        self.rows: dict[str, dict[str, float]] = {}
-        self.told_for_card: dict[str, Any] = {}
-        self.seconds: dict[str, float] = {}
-        self._training_since: float | None = None
-        self.rollout_reward: float | None = None
-        self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.rewards), device=args.device)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("FSDP and DeepSpeed are not supported: use `--accelerate_config ddp`, which keeps the network whole.")
+            raise ValueError(
+                "FSDP and DeepSpeed are not supported: use `--accelerate_config ddp`, which keeps the network whole."
+            )
         if args.device.type == "cuda" and torch.backends.cuda.cudnn_sdp_enabled():
             # pytorch/pytorch#196678 and NVIDIA/cudnn-frontend#628: NaN in the gradients, or an illegal memory access.
             torch.backends.cuda.enable_cudnn_sdp(False)
-            logger.warning("cuDNN's attention is turned off in this process: its backward pass fails on some shapes on Hopper cards.")
+            logger.warning("cuDNN's attention is turned off in this process: its backward pass fails on Hopper cards.")
+        self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.rewards), device=args.device)
+        self.rollout_reward: float | None = None
+        self.buffer: RolloutBuffer[RecordT] = RolloutBuffer(
+            self.record_class, args.micro_steps_per_rollout, args.num_iterations
+        )
+        self.scorer = Scorer(
+            self.flow,
+            self.rewards,
+            self.reward_weights,
+            self.reward_context,
+            batch_size=args.per_device_train_batch_size,
+            decode_batch_size=args.decode_batch_size,
+        )
+        evaluator = Evaluator(
+            self.flow,
+            self.conditioning,
+            [*self.rewards, *self.eval_rewards],
+            self.accelerator,
+            seed=args.seed,
+            batch_size=args.per_device_eval_batch_size,
+            decode_batch_size=args.decode_batch_size,
+            show_progress=not args.disable_tqdm,
+        )
+        self.comparison = Comparison(evaluator, flow_model, self.average.in_place, self.reward_context)
+        self.run_folder = RunFolder(Path(args.output_dir), self.flow, self.peft_config is not None)
+        self.told_for_card: dict[str, Any] = {}
+        if is_in_notebook() and not args.disable_tqdm:
+            from .notebook_table import NotebookProgressCallback, NotebookTable  # these need IPython
+
+            self.remove_callback(NotebookProgressCallback)
+            self.add_callback(NotebookTable(self.run_folder, lambda: self.step_of_weights))
+
+        # What the algorithm adds.
         self._place_frozen_parts()
         self.sigmas = self.flow.sigmas(args.num_inference_steps).to(args.device)
         head = self.make_head()
-        self.model.head = None if head is None else self.same_on_all_processes(head.to(args.device))
-        self.ema = EMAModel(self.trained_parameters(), decay=args.ema_decay) if args.ema_decay is not None else None
-        self.settings = self.run_settings()
+        if head is not None:
+            name, network = head
+            self.model.attach_head(name, self.same_on_all_processes(network.to(args.device)))
+        self.average.start(self.trained_parameters())
+        self.settings = run_settings(
+            args,
+            self.peft_config,
+            model=self.flow.name,
+            reward_funcs=[r.name for r in self.rewards],
+            eval_reward_funcs=[r.name for r in self.eval_rewards],
+        )
         self.set_up()
         if self.optimizer is not None:
             self._check_optimizer(self.optimizer)
 
-    # ---- what an algorithm overrides -------------------------------------------------------------------------------------
+    # ---- what an algorithm overrides -------------------------------------------------------------------------------
 
-    num_trained_states: int
-    """The states of each trajectory at which the loss is taken."""
+    def make_head(self) -> tuple[str, nn.Module] | None:
+        """The network that is trained beside the transformer, and what its folder and metrics are called; none by
+        default.
 
-    def make_head(self) -> nn.Module | None:
-        """The network that is trained beside the transformer, called with latents, sigma, prompt features and their mask; none by default.
-
-        `head_name` is what its folder and metrics are called.
+        It is called with latents, sigma, prompt features and their mask.
         """
         return None
 
@@ -177,28 +225,42 @@ class FlowRLTrainer(RunEvaluation):
         """The last act of `__init__`: check and keep what the algorithm needs; nothing by default."""
         return None
 
-    @abstractmethod
-    def rollout(self, latents: torch.Tensor, conditioning: Conditioning, keys: list[ImageKey]) -> dict[str, torch.Tensor]:
-        """Sample from initial latents (B, ...) with `self.model`, without gradients; return what is kept, images first.
-
-        keys: of the images, from which further random draws are to be made; see `keyed_generator`.
-        """
-
-    @abstractmethod
-    def prepare(self, rollout: list[MicroBatch]) -> None:
-        """Score a rollout and add what the loss needs (targets, adjoints, advantages) to its micro-batches, in place."""
-
-    @abstractmethod
-    def micro_batch_losses(self, model: nn.Module, batch: MicroBatch, conditioning: Conditioning, state: int) -> torch.Tensor:
-        """The losses (B,) of the images of a micro-batch at one trained state; what is minimised is the mean over images and states.
-
-        Each state is differentiated before the next is computed, so that memory does not grow with their number.
-        """
-
     @property
-    def learns(self) -> bool:
-        """Whether the transformer learns from the present rollout; not while an algorithm warms up."""
-        return True
+    @abstractmethod
+    def num_trained_states(self) -> int:
+        """The number of states of each trajectory at which the loss is taken."""
+
+    @abstractmethod
+    def rollout(self, conditioning: Conditioning, keys: list[ImageKey]) -> RolloutT:
+        """Sample with `self.model` from `self.initial_latents`, without gradients; returns what is kept of it.
+
+        Args:
+            conditioning: of B prompts.
+            keys: of the images, from which all random draws are made; see `keyed_generators`.
+        """
+
+    @abstractmethod
+    def prepare(self, rollout: list[MicroBatch[RolloutT]]) -> list[MicroBatch[RecordT]]:
+        """Score a rollout, and compute from it what the loss needs (targets, adjoints, advantages).
+
+        Returns nothing where the transformer learns nothing from this rollout, as while an algorithm warms up.
+        """
+
+    @abstractmethod
+    def micro_batch_losses(
+        self, model: nn.Module, batch: MicroBatch[RecordT], conditioning: Conditioning, state: int
+    ) -> Tensor:
+        """The losses (B,) of the images of a micro-batch at one trained state.
+
+        What is minimised is the mean over images and states. Each state is differentiated before the next is computed,
+        so that memory does not grow with their number.
+
+        Args:
+            model: the trained one, as Trainer wrapped it.
+            batch: B images.
+            conditioning: of their prompts.
+            state: its number, below `num_trained_states`.
+        """
 
     def reason_to_stop(self) -> str | None:
         """Why training should end after this update, if it should."""
@@ -208,104 +270,38 @@ class FlowRLTrainer(RunEvaluation):
         return None
 
     def evaluation_samplers(self) -> dict[str, Sampler]:
-        """How evaluation draws, by the names of its rows. Pictures are drawn by the first, whose name is empty. The ODE by default."""
+        """How evaluation draws, by the names of its rows; the ODE by default.
+
+        Pictures are drawn by the first, whose name is empty.
+        """
         steps = self.args.eval_num_inference_steps or self.args.num_inference_steps
-        return {"": self.ode_sampler(self.flow.sigmas(steps).to(self.args.device))}
+        return {"": ode_sampler(self.flow, self.flow.sigmas(steps).to(self.args.device))}
 
     def algorithm_state(self) -> dict[str, Any]:
         """What a checkpoint has to keep of the algorithm beside weights and rollout: tensors, numbers, strings."""
         return {}
 
-    def load_algorithm_state(self, state: dict[str, Any]) -> None:
+    def load_algorithm_state(self, state: Mapping[str, Any]) -> None:
         """Take up what `algorithm_state` returned."""
 
-    # ---- set-up ----------------------------------------------------------------------------------------------------------
+    def extra_networks(self) -> dict[str, nn.Module]:
+        """The networks that are trained beside the transformer, under the names of their folders."""
+        return self.model.heads
 
-    @staticmethod
-    def _flow_pipeline(model: str | Path | DiffusionPipeline | FlowPipeline, args: FlowRLConfig) -> FlowPipeline:
-        settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-        if isinstance(model, FlowPipeline):
-            if settings:
-                raise ValueError(
-                    f"`{next(iter(settings))}` is set in `args`, but `model` is a `FlowPipeline` with settings of its own: set it there."
-                )
-            return model
-        if isinstance(model, (str, Path)):
-            dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-            return FlowPipeline.from_pretrained(model, dtype=dtype, **settings)
-        return FlowPipeline.from_pipeline(model, **settings)
+    @property
+    def renoises(self) -> bool:
+        """Whether the sampler of evaluations draws all noise afresh at every step, as the stock scheduler can."""
+        return False
 
-    def _add_adapter(self, peft_config: LoraConfig | None) -> LoraConfig | None:
-        """Prepare the transformer's trainable parameters; returns the configuration of the adapter that is trained, if any."""
-        if any(isinstance(module, BaseTunerLayer) for encoder in self.flow.text_encoders() for module in encoder.modules()):
-            raise ValueError(
-                "A text encoder of the pipeline carries a LoRA, which training would use and its file would not keep: call "
-                "`pipeline.fuse_lora()` and `pipeline.unload_lora_weights()` first, or load the transformer's part alone."
-            )
-        transformer: Any = self.flow.transformer
-        carries = any(isinstance(module, BaseTunerLayer) for module in transformer.modules())
-        if peft_config is None:
-            if carries:
-                return self._continued_adapter(transformer)
-            transformer.requires_grad_(True)
-            cast_training_params(transformer, dtype=torch.float32)
-            return None
-        if carries:
-            raise ValueError(
-                "The pipeline already carries a LoRA: call `pipeline.fuse_lora()` and `pipeline.unload_lora_weights()` first, or pass no "
-                "`peft_config` to train that one further."
-            )
-        if not isinstance(transformer, PeftAdapterMixin):
-            raise ValueError(
-                f"`peft_config` is set, but {type(transformer).__name__} has no `add_adapter`: derive it from "
-                "`diffusers.loaders.PeftAdapterMixin`, or pass no `peft_config` to train all weights."
-            )
-        check_lora(peft_config)
-        peft_config = copy.deepcopy(peft_config)
-        peft_config.target_modules = peft_config.target_modules or list(self.flow.lora_target_modules)
-        peft_config.exclude_modules = peft_config.exclude_modules or list(self.flow.lora_exclude_modules) or None
-        transformer.requires_grad_(False)
-        try:
-            transformer.add_adapter(peft_config)
-        except ValueError as error:
-            raise ValueError(f"`peft_config` does not fit the transformer: {error}") from error
-        cast_training_params(transformer, dtype=torch.float32)
-        return peft_config
+    def card_sampling(self) -> dict[str, Any]:
+        """The facts of `CardFacts` about sampling, where an algorithm does not draw by the ODE on the stock grid."""
+        return {}
 
-    @staticmethod
-    def _continued_adapter(transformer: Any) -> LoraConfig:
-        active = transformer.active_adapters()
-        if len(active) != 1:
-            raise ValueError(
-                f"The pipeline has {len(active)} active adapters ({', '.join(active)}): choose the one to train with "
-                "`pipeline.set_adapters`."
-            )
-        (name,) = active
-        for module in transformer.modules():
-            if isinstance(module, LoraLayer) and name in module.r:
-                rank = module.r[name]
-                full = module.lora_alpha[name] / (math.sqrt(rank) if transformer.peft_config[name].use_rslora else rank)
-                if not math.isclose(module.scaling[name], full):
-                    raise ValueError(
-                        f"The adapter {name!r} has a weight of {module.scaling[name] / full:.3g}, which its file could not keep: call "
-                        f"`pipeline.set_adapters({name!r}, 1.0)` first."
-                    )
-        transformer.requires_grad_(False)
-        transformer.enable_adapters()  # makes the active adapter trainable
-        cast_training_params(transformer, dtype=torch.float32)
-        return transformer.peft_config[name]
+    def card_settings(self) -> dict[str, Any]:
+        """The settings of the algorithm that its card shows."""
+        return {}
 
-    def _place_frozen_parts(self) -> None:
-        for module in self.flow.decoders():
-            module.requires_grad_(False).eval()
-            module.to(self.args.device).float()  # rewards and their gradients are float32
-            if self.args.activation_checkpointing and isinstance(module, ModelMixin):
-                with suppress(ValueError):  # which those raise that have none
-                    module.enable_gradient_checkpointing()
-        if self.model.frozen is not None:
-            self.model.frozen.to(self.args.device)
-        for reward in self.rewards:
-            reward.to(self.args.device)
+    # ---- set-up ----------------------------------------------------------------------------------------------------
 
     def _encode_prompts(self, args: FlowRLConfig, train_dataset: Dataset, eval_dataset: Dataset | None) -> None:
         """Only those prompts that the run will ask for."""
@@ -317,7 +313,20 @@ class FlowRLTrainer(RunEvaluation):
             rows = sorted({*range(min(PROBE, len(train_dataset))), *self.sampler.rows_of(rollouts)})
         prompts = list(train_dataset["prompt"])
         wanted = [prompts[row] for row in rows] + (list(eval_dataset["prompt"]) if eval_dataset is not None else [])
-        self.conditioning.encode(wanted, args.device, show_progress=args.local_process_index == 0 and not args.disable_tqdm)
+        show_progress = args.local_process_index == 0 and not args.disable_tqdm
+        self.conditioning.encode(wanted, args.device, show_progress)
+
+    def _place_frozen_parts(self) -> None:
+        for module in self.flow.decoders():
+            module.requires_grad_(False).eval()
+            module.to(self.args.device).float()  # rewards and their gradients are float32
+            if self.args.activation_checkpointing and isinstance(module, ModelMixin):
+                with suppress(ValueError):  # raised by models without gradient checkpointing
+                    module.enable_gradient_checkpointing()
+        if self.model.frozen is not None:
+            self.model.frozen.to(self.args.device)
+        for reward in self.rewards:
+            reward.to(self.args.device)
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters that training changes."""
@@ -330,6 +339,12 @@ class FlowRLTrainer(RunEvaluation):
                 tensor.copy_(broadcast(tensor.detach().clone()))
         return network
 
+    def latent_and_prompt_sizes(self) -> tuple[torch.Size, int]:
+        """The shape of one latent, and the width of the prompt's features: what a network that reads both needs."""
+        key = ImageKey(0, 0, 0)
+        features, _ = self.flow.prompt_features(self.condition([self.train_dataset[key]]))
+        return self.initial_latents([key], "shape").shape[1:], features.shape[-1]
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """That of Trainer, with parameter groups of its own for the head."""
         given = self.optimizer is not None
@@ -338,95 +353,27 @@ class FlowRLTrainer(RunEvaluation):
         if self.model.head is not None and not given:
             heads = {id(p) for p in self.model.head.parameters()}
             for group in list(optimizer.param_groups):
-                own = [p for p in group["params"] if id(p) in heads]
+                of_head = [p for p in group["params"] if id(p) in heads]
                 group["params"] = [p for p in group["params"] if id(p) not in heads]
-                optimizer.add_param_group({**group, "params": own, "lr": self.head_learning_rate()})
+                optimizer.add_param_group({**group, "params": of_head, "lr": self.head_learning_rate()})
         return optimizer
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if any(id(p) not in held for p in self.trained_parameters()):
             raise ValueError(
-                "The optimizer that was given lacks some of the trained parameters, which exist once the trainer is made: set "
-                "`trainer.optimizer` to one of `trainer.trained_parameters()` before `trainer.train()`."
+                "The optimizer that was given lacks some of the trained parameters, which exist once the trainer is "
+                "made: set `trainer.optimizer` to one of `trainer.trained_parameters()` before `trainer.train()`."
             )
 
-    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
-        """Clip transformer and head apart, each to `max_grad_norm`. Private, as Trainer's callbacks come after its clipping."""
-        if self.model.head is None:
-            return super()._clip_grad_norm(model)
-        heads = list(self.model.head.parameters())
-        others = [p for name, p in self.model.named_parameters() if not name.startswith("head.")]
-        norm = self.accelerator.clip_grad_norm_(others, self.args.max_grad_norm)  # unscales the gradients of both
-        self.log_metric(f"{self.head_name}_grad_norm", torch.nn.utils.clip_grad_norm_(heads, self.args.max_grad_norm))
-        return norm
+    # ---- before the first update -----------------------------------------------------------------------------------
 
-    # ---- the loop --------------------------------------------------------------------------------------------------------
-
-    def train(
-        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: list[str] | None = None
-    ) -> TrainOutput:
-        """Probe model and rewards with two pictures, then train.
-
-        resume_from_checkpoint: True for the newest complete checkpoint of `output_dir`, "auto" for that or, where none is complete, a new
-        run, or a checkpoint's folder. The resumed run repeats what the uninterrupted one would have done, bit for
-        bit. Raises `ValueError` for a checkpoint that is incomplete or damaged.
-        """
-        if resume_from_checkpoint == "auto":
-            found = checkpoints(Path(self.args.output_dir))
-            resume_from_checkpoint = any((folder / MANIFEST).exists() for folder in found)
-            if found and not resume_from_checkpoint:
-                logger.warning("No checkpoint in %s is complete: the run starts anew.", self.args.output_dir)
-        folder = self.find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
+    def before_training(self) -> None:
+        """Probe model and rewards, and start with an empty buffer."""
         if self.args.activation_checkpointing:  # as Trainer will, so that the probe meets a family that refuses it
             self.model.activation_checkpointing_enable(self.args.activation_checkpointing_kwargs)
         self.probe()
-        self._micro_step, self._window, self._updates, self._best_step = 0, [], 0, None
-        if folder is not None and self._is_finished(folder):
-            return TrainOutput(self.state.global_step, 0.0, {})
-        self._training_since = time.perf_counter()
-        try:
-            output = super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
-        except (Exception, KeyboardInterrupt):
-            if self._updates:
-                logger.error(
-                    "Training broke off after %d updates: what it has learned is in %s.", self.state.global_step, self.args.output_dir
-                )
-                self.save_model(_internal_call=True)
-            raise
-        self.seconds = self.seconds_so_far()
-        self._training_since = None
-        return output
-
-    def _is_finished(self, folder: Path) -> bool:
-        """Whether a checkpoint is the end of its run; if so, it is loaded, or the best one. Trainer would make one more update."""
-        state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
-        updates = self.args.max_steps if self.args.max_steps > 0 else math.ceil(self.args.num_train_epochs * self._updates_per_epoch)
-        self._load_from_checkpoint(str(folder))
-        reason = f"the run has {updates}" if state.global_step >= updates else self.reason_to_stop()
-        if reason is None:
-            return False
-        logger.warning("%s has %d updates, and nothing is left to train: %s.", folder, state.global_step, reason)
-        state.is_local_process_zero, state.is_world_process_zero = self.is_local_process_zero(), self.is_world_process_zero()
-        self.state = state
-        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            noted = Path(state.best_model_checkpoint)
-            best = next((place for place in (folder.parent / noted.name, noted) if place.is_dir()), None)  # the run may have been moved
-            if best is not None:
-                state.best_model_checkpoint = str(best)
-                self._load_best_model()
-            else:
-                logger.warning("The best checkpoint, %s, is gone: the model is that of %s.", noted, folder)
-        return True
-
-    @property
-    def _updates_per_epoch(self) -> int:
-        return self.sampler.rollouts_per_epoch * self.args.updates_per_rollout * self.args.num_iterations
-
-    def seconds_so_far(self) -> dict[str, float]:
-        """Seconds of training and of evaluation, those before a resumption included."""
-        running = 0.0 if self._training_since is None else time.perf_counter() - self._training_since
-        return self.seconds | {"training": self.seconds.get("training", 0.0) + running}
+        self.buffer.reset()
 
     def probe(self) -> None:
         """Draw and score two pictures; raises `ValueError` if the rewards cannot be trained on."""
@@ -434,46 +381,86 @@ class FlowRLTrainer(RunEvaluation):
         self.model.eval()
         with torch.no_grad():
             latents = self.initial_latents([e.key for e in examples], "probe")
+            conditioning = self.condition(examples)
             with self.accelerator.autocast():
-                latents = self.flow.sample_latents(self.model.active_transformer, self.condition(examples), latents, self.sigmas)
+                latents = self.flow.sample_latents(self.model.active_transformer, conditioning, latents, self.sigmas)
         if self.needs_reward_gradient:
-            scores, _ = self.score_with_gradient(latents, examples)
+            scores, _ = self.scorer.score_with_gradient(latents, examples)
         else:
             with torch.no_grad():
                 scores = call_rewards(self.rewards, decoded(self.flow, latents), examples, **self.reward_context())
         # On the rows of the evaluation, where they are known: their columns may be others.
-        judges = self.eval_rewards if self.eval_dataset is None else [*self.rewards, *self.eval_rewards]
+        judges, asked = self.eval_rewards, examples
+        if self.eval_dataset is not None:
+            judges, asked = [*self.rewards, *judges], [PromptDataset(self.eval_dataset)[ImageKey(0, 0, 0)]] * PROBE
         if judges:
-            asked = examples if self.eval_dataset is None else [PromptDataset(self.eval_dataset)[ImageKey(0, 0, 0)]] * PROBE
             with torch.no_grad(), self.judges_at_hand():
                 judged = call_rewards(judges, decoded(self.flow, latents), asked, **self.reward_context())
             scores = torch.cat([scores, judged], dim=1)
         for reward, column in zip([*self.rewards, *judges], scores.unbind(dim=1), strict=True):
-            if column.isinf().any() and not column.isfinite().any():  # None, which is NaN here, is no fault
+            # NaN marks a reward that returned None, which is allowed; inf marks an invalid score.
+            if column.isinf().any() and not column.isfinite().any():
                 raise ValueError(
-                    f"Reward {reward.name!r} gave no finite score to {PROBE} probe pictures ({column.tolist()}): call it on two pictures "
-                    "of the model to see why."
+                    f"Reward {reward.name!r} gave no finite score to {PROBE} probe pictures ({column.tolist()}): call "
+                    "it on two pictures of the model to see why."
                 )
-        self._metrics.clear()
+        self.metrics.clear()
 
-    def get_train_dataloader(self) -> DataLoader:
+    def judges_at_hand(self) -> Any:
+        """A context in which the rewards that training never sees are on the device."""
+        return rewards_at_hand(self.eval_rewards, self.rewards, self.args.device)
+
+    # ---- an update -------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader[Example]:
         """Batches of one process's share of a rollout, once per micro-step in which it is used."""
         size = self.args.per_device_train_batch_size * self.args.micro_steps_per_rollout
-        return self.accelerator.prepare(DataLoader(self.train_dataset, batch_size=size, sampler=self.sampler, collate_fn=list))
+        loader = DataLoader(self.train_dataset, batch_size=size, sampler=self.sampler, collate_fn=list)
+        return self.accelerator.prepare(loader)
 
-    def training_step(self, model: nn.Module, inputs: list[Example], num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
-        """Make a rollout where one is due, then accumulate the gradient of one micro-batch, one trained state at a time."""
-        if self._micro_step % (self.args.micro_steps_per_rollout * self.args.num_iterations) == 0:
-            self._window = self._make_rollout(inputs)
-        batch = self._window[self._micro_step % self.args.micro_steps_per_rollout]
-        self._micro_step += 1
-        if not self.learns:
+    def training_step(
+        self, model: nn.Module, inputs: list[Example], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Make a rollout where one is due, then accumulate the gradient of one micro-batch, one trained state at a
+        time.
+
+        Args:
+            model: the trained one, as Trainer wrapped it.
+            inputs: this process's share of a rollout.
+            num_items_in_batch: what Trainer counts of language; not used.
+        """
+        if self.buffer.is_used_up:
+            self.buffer.batches = self.make_rollout(inputs)
+        batch = self.buffer.take()
+        if batch is None:
             return torch.zeros((), device=self.args.device)
         model.train()
-        with self.timed("micro_step"):
+        with self.metrics.timed("micro_step"):
             return self._accumulate_gradient(model, batch)
 
-    def _accumulate_gradient(self, model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+    def make_rollout(self, examples: list[Example]) -> list[MicroBatch[RecordT]]:
+        """Draw the images of a rollout, and prepare them for the loss."""
+        size = self.args.per_device_train_batch_size
+        self.model.eval()
+        drawn = []
+        with self.metrics.timed("rollout"), torch.no_grad():
+            for start in range(0, len(examples), size):
+                part = examples[start : start + size]
+                record = self.rollout(self.condition(part), [e.key for e in part])
+                good = torch.ones(len(part), dtype=torch.bool, device=self.args.device)
+                drawn.append(MicroBatch(part, record, good))
+        return self.prepare(drawn)
+
+    def initial_latents(self, keys: list[ImageKey], purpose: str = "initial latents") -> Tensor:
+        """Float32 noise (B, ...) of images, each drawn on the CPU from its own key."""
+        generators = keyed_generators(self.args.seed, keys, purpose)
+        return self.flow.initial_latents(len(keys), generators).to(self.args.device)
+
+    def condition(self, examples: list[Example]) -> Conditioning:
+        """What the network reads of the examples' prompts."""
+        return self.conditioning([e.prompt for e in examples], self.args.device)
+
+    def _accumulate_gradient(self, model: nn.Module, batch: MicroBatch[RecordT]) -> Tensor:
         conditioning, states = self.condition(batch.examples), self.num_trained_states
         total, bad = torch.zeros((), device=self.args.device), torch.zeros((), device=self.args.device)
         for state in range(states):
@@ -489,108 +476,235 @@ class FlowRLTrainer(RunEvaluation):
         self.count_bad_samples("loss", bad.reshape(1))
         return total
 
-    def _make_rollout(self, examples: list[Example]) -> list[MicroBatch]:
-        size = self.args.per_device_train_batch_size
-        self.model.eval()
-        rollout = []
-        with self.timed("rollout"), torch.no_grad():
-            for start in range(0, len(examples), size):
-                part = examples[start : start + size]
-                latents = self.initial_latents([e.key for e in part], "initial latents")
-                good = torch.ones(len(part), dtype=torch.bool, device=self.args.device)
-                rollout += [MicroBatch(part, self.rollout(latents, self.condition(part), [e.key for e in part]), good)]
-        self.prepare(rollout)
-        return rollout
-
-    def initial_latents(self, keys: list[ImageKey], purpose: str) -> torch.Tensor:
-        """Float32 noise for images, each drawn on the CPU from its own key."""
-        generators = [keyed_generator(self.args.seed, k.row, k.image, k.rollout, purpose) for k in keys]
-        return self.flow.initial_latents(len(keys), generators).to(self.args.device)
-
-    def condition(self, examples: list[Example]) -> Conditioning:
-        """What the network reads of the examples' prompts."""
-        return self.conditioning([e.prompt for e in examples], self.args.device)
-
-    # ---- scores ----------------------------------------------------------------------------------------------------------
+    # ---- what is noted of an update --------------------------------------------------------------------------------
 
     def reward_context(self, log_metric: Callable[[str, float], None] | None = None) -> dict[str, Any]:
-        """What every reward is called with beside images, prompts and columns."""
-        return {"trainer_state": self.state, "log_metric": log_metric or self.log_metric, "log_extra": lambda name, values: None}
+        """What every reward gets beside images, prompts and columns; log_metric: that of training by default."""
+        log_metric = log_metric or self.metrics.note
+        return {"trainer_state": self.state, "log_metric": log_metric, "log_extra": lambda name, values: None}
 
-    def score(self, latents: torch.Tensor, examples: list[Example]) -> torch.Tensor:
-        """Scores (B, number of rewards) of the pictures of final latents (B, ...), without gradients.
+    def log_rewards(self, scores: Tensor) -> None:
+        """Note mean and standard deviation of each reward (B, R), and the mean weighted sum, over all processes."""
+        row, self.rollout_reward = self.scorer.summary(self.accelerator.gather(scores))
+        for name, value in row.items():
+            self.metrics.note(name, value)
+        if self.rollout_reward is not None:
+            self.metrics.note("reward", self.rollout_reward)
 
-        While asynchronous rewards look at the pictures of one decoded batch, the next is decoded.
-        """
-        size = self.args.decode_batch_size or self.args.per_device_train_batch_size
-        scores: list[torch.Tensor] = []
-        asked: list[Callable[[], torch.Tensor]] = []
-        with torch.no_grad():
-            for start, part in zip(range(0, len(latents), size), latents.split(size), strict=True):
-                images = decoded(self.flow, part)
-                scores += [answer() for answer in asked]
-                asked = [ask_rewards(self.rewards, images, examples[start : start + size], **self.reward_context())]
-            return torch.cat([*scores, *(answer() for answer in asked)])
-
-    def score_with_gradient(self, latents: torch.Tensor, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores (B, number of rewards) of final latents, and the gradient (B, ...) of their weighted sum."""
-        size = self.args.decode_batch_size or pictures_at_a_time(self.flow, self.args.per_device_train_batch_size)
-        return score_with_gradient(self.flow, latents, examples, self.rewards, self.reward_weights, size, **self.reward_context())
-
-    def log_rewards(self, scores: torch.Tensor) -> None:
-        """Note mean and standard deviation of each reward, and the mean weighted sum, over the whole rollout of all processes."""
-        scores = self.accelerator.gather(scores)
-        total: float | None = 0.0
-        for reward, weight, column in zip(self.rewards, self.reward_weights.tolist(), scores.unbind(dim=1), strict=True):
-            column = column[column.isfinite()]
-            if not len(column):
-                total = None  # nobody knows the sum
-                continue
-            self.log_metric(f"reward/{reward.name}", column.mean())
-            self.log_metric(f"reward_std/{reward.name}", column.std(correction=0))
-            total = None if total is None else total + weight * float(column.mean())
-        self.rollout_reward = total
-        if total is not None:
-            self.log_metric("reward", total)
-
-    def mean_of_good(self, values: torch.Tensor, good: torch.Tensor) -> torch.Tensor:
+    def mean_of_good(self, values: Tensor, good: Tensor) -> Tensor:
         """The mean of values (B,) over the images of all processes that were not left out."""
-        own = torch.stack([torch.where(good, values.detach(), 0.0).sum(), good.sum().to(values.dtype)])
-        total, count = self.accelerator.reduce(own, "sum")
+        mine = torch.stack([torch.where(good, values.detach(), 0.0).sum(), good.sum().to(values.dtype)])
+        total, count = self.accelerator.reduce(mine, "sum")
         return total / count.clamp(min=1)
 
-    def count_bad_samples(self, what: str, bad: torch.Tensor) -> None:
+    def count_bad_samples(self, what: str, bad: Tensor) -> None:
         """Note the share of bad samples (B,), 0 or 1 each, over all processes; too large a share ends the run."""
         share = float(self.accelerator.gather(bad.float()).mean())
-        self.log_metric(f"bad_samples/{what}", share)
+        self.metrics.note(f"bad_samples/{what}", share)
         if share > self.args.max_bad_sample_share:
             raise RuntimeError(
                 f"The {what} is not finite for {100 * share:.0f} % of the samples, more than `max_bad_sample_share` "
                 f"({self.args.max_bad_sample_share}) allows: lower the learning rate, or look at the rewards."
             )
 
-    # ---- logs ------------------------------------------------------------------------------------------------------------
-
-    def log_metric(self, name: str, value: float | torch.Tensor) -> None:
-        """Note a number; the mean of all that were noted since the last log, by all processes, is logged."""
-        self._metrics[name].append(float(value))
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Note the seconds of a phase."""
-        self._finish_device_work()
-        start = time.perf_counter()
-        yield
-        self._finish_device_work()
-        self.log_metric(f"seconds/{phase}", time.perf_counter() - start)
-
-    def _finish_device_work(self) -> None:
-        if self.args.device.type == "cuda":
-            torch.cuda.synchronize()
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means of the noted numbers to what Trainer logs of training."""
         if "loss" in logs:
-            logs |= means(self._metrics)
-            self._metrics.clear()
+            logs |= self.metrics.means()
+            self.metrics.clear()
         super().log(logs, start_time)
+
+    # ---- an evaluation ---------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Draw one picture per row, with seeds that are the row's own, and score it with all rewards.
+
+        Writes a sheet of `log_images` pictures into `samples/`.
+
+        Args:
+            eval_dataset: held-out prompts; None for those of the trainer.
+            ignore_keys: as in `transformers.Trainer`; not used.
+            metric_key_prefix: of the names.
+
+        Returns:
+            With the prefix, and logged: what `Evaluator.row` finds (`reward/<name>`, the mean over all rows,
+                `diversity`,
+            statistics that betray a hacked reward), the same of the base model with the same seeds under
+            `base_reward/<name>` and so on, and `velocity_distance`, how far the velocity has moved from the base's,
+            relative to it. Further samplers of an algorithm have rows of their own, such as `ode_reward/<name>` and
+            `base_ode_reward/<name>`.
+
+        Raises:
+            ValueError: without a dataset.
+        """
+        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if dataset is None:
+            raise ValueError("`evaluate` needs prompts: pass `eval_dataset` to it or to the trainer.")
+        check_dataset(dataset, "eval_dataset")
+        self.conditioning.encode(list(dataset["prompt"]), self.args.device, show_progress=False)
+        start = perf_counter()
+        with self.judges_at_hand():
+            self.run_folder.rows, errors = self.comparison.rows(dataset, self.evaluation_samplers(), self.sigmas)
+            if self.args.log_images and self.is_world_process_zero():
+                self._show_pictures(*self.pictures(dataset, self.args.log_images))
+        self._warn_of_over_optimisation(errors)
+        self.seconds["evaluation"] = self.seconds.get("evaluation", 0.0) + perf_counter() - start
+        metrics: dict[str, float] = {}
+        for label, row in self.rows.items():
+            prefix = "_".join(part for part in (metric_key_prefix, *label.removeprefix("tuned").split("_")) if part)
+            metrics |= {f"{prefix}_{name}": value for name, value in row.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @property
+    def rows(self) -> dict[str, dict[str, float]]:
+        """Those of the last evaluation, by label; empty before the first."""
+        return self.run_folder.rows
+
+    def pictures(self, dataset: Dataset, count: int) -> tuple[Pictures, Pictures]:
+        """Base and tuned pictures of `count` evenly spaced rows with different prompts, of this process alone."""
+        with self.judges_at_hand():
+            return self.comparison.pictures(dataset, next(iter(self.evaluation_samplers().values())), count)
+
+    def _show_pictures(self, base: Pictures, tuned: Pictures) -> None:
+        """In `samples/` and TensorBoard."""
+        if base.images.dim() != 4:  # a model of vectors has nothing to show
+            return
+        self.run_folder.write_sheet(base, tuned, self.step_of_weights)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                for label, pictures in (("base", base), ("tuned", tuned)):
+                    images = pictures.images.cpu().numpy()
+                    callback.tb_writer.add_images(f"samples/{label}", images, self.step_of_weights)
+
+    def _warn_of_over_optimisation(self, errors: Mapping[str, float]) -> None:
+        """errors: the standard error of every reward's change."""
+        weights = zip(self.rewards, self.reward_weights.tolist(), strict=True)
+        trained = {reward.name: weight for reward, weight in weights if weight != 0}
+        judges = [r.name for r in self.eval_rewards]
+        signs = signs_of_over_optimisation(self.rows["base"], self.rows["tuned"], trained, judges, dict(errors))
+        if signs and self.is_world_process_zero():
+            logger.warning(
+                "The trained reward moved as it should, but %s: it may have been hacked. Look at the pictures.",
+                "; ".join(signs),
+            )
+
+    # ---- files -----------------------------------------------------------------------------------------------------
+
+    def write_model(self, folder: Path) -> None:
+        """The adapter as stock diffusers reads it (or `transformer/`), the card, `config.yaml` and `metrics.json`."""
+        with self.average.in_place():
+            self.run_folder.write_networks(folder, self.extra_networks())
+        self.run_folder.write_facts(folder, self.settings, self.seconds_so_far(), self._card_facts())
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        license: str | None = None,
+    ) -> None:
+        """Write the card of the run into `output_dir`; what is told once stands in later cards too.
+
+        Args:
+            model_name: the heading.
+            dataset_name: the data set of the prompts on the Hub.
+            tags: added to those of the method.
+            license: of the adapter.
+        """
+        # `push_to_hub` passes the name that the card has anyway.
+        name = None if model_name in ("", self._default_name) else model_name
+        told = {"name": name, "dataset": dataset_name, "license": license}
+        self.told_for_card |= {key: value for key, value in told.items() if value is not None}
+        if tags is not None:
+            self.told_for_card["further_tags"] = [tags] if isinstance(tags, str) else list(tags)
+        if self.is_world_process_zero():
+            self.run_folder.write_card(Path(self.args.output_dir), self._card_facts())
+
+    def _card_facts(self) -> CardFacts:
+        args, lora = self.args, self.peft_config
+        adapter = {} if lora is None else {"LoRA rank, alpha": f"{lora.r}, {lora.lora_alpha}"}
+        steps = args.eval_num_inference_steps or args.num_inference_steps
+        sampling = {"sampling": self.flow.call_arguments() | {"num_inference_steps": steps}} | self.card_sampling()
+        told: dict[str, Any] = {"name": self._default_name} | self.told_for_card
+        return CardFacts(
+            method=self._name,
+            paper=self._paper,
+            tags=self._tag_names,
+            base_model=self.flow.name,
+            loader=self.flow.loader(),
+            scheduler=self.flow.scheduler_code(self.renoises),
+            has_adapter=lora is not None,
+            rewards=dict(zip([r.name for r in self.rewards], self.reward_weights.tolist(), strict=True)),
+            settings={"updates": self.step_of_weights, "images per update": args.images_per_update}
+            | {"learning rate": args.learning_rate, "seed": args.seed}
+            | adapter
+            | self.card_settings(),
+            repository=self.hub_model_id,
+            prompt=self.flow.example_prompt,
+            task=self.flow.task,
+            **sampling,
+            **told,
+        )
+
+    @property
+    def _default_name(self) -> str:
+        args = self.args
+        return args.hub_model_id.split("/")[-1] if args.hub_model_id else Path(args.output_dir).resolve().name
+
+    def training_state(self) -> TrainingState:
+        """What training changes; and the run's identity, rollout, notes, seconds, average and algorithm."""
+        values = {
+            "identity": self._identity(),
+            "buffer": self.buffer.state_dict(),
+            "metrics": self.metrics.state_dict(),
+            "seconds": self.seconds_so_far(),
+            "rollout_reward": self.rollout_reward,
+            "average": self.average.state_dict(),
+            "algorithm": self.algorithm_state(),
+        }
+        return TrainingState(self.model.trained_tensors(), values)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be as it was for a resumed run to repeat the uninterrupted one."""
+        return identity(
+            self.args,
+            steps_per_generation=self.args.micro_steps_per_rollout,
+            reward_weights=self.reward_weights.tolist(),
+            **{"number of processes": self.args.world_size, "arguments of the pipeline": self.flow.call_arguments()},
+        )
+
+    def load_training_state(self, values: dict[str, Any] | None, folder: Path, *, resume: bool) -> None:
+        """See `CheckpointedTrainer.load_training_state`."""
+        if resume and values is not None:
+            refuse_another_run(values["identity"], self._identity(), folder)
+            self.buffer.load_state_dict(values["buffer"], self.train_dataset.__getitem__)
+            self.metrics.load_state_dict(values["metrics"])
+            self.seconds.update(values["seconds"])
+            self.rollout_reward = values["rollout_reward"]
+        if values is not None:
+            self.average.load_state_dict(values["average"])
+            self.load_algorithm_state(values["algorithm"])
+        step = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step
+        self.run_folder.take_up_evaluation(folder, step)
+
+
+def _flow_pipeline(model: str | Path | DiffusionPipeline | FlowPipeline, args: FlowRLConfig) -> FlowPipeline:
+    settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    if isinstance(model, FlowPipeline):
+        if settings:
+            raise ValueError(
+                f"`{next(iter(settings))}` is set in `args`, but `model` is a `FlowPipeline` with settings of its "
+                "own: set it there."
+            )
+        return model
+    if isinstance(model, (str, Path)):
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        return FlowPipeline.from_pretrained(model, dtype=dtype, **settings)
+    return FlowPipeline.from_pipeline(model, **settings)

@@ -4,7 +4,6 @@ import tempfile
 from pathlib import Path
 
 from datasets import Dataset
-from peft import LoraConfig
 
 from ..rewards import Reward
 from .base_config import FlowRLConfig
@@ -19,73 +18,85 @@ def check_output_dir(args: FlowRLConfig) -> None:
         with tempfile.TemporaryFile(dir=args.output_dir) as file:
             file.write(b"0" * 4096)
     except OSError as error:
-        raise ValueError(f"`output_dir` ({args.output_dir}) cannot be written to ({error.strerror}): choose another folder.") from error
+        raise ValueError(
+            f"`output_dir` ({args.output_dir}) cannot be written to ({error.strerror}): choose another folder."
+        ) from error
 
 
 def check_rewards(rewards: list[Reward], args: FlowRLConfig, needs_gradient: str | None) -> None:
-    """Raises `ValueError` for weights that do not fit, and for a black box where the trainer named by `needs_gradient` needs gradients."""
+    """Check that the rewards fit the trainer and their weights.
+
+    Args:
+        rewards: those of training.
+        args: the configuration.
+        needs_gradient: the name of a trainer that differentiates rewards, or None.
+
+    Raises:
+        ValueError: for weights that do not fit, and for a black box where gradients are needed.
+    """
     for reward in rewards:
         if needs_gradient is not None and not reward.differentiable:
             raise ValueError(
                 f"Reward {reward.name!r} is not differentiable, which {needs_gradient} needs: take `ACFlowTrainer` or "
-                "`TAFSGRPOTrainer`, or mark it with `@flowrl_trainers.rewards.differentiable` if gradients flow through it."
+                "`TAFSGRPOTrainer`, or mark it with `@flowrl_trainers.rewards.differentiable` if gradients flow "
+                "through it."
             )
     if args.reward_weights is not None and len(args.reward_weights) != len(rewards):
-        raise ValueError(f"`reward_weights` has {len(args.reward_weights)} numbers for {len(rewards)} rewards: pass one per reward.")
+        raise ValueError(
+            f"`reward_weights` has {len(args.reward_weights)} numbers for {len(rewards)} rewards: pass one per reward."
+        )
 
 
 def check_best_metric(args: FlowRLConfig, rewards: list[Reward]) -> None:
-    """Raises `ValueError` for what evaluations lack: the loss, which Trainer takes unless told otherwise, and the reward of nobody.
+    """Raises `ValueError` for what evaluations lack: the loss, which Trainer takes unless told otherwise, and the
+    reward of nobody.
 
     And for diversity, which is absent from an evaluation in which no prompt has two pictures that count.
     """
     name, known = (args.metric_for_best_model or "").removeprefix("eval_"), [f"reward/{r.name}" for r in rewards]
     if name in ("loss", "diversity") or (name.startswith("reward/") and name not in known):
         raise ValueError(
-            f"`metric_for_best_model` is {args.metric_for_best_model!r}, which evaluations do not have, or not each of them: choose "
-            f"{', '.join(known)}, or another name that `evaluate` returns."
+            f"`metric_for_best_model` is {args.metric_for_best_model!r}, which evaluations do not have, or not each "
+            f"of them: choose {', '.join(known)}, or another name that `evaluate` returns."
         )
     for reward, weight in zip(rewards, args.reward_weights or [], strict=False):
         if name.removeprefix("ode_") == f"reward/{reward.name}" and weight < 0 and args.greater_is_better:
-            raise ValueError(f"`greater_is_better` is True for {reward.name!r}, which a weight of {weight:g} lowers: set it to False.")
-
-
-def check_lora(config: LoraConfig) -> None:
-    """Raises `ValueError` for a LoRA that does not leave the base model as it was once it is switched off."""
-    for name, value, allowed in (
-        ("bias", config.bias, ("none",)),
-        ("modules_to_save", config.modules_to_save, (None, [])),
-        ("init_lora_weights", config.init_lora_weights, (True, False, "gaussian", "orthogonal")),
-    ):
-        if value not in allowed:
             raise ValueError(
-                f"`peft_config.{name}` ({value!r}) changes the base model itself, which stays the reference of training: leave it out."
+                f"`greater_is_better` is True for {reward.name!r}, which a weight of {weight:g} lowers: set it to "
+                "False."
             )
 
 
 def check_dataset(dataset: Dataset | None, argument: str, args: FlowRLConfig | None = None) -> Dataset:
     """The dataset, if it has prompts; with `args`, enough of them for a rollout. Raises `ValueError` otherwise."""
     if not isinstance(dataset, Dataset):
-        raise ValueError(f"`{argument}` is a {type(dataset).__name__}: pass a `datasets.Dataset` with a column 'prompt'.")
+        raise ValueError(
+            f"`{argument}` is a {type(dataset).__name__}: pass a `datasets.Dataset` with a column 'prompt'."
+        )
     if "prompt" not in dataset.column_names:
         columns = " and ".join(repr(c) for c in dataset.column_names) or "no column"
-        example = f": pass `{argument}.rename_column({dataset.column_names[0]!r}, 'prompt')`" if dataset.column_names else ""
+        example = (
+            f": pass `{argument}.rename_column({dataset.column_names[0]!r}, 'prompt')`" if dataset.column_names else ""
+        )
         raise ValueError(f"`{argument}` has {columns} but no 'prompt'{example}.")
     taken = sorted({"images", "prompts", "trainer_state", "log_extra", "log_metric"} & set(dataset.column_names))
     if taken:
-        raise ValueError(f"`{argument}` has a column {taken[0]!r}, which is what rewards are told under that name: rename it.")
+        raise ValueError(
+            f"`{argument}` has a column {taken[0]!r}, which is what rewards are told under that name: rename it."
+        )
     if len(dataset) == 0:
         raise ValueError(f"`{argument}` is empty: it needs at least one prompt.")
     wrong = next((row for row, prompt in enumerate(dataset["prompt"]) if not isinstance(prompt, str)), None)
     if wrong is not None:
         raise ValueError(
-            f"`{argument}` has a prompt that is no string in row {wrong} ({dataset['prompt'][wrong]!r}): make every prompt one."
+            f"`{argument}` has a prompt that is no string in row {wrong} ({dataset['prompt'][wrong]!r}): make every "
+            "prompt one."
         )
     if args is not None:
         needed = args.images_per_update * args.updates_per_rollout // args.num_generations
         if len(dataset) < needed:
             raise ValueError(
-                f"`{argument}` has {len(dataset)} prompts but one rollout takes {needed}: pass more prompts, raise `num_generations` "
-                "or take smaller batches."
+                f"`{argument}` has {len(dataset)} prompts but one rollout takes {needed}: pass more prompts, raise "
+                "`num_generations` or take smaller batches."
             )
     return dataset

@@ -9,7 +9,8 @@ from .base_config import FlowRLConfig
 
 @dataclass
 class TAFSGRPOConfig(FlowRLConfig):
-    r"""Settings of `TAFSGRPOTrainer`, beside those of `FlowRLConfig`. All defaults are our choice: the paper's could not be read.
+    r"""Settings of `TAFSGRPOTrainer`, beside those of `FlowRLConfig`. All defaults are our choice: the paper's could
+    not be read.
 
     Flow-GRPO is `kernel="flow_grpo"`, `eta=0.7`, `credit_rule="final"`, `log_prob_form="gaussian"`, `epsilon=1e-4`,
     `share_initial_noise=False`, `num_inference_steps=10`.
@@ -17,14 +18,25 @@ class TAFSGRPOConfig(FlowRLConfig):
     """
 
     num_inference_steps: int = field(
-        default=4, metadata={"help": "The number of sampler steps in training and in evaluation; all but the last one draw noise."}
+        default=4,
+        metadata={
+            "help": "The number of sampler steps in training and in evaluation; all but the last one draw noise."
+        },
     )
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "The number of images per device and micro-step."})
+    per_device_train_batch_size: int = field(
+        default=16, metadata={"help": "The number of images per device and micro-step."}
+    )
     num_generations: int = field(
-        default=16, metadata={"help": "The number of images per prompt in a rollout, among which rewards are compared; at least 2."}
+        default=16,
+        metadata={
+            "help": "The number of images per prompt in a rollout, among which rewards are compared; at least 2."
+        },
     )
     ode_num_inference_steps: int = field(
-        default=20, metadata={"help": "The number of steps of the ODE whose row every evaluation reports beside that of the own sampler."}
+        default=20,
+        metadata={
+            "help": "The number of steps of the ODE whose row every evaluation reports beside that of the own sampler."
+        },
     )
     kernel: Literal["renoise", "flow_grpo"] = field(
         default="renoise",
@@ -44,11 +56,16 @@ class TAFSGRPOConfig(FlowRLConfig):
         default="mixed",
         metadata={
             "help": "Which rewards the draw of a step is credited with: 'final' the delivered image's, 'level' that of the clean estimate "
-            "after the draw, 'gain' its rise over the one before, 'return' all from then on, discounted, 'mixed' final and level."
+            "after the draw, 'gain' its rise over the one before, 'return' all from then on, discounted, 'mixed' "
+            "final and level."
         },
     )
-    credit_mix: float = field(default=0.5, metadata={"help": "The share of the final reward in `credit_rule='mixed'`, between 0 and 1."})
-    credit_discount: float = field(default=0.9, metadata={"help": "The discount per step in `credit_rule='return'`, between 0 and 1."})
+    credit_mix: float = field(
+        default=0.5, metadata={"help": "The share of the final reward in `credit_rule='mixed'`, between 0 and 1."}
+    )
+    credit_discount: float = field(
+        default=0.9, metadata={"help": "The discount per step in `credit_rule='return'`, between 0 and 1."}
+    )
     scale_rewards: Scale = field(
         default="batch",
         metadata={
@@ -73,10 +90,15 @@ class TAFSGRPOConfig(FlowRLConfig):
     )
     beta: float = field(
         default=0.01,
-        metadata={"help": "The weight of the exact KL divergence of each step to the base model's, which keeps diversity; 0 for none."},
+        metadata={
+            "help": "The weight of the exact KL divergence of each step to the base model's, which keeps diversity; 0 for none."
+        },
     )
     share_initial_noise: bool = field(
-        default=True, metadata={"help": "Whether the images of a prompt start from the same noise, whose first velocity is computed once."}
+        default=True,
+        metadata={
+            "help": "Whether the images of a prompt start from the same noise, whose first velocity is computed once."
+        },
     )
     max_velocity_distance: float | None = field(
         default=None,
@@ -102,9 +124,11 @@ class TAFSGRPOConfig(FlowRLConfig):
             if getattr(self, name) > 1:
                 raise ValueError(f"`{name}` ({getattr(self, name)}) must be at most 1.")
         if self.kernel == "renoise" and self.eta > 1:
-            raise ValueError(f"`eta` ({self.eta}) must be at most 1 with `kernel='renoise'`, where 1 draws all noise afresh.")
+            raise ValueError(
+                f"`eta` ({self.eta}) must be at most 1 with `kernel='renoise'`, where 1 draws all noise afresh."
+            )
         if self.eval_num_inference_steps not in (None, self.num_inference_steps):
             raise ValueError(
-                f"`eval_num_inference_steps` ({self.eval_num_inference_steps}) must be left out: evaluation takes the trained sampler with "
-                "`num_inference_steps`, and the ODE with `ode_num_inference_steps` beside it."
+                f"`eval_num_inference_steps` ({self.eval_num_inference_steps}) must be left out: evaluation takes the "
+                "trained sampler with `num_inference_steps`, and the ODE with `ode_num_inference_steps` beside it."
             )

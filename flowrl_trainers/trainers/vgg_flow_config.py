@@ -17,7 +17,8 @@ class VGGFlowConfig(RewardGradientConfig):
         default=0.8,
         metadata={
             "help": "Reward gradients whose L2 norm over a whole latent exceeds this quantile of all states of the rollout "
-            "are scaled down to it. Above 0 and at most 1; 1 keeps all. Default: the 80th percentile of arXiv 2512.05116."
+            "are scaled down to it. Above 0 and at most 1; 1 keeps all. Default: the 80th percentile of arXiv "
+            "2512.05116."
         },
     )
     eta_schedule: Literal["quadratic", "linear", "constant"] = field(
@@ -43,17 +44,21 @@ class VGGFlowConfig(RewardGradientConfig):
         },
     )
     value_network_learning_rate: float | None = field(
-        default=None, metadata={"help": "The learning rate of the value network. Default: `learning_rate`, as in the paper."}
+        default=None,
+        metadata={"help": "The learning rate of the value network. Default: `learning_rate`, as in the paper."},
     )
     boundary_coefficient: float = field(
         default=1e4,
-        metadata={"help": "The weight alpha of the boundary loss, the value network's mean square at final states. Default: the paper's."},
+        metadata={
+            "help": "The weight alpha of the boundary loss, the value network's mean square at final states. Default: the paper's."
+        },
     )
     finite_difference_step: float = field(
         default=1e-2,
         metadata={
             "help": "The step of the finite difference in the consistency loss, in units of sigma; near the end of a trajectory cut to "
-            "what is left of sigma. Our choice: the paper gives none, and smaller ones drown in the rounding of half precision."
+            "what is left of sigma. Our choice: the paper gives none, and smaller ones drown in the rounding of half "
+            "precision."
         },
     )
 
@@ -62,10 +67,12 @@ class VGGFlowConfig(RewardGradientConfig):
         self.refuse_unknown(eta_schedule=("quadratic", "linear", "constant"), value_network=("unet", "none"))
         if not 1 <= self.timestep_bins <= self.num_inference_steps - 1:
             raise ValueError(
-                f"`timestep_bins` ({self.timestep_bins}) must be between 1 and `num_inference_steps` - 1 ({self.num_inference_steps - 1})."
+                f"`timestep_bins` ({self.timestep_bins}) must be between 1 and `num_inference_steps` - 1 "
+                f"({self.num_inference_steps - 1})."
             )
         self.refuse_not_positive("boundary_coefficient", "finite_difference_step", "value_network_learning_rate")
         if self.ddp_find_unused_parameters is not False:  # None too, of which Trainer makes True
             raise ValueError(
-                "`ddp_find_unused_parameters` must be False: with a value network the model is called twice before each backward pass."
+                "`ddp_find_unused_parameters` must be False: with a value network the model is called twice before "
+                "each backward pass."
             )

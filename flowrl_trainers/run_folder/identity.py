@@ -1,0 +1,66 @@
+"""What a resumed run must have as the run before, derived from the fields of its configuration."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+FREE = {
+    "where and how much is written": (
+        "output_dir", "run_name", "project", "report_to", "trackio_space_id", "trackio_bucket_id",
+        "trackio_static_space_id", "log_level", "log_level_replica", "log_on_each_node", "logging_strategy",
+        "logging_first_step", "logging_steps", "logging_nan_inf_filter", "disable_tqdm",
+        "include_num_input_tokens_seen", "log_images", "debug", "skip_memory_metrics",
+    ),
+    "when it is saved and pushed": (
+        "save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node",
+        "push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push",
+        "hub_revision", "enable_jit_checkpoint", "resume_from_checkpoint", "restore_callback_states_from_checkpoint",
+    ),
+    "when and how it is evaluated": (
+        "do_train", "do_eval", "do_predict", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start",
+        "per_device_eval_batch_size", "eval_accumulation_steps", "eval_num_inference_steps", "eval_do_concat_batches",
+        "eval_use_gather_object", "prediction_loss_only", "batch_eval_metrics", "include_for_metrics",
+        "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "ode_num_inference_steps",
+    ),
+    "when it ends": (
+        "max_steps", "num_train_epochs", "target_reward", "max_bad_sample_share",
+    ),
+    "where it computes": (
+        "use_cpu", "local_rank", "ddp_backend", "ddp_timeout", "dataloader_pin_memory",
+    ),
+}  # fmt: skip
+"""The fields that may change from one resumption to the next, by what they decide; all others must be as they were."""
+
+FREE_FIELDS = frozenset(name for names in FREE.values() for name in names)
+
+
+def identity(args: TrainingArguments, **resolved: Any) -> dict[str, Any]:
+    """What a resumed run must have as before: every field of its configuration that is not free.
+
+    Args:
+        args: the configuration.
+        resolved: what fields that may be None mean, under their names, and what is no field.
+    """
+    values = args.to_dict()
+    names = [field.name for field in fields(args) if field.name not in FREE_FIELDS]
+    return json.loads(json.dumps({name: values[name] for name in names} | resolved, default=str))  # plain types alone
+
+
+def refuse_another_run(saved: Mapping[str, Any], present: Mapping[str, Any], folder: Path) -> None:
+    """Raises `ValueError` for the first thing that differs between a checkpoint and the run that is to go on from it.
+
+    Args:
+        saved: the `identity` in the checkpoint.
+        present: that of this run.
+        folder: the checkpoint.
+    """
+    for name in [*saved, *(name for name in present if name not in saved)]:
+        if saved.get(name) != present.get(name):
+            raise ValueError(
+                f"{folder} was saved with {name} {saved.get(name)}, but this run has {present.get(name)}: a resumed "
+                "run repeats the uninterrupted one only with the same."
+            )

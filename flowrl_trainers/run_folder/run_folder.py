@@ -1,0 +1,106 @@
+"""`RunFolder`: the files of a run beside its checkpoints."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from diffusers import ModelMixin
+from safetensors.torch import save_model
+from torch import nn
+
+from ..pipelines import FlowPipeline
+from ..sampling.pictures import Pictures
+from .card import CardFacts, model_card
+from .gallery import sheet_of
+
+
+class RunFolder:
+    """Writes what a run leaves, and knows its last evaluation.
+
+    Args:
+        path: the `output_dir`.
+        flow: writes adapter or transformer.
+        has_adapter: which of the two.
+
+    Attributes:
+        rows: of the last evaluation, by label; empty before the first.
+        sheet: the picture of the last evaluation.
+    """
+
+    def __init__(self, path: Path, flow: FlowPipeline, has_adapter: bool) -> None:
+        self.path, self.flow, self.has_adapter = path, flow, has_adapter
+        self.rows: dict[str, dict[str, float]] = {}
+        self.sheet: Path | None = None
+
+    def write_networks(self, folder: Path, beside: Mapping[str, nn.Module]) -> None:
+        """Write the adapter as stock diffusers reads it, or `transformer/`, and the networks trained beside it.
+
+        Args:
+            folder: that of the run, or a checkpoint.
+            beside: further networks, by the names of their folders.
+        """
+        if self.has_adapter:
+            self.flow.save_lora(folder)
+        else:
+            self.flow.save_transformer(folder / "transformer")
+        for name, network in beside.items():
+            if isinstance(network, ModelMixin):
+                network.save_pretrained(folder / name)
+            else:
+                (folder / name).mkdir(exist_ok=True)
+                save_model(network, str(folder / name / "model.safetensors"))
+
+    def write_facts(
+        self, folder: Path, settings: Mapping[str, Any], seconds: Mapping[str, float], facts: CardFacts
+    ) -> None:
+        """Write `config.yaml`, `metrics.json` and the card.
+
+        Args:
+            folder: that of the run, or a checkpoint.
+            settings: every setting that differs from its default.
+            seconds: by phase.
+            facts: what the card says; rows and picture are added here.
+        """
+        (folder / "config.yaml").write_text(yaml.safe_dump(dict(settings), sort_keys=False))
+        report = self.rows | {"seconds": {phase: round(value, 1) for phase, value in seconds.items()}}
+        (folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
+        self.write_card(folder, facts)
+
+    def write_card(self, folder: Path, facts: CardFacts) -> None:
+        """Write `README.md` with the rows of the last evaluation, and its picture where that lies in the folder."""
+        sheet = next((s for s in (self.path / "before_after.png", self.sheet) if s is not None and s.exists()), None)
+        beside = sheet is not None and folder.resolve() == self.path.resolve()
+        picture = sheet.relative_to(self.path).as_posix() if sheet is not None and beside else None
+        (folder / "README.md").write_text(model_card(replace(facts, rows=self.rows, picture=picture)))
+
+    def write_sheet(self, base: Pictures, tuned: Pictures, step: int) -> None:
+        """Write `samples/step-N.png`, base and tuned pictures under one another, and a JSON file of their facts.
+
+        Args:
+            base: pictures of the base model.
+            tuned: those of the tuned model, of the same prompts and seeds.
+            step: the update that made the weights.
+        """
+        folder = self.path / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        sheet, _ = sheet_of({"base": base, "tuned": tuned})
+        self.sheet = folder / f"step-{step:06d}.png"
+        sheet.save(self.sheet)
+        facts = {"prompts": base.prompts, "seeds": base.seeds, "base": base.scores, "tuned": tuned.scores}
+        text = json.dumps(facts | {"extra": tuned.extra}, indent=2, default=str)
+        self.sheet.with_suffix(".json").write_text(text + "\n")
+
+    def take_up_evaluation(self, checkpoint: Path, step: int) -> None:
+        """Take up the last evaluation before a checkpoint, of which its card tells, and its sheet of pictures.
+
+        Args:
+            checkpoint: its folder.
+            step: its update.
+        """
+        self.rows = json.loads((checkpoint / "metrics.json").read_text())
+        self.rows.pop("seconds")
+        sheets = sorted((self.path / "samples").glob("step-*.png"), reverse=True)
+        self.sheet = next((sheet for sheet in sheets if self.rows and sheet.stem <= f"step-{step:06d}"), None)

@@ -1,0 +1,129 @@
+"""`Comparison`: the tuned model beside the base model, on the same prompts and seeds."""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import Tensor
+
+from ..flow import euler_steps
+from ..metrics import standard_error_of_change
+from .evaluator import Evaluator, Sampler
+from .flow_model import FlowModel
+from .metric_log import MetricLog
+from .pictures import Pictures
+
+VELOCITY_ROWS = 8  # of an evaluation, on which the distance to the base is measured
+
+LogMetric = Callable[[str, float], None]
+
+
+class Comparison:
+    """Rows and pictures of the tuned model and of its base; those of the base are drawn once for each dataset and
+    sampler.
+
+    Args:
+        evaluator: draws and measures.
+        model: the tuned one, which knows its base.
+        tuned_weights: a context in which the model has the weights to be evaluated, such as their moving average.
+        context: what rewards are called with beside images, prompts and columns, given where their metrics go.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        model: FlowModel,
+        tuned_weights: Callable[[], AbstractContextManager[None]],
+        context: Callable[[LogMetric], dict[str, Any]],
+    ) -> None:
+        self.evaluator, self.model = evaluator, model
+        self.tuned_weights, self.context = tuned_weights, context
+        self.base_rows: dict[str, tuple[dict[str, float], dict[str, Tensor]]] = {}
+        self.base_pictures: dict[str, Pictures] = {}
+
+    def rows(
+        self, dataset: Dataset, samplers: dict[str, Sampler], sigmas: Tensor
+    ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+        """The rows `base` and `tuned`, and those with the name of every further sampler.
+
+        Args:
+            dataset: held-out prompts.
+            samplers: by the names of their rows; the first has none.
+            sigmas: the grid on which `velocity_distance` is measured.
+
+        Returns:
+            The rows, and the standard error of every reward's change with the first sampler.
+        """
+        rows: dict[str, dict[str, float]] = {}
+        errors: dict[str, float] = {}
+        for name, sampler in samplers.items():
+            suffix = f"_{name}" if name else ""
+            with self.tuned_weights():
+                tuned, tuned_scores = self.row(dataset, sampler, f"tuned{suffix}")
+                if not name:
+                    tuned["velocity_distance"] = self.velocity_distance(dataset, sigmas)
+            known = f"{dataset._fingerprint}{suffix}"
+            if known not in self.base_rows:
+                with self.model.reference():
+                    self.base_rows[known] = self.row(dataset, sampler, f"base{suffix}")
+            base, base_scores = self.base_rows[known]
+            if not name:
+                errors = {
+                    reward: standard_error_of_change(before, tuned_scores[reward])
+                    for reward, before in base_scores.items()
+                }
+            rows |= {f"base{suffix}": base, f"tuned{suffix}": tuned}
+        return rows, errors
+
+    def row(self, dataset: Dataset, sampler: Sampler, label: str) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """`Evaluator.row` of the model as it is, with the means of what rewards noted by `log_metric`."""
+        noted = MetricLog()
+        self.model.eval()
+        row, scores = self.evaluator.row(
+            self.model.active_transformer, dataset, sampler, label, self.context(noted.note)
+        )
+        return row | noted.means(), scores
+
+    @torch.no_grad()
+    def velocity_distance(self, dataset: Dataset, sigmas: Tensor) -> float:
+        """Root mean square of the distance to the base velocity, relative to that, on ODE paths from a few rows.
+
+        The paths are those of the model as it is, and the rows are dealt to the processes.
+        """
+        moved = length = 0.0
+        self.model.eval()
+        evaluator, accelerator = self.evaluator, self.evaluator.accelerator
+        mine = torch.arange(accelerator.process_index, min(VELOCITY_ROWS, len(dataset)), accelerator.num_processes)
+        for rows in mine.split(evaluator.batch_size) if len(mine) else ():
+            prompts = [dataset[row]["prompt"] for row in rows.tolist()]
+            conditioning = evaluator.conditioning(prompts, accelerator.device)
+
+            def velocity(x: Tensor, sigma: Tensor, conditioning: dict[str, Tensor] = conditioning) -> Tensor:
+                with accelerator.autocast():
+                    return self.model(x, sigma, conditioning, guidance=True)
+
+            latents, _ = evaluator.initial_latents(rows.tolist())
+            for step, (x, v, _) in enumerate(euler_steps(velocity, latents, sigmas)):
+                with self.model.reference():
+                    base = velocity(x, sigmas[step].expand(len(x)))
+                moved, length = moved + float((v - base).square().sum()), length + float(base.square().sum())
+        moved, length = (sum(parts) for parts in zip(*gather_object([(moved, length)]), strict=True))
+        return math.sqrt(moved / length) if length else math.nan
+
+    def pictures(self, dataset: Dataset, sampler: Sampler, count: int) -> tuple[Pictures, Pictures]:
+        """Base and tuned pictures of `count` evenly spaced rows with different prompts, of this process alone."""
+        key = f"{dataset._fingerprint}/{count}"
+        if key not in self.base_pictures:
+            with self.model.reference():
+                self.base_pictures[key] = self._pictures(dataset, sampler, count)
+        with self.tuned_weights():
+            return self.base_pictures[key], self._pictures(dataset, sampler, count)
+
+    def _pictures(self, dataset: Dataset, sampler: Sampler, count: int) -> Pictures:
+        self.model.eval()
+        context = self.context(lambda name, value: None)
+        return self.evaluator.pictures(self.model.active_transformer, dataset, sampler, count, context)

@@ -1,0 +1,170 @@
+"""`Evaluator`: what a model is worth on held-out prompts with fixed seeds."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import Generator, Tensor, nn
+from tqdm import tqdm
+
+from ..pipelines import Conditioning, FlowPipeline
+from ..rewards import Reward
+from .conditioning import ConditioningCache
+from .draws import ImageKey
+from .meters import DiversityMeter, Meter, RewardMeter, StatisticsMeter
+from .pictures import Pictures, picture_seed
+from .prompt_groups import Example, PromptDataset
+from .scoring import call_rewards, decoded
+
+Sampler = Callable[[nn.Module, Tensor, Conditioning, list[Generator]], Tensor]
+"""Maps transformer, initial latents (B, ...), conditioning and one generator per image to final latents (B, ...)."""
+
+
+def ode_sampler(flow: FlowPipeline, sigmas: Tensor) -> Sampler:
+    """The Euler ODE with guidance on a grid from 1 to 0, on the latents' device."""
+
+    def sample(network: nn.Module, latents: Tensor, conditioning: Conditioning, generators: list[Generator]) -> Tensor:
+        return flow.sample_latents(network, conditioning, latents, sigmas)
+
+    return sample
+
+
+class Evaluator:
+    """Draws one picture per row of a dataset, with seeds that are the row's own, and measures them.
+
+    Args:
+        flow: draws and decodes.
+        conditioning: knows the prompts.
+        rewards: those that training sees, and those that it never does.
+        accelerator: of the run; the processes share the work.
+        seed: that of the run, from which those of the rows follow; see `picture_seed`.
+        batch_size: the pictures drawn at a time.
+        decode_batch_size: the pictures decoded and scored at a time; None for a batch.
+        show_progress: whether the main process shows a bar.
+    """
+
+    def __init__(
+        self,
+        flow: FlowPipeline,
+        conditioning: ConditioningCache,
+        rewards: list[Reward],
+        accelerator: Accelerator,
+        *,
+        seed: int,
+        batch_size: int,
+        decode_batch_size: int | None = None,
+        show_progress: bool = True,
+    ) -> None:
+        self.flow, self.conditioning, self.rewards, self.accelerator = flow, conditioning, rewards, accelerator
+        self.seed, self.batch_size, self.decode_batch_size = seed, batch_size, decode_batch_size
+        self.show_progress = show_progress
+
+    def initial_latents(self, rows: list[int]) -> tuple[Tensor, list[Generator]]:
+        """The noise (B, ...) from which the pictures of rows start, on the device, and the generators that drew it."""
+        generators = [Generator().manual_seed(picture_seed(self.seed, row)) for row in rows]
+        return self.flow.initial_latents(len(rows), generators).to(self.accelerator.device), generators
+
+    @torch.no_grad()
+    def _draw(
+        self, transformer: nn.Module, examples: list[Example], sampler: Sampler, label: str | None = None
+    ) -> Iterator[tuple[list[Example], Tensor]]:
+        """The pictures (B, 3, H, W) in [0, 1] of rows, batch by batch; label: of the progress bar, None for none."""
+        hidden = not self.show_progress or label is None or not self.accelerator.is_main_process
+        starts = range(0, len(examples), self.batch_size)
+        for start in tqdm(starts, desc=f"Drawing with the {label} model", disable=hidden):
+            part = examples[start : start + self.batch_size]
+            latents, generators = self.initial_latents([e.key.row for e in part])
+            conditioning = self.conditioning([e.prompt for e in part], self.accelerator.device)
+            with self.accelerator.autocast():
+                latents = sampler(transformer, latents, conditioning, generators)
+            at_a_time = self.decode_batch_size or len(part)
+            for first in range(0, len(part), at_a_time):
+                yield part[first : first + at_a_time], decoded(self.flow, latents[first : first + at_a_time])
+
+    @torch.no_grad()
+    def row(
+        self, transformer: nn.Module, dataset: Dataset, sampler: Sampler, label: str, context: dict[str, Any]
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """What the meters say of the pictures of all rows, and the scores of every reward.
+
+        Every process draws the rows of a share of the prompts, prompt by prompt.
+
+        Args:
+            transformer: draws.
+            dataset: with the column `prompt`.
+            sampler: how it is drawn.
+            label: of the progress bar.
+            context: what rewards are called with beside images, prompts and columns.
+
+        Returns:
+            `reward/<name>`, `checker_accuracy`, `edge_density`, `colour_entropy` and `diversity`, see `meters`; and
+            for each reward (N,) scores of the N rows in an order that is always the same, NaN where it returned None.
+        """
+        rows_of: dict[str, list[Example]] = {}
+        for example in _examples(dataset):
+            rows_of.setdefault(example.prompt, []).append(example)
+        prompts = list(rows_of)[self.accelerator.process_index :: self.accelerator.num_processes]
+        mine = [example for prompt in prompts for example in rows_of[prompt]]
+        scores = RewardMeter(self.rewards)
+        meters: list[Meter] = [scores, StatisticsMeter(), DiversityMeter(self.rewards, mine)]
+        for part, images in self._draw(transformer, mine, sampler, label):
+            values = call_rewards(self.rewards, images, part, **context)
+            for meter in meters:
+                meter.add(part, images, values)
+        row: dict[str, float] = {}
+        for meter in meters:
+            row |= meter.row()
+        return row, scores.by_reward
+
+    @torch.no_grad()
+    def pictures(
+        self, transformer: nn.Module, dataset: Dataset, sampler: Sampler, count: int, context: dict[str, Any]
+    ) -> Pictures:
+        """Pictures of `count` rows with different prompts, as `row` draws them, of this process alone.
+
+        The rows are evenly spaced, so that nobody chose them. Arguments as in `row`.
+        """
+        first = list({e.prompt: e for e in reversed(_examples(dataset))}.values())[::-1]
+        count = min(count, len(first))
+        shown = [first[i * len(first) // count] for i in range(count)]
+        extra: dict[str, Any] = {}
+        context = context | {"log_extra": lambda name, values: extra.setdefault(name, []).extend(values)}
+        drawn = self._draw(transformer, shown, sampler)
+        parts = [(images.cpu(), call_rewards(self.rewards, images, part, **context)) for part, images in drawn]
+        images, scores = torch.cat([images for images, _ in parts]), torch.cat([values for _, values in parts])
+        columns = zip(self.rewards, scores.unbind(dim=1), strict=True)
+        return Pictures(
+            prompts=[e.prompt for e in shown],
+            seeds=[picture_seed(self.seed, e.key.row) for e in shown],
+            images=images,
+            scores={reward.name: [float(v) if v.isfinite() else None for v in column] for reward, column in columns},
+            extra=extra,
+        )
+
+
+@contextmanager
+def rewards_at_hand(judges: list[Reward], trained: list[Reward], device: torch.device) -> Iterator[None]:
+    """Inside, the rewards that training never sees are on the device; outside, their memory is free for training.
+
+    Args:
+        judges: those that training never sees.
+        trained: those that it does; they may share a network with a judge, and are on the device afterwards.
+        device: where training is.
+    """
+    for judge in judges:
+        judge.to(device)
+    try:
+        yield
+    finally:
+        for judge in judges:
+            judge.to(torch.device("cpu"))
+        for reward in trained:
+            reward.to(device)
+
+
+def _examples(dataset: Dataset) -> list[Example]:
+    rows = PromptDataset(dataset)
+    return [rows[ImageKey(row, 0, 0)] for row in range(len(rows))]

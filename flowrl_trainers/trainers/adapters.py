@@ -1,0 +1,110 @@
+"""What of the transformer is trained: a LoRA is made, continued or refused, or all weights are."""
+
+import copy
+import math
+from typing import Any
+
+import torch
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..pipelines import FlowPipeline
+
+
+def prepare_adapter(flow: FlowPipeline, config: LoraConfig | None) -> LoraConfig | None:
+    """Make the parameters that are to be trained trainable, in float32; all others are frozen.
+
+    Args:
+        flow: the pipeline, whose transformer is changed.
+        config: of the LoRA to make; None to train the adapter that the pipeline carries or, without one, all weights.
+
+    Returns:
+        The configuration of the adapter that is trained, if any.
+
+    Raises:
+        ValueError: for an adapter that training could not keep apart from the base model, or save.
+    """
+    if any(_carries_adapter(encoder) for encoder in flow.text_encoders()):
+        raise ValueError(
+            "A text encoder of the pipeline carries a LoRA, which training would use and its file would not keep: "
+            "call `pipeline.fuse_lora()` and `pipeline.unload_lora_weights()` first, or load the transformer's part "
+            "alone."
+        )
+    transformer: Any = flow.transformer
+    if config is not None:
+        return _made(flow, config)
+    if _carries_adapter(transformer):
+        return _continued(transformer)
+    transformer.requires_grad_(True)
+    cast_training_params(transformer, dtype=torch.float32)
+    return None
+
+
+def _carries_adapter(network: nn.Module) -> bool:
+    return any(isinstance(module, BaseTunerLayer) for module in network.modules())
+
+
+def _made(flow: FlowPipeline, config: LoraConfig) -> LoraConfig:
+    transformer = flow.transformer
+    if _carries_adapter(transformer):
+        raise ValueError(
+            "The pipeline already carries a LoRA: call `pipeline.fuse_lora()` and `pipeline.unload_lora_weights()` "
+            "first, or pass no `peft_config` to train that one further."
+        )
+    if not isinstance(transformer, PeftAdapterMixin):
+        raise ValueError(
+            f"`peft_config` is set, but {type(transformer).__name__} has no `add_adapter`: derive it from "
+            "`diffusers.loaders.PeftAdapterMixin`, or pass no `peft_config` to train all weights."
+        )
+    _refuse_change_of_base(config)
+    config = copy.deepcopy(config)
+    config.target_modules = config.target_modules or list(flow.lora_target_modules)
+    config.exclude_modules = config.exclude_modules or list(flow.lora_exclude_modules) or None
+    transformer.requires_grad_(False)
+    try:
+        transformer.add_adapter(config)
+    except ValueError as error:
+        raise ValueError(f"`peft_config` does not fit the transformer: {error}") from error
+    cast_training_params(transformer, dtype=torch.float32)
+    return config
+
+
+def _refuse_change_of_base(config: LoraConfig) -> None:
+    """Raises `ValueError` for a LoRA that does not leave the base model as it was once it is switched off."""
+    for name, value, allowed in (
+        ("bias", config.bias, ("none",)),
+        ("modules_to_save", config.modules_to_save, (None, [])),
+        ("init_lora_weights", config.init_lora_weights, (True, False, "gaussian", "orthogonal")),
+    ):
+        if value not in allowed:
+            raise ValueError(
+                f"`peft_config.{name}` ({value!r}) changes the base model itself, which stays the reference of "
+                "training: leave it out."
+            )
+
+
+def _continued(transformer: Any) -> LoraConfig:
+    active = transformer.active_adapters()
+    if len(active) != 1:
+        raise ValueError(
+            f"The pipeline has {len(active)} active adapters ({', '.join(active)}): choose the one to train with "
+            "`pipeline.set_adapters`."
+        )
+    (name,) = active
+    for module in transformer.modules():
+        if isinstance(module, LoraLayer) and name in module.r:
+            rank = module.r[name]
+            full = module.lora_alpha[name] / (math.sqrt(rank) if transformer.peft_config[name].use_rslora else rank)
+            if not math.isclose(module.scaling[name], full):
+                raise ValueError(
+                    f"The adapter {name!r} has a weight of {module.scaling[name] / full:.3g}, which its file could "
+                    f"not keep: call `pipeline.set_adapters({name!r}, 1.0)` first."
+                )
+    transformer.requires_grad_(False)
+    transformer.enable_adapters()  # makes the active adapter trainable
+    cast_training_params(transformer, dtype=torch.float32)
+    return transformer.peft_config[name]

@@ -1,0 +1,315 @@
+"""`CheckpointedTrainer`: `transformers.Trainer` whose checkpoints can be trusted and gone on from.
+
+Every override of Trainer around saving, resuming, pushing and clipping stands in this file. Public hooks are
+overridden where there are any. `_save_checkpoint`, `_load_from_checkpoint`, `_load_best_model` and
+`_push_from_checkpoint` are private, but there is no public place between writing a checkpoint and deleting older ones;
+so is `_clip_grad_norm`, as Trainer's callbacks come after its clipping.
+"""
+
+import logging
+import math
+import time
+from abc import abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import HubStrategy, TrainOutput, rotate_checkpoints
+from transformers.utils.hub import PushInProgress
+
+from ..run_folder.checkpoints import MANIFEST, checkpoint_to_resume, checkpoints, write_manifest
+from ..sampling.metric_log import MetricLog
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = "trained_parameters.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a checkpoint keeps beside the files of the model and of Trainer.
+
+    Attributes:
+        tensors: those that training changes, the same on all processes; loading copies into them.
+        values: tensors, numbers, strings, lists and dictionaries of this process.
+    """
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+class UpdateCounter(TrainerCallback):
+    """Counts the updates since `train` was called."""
+
+    def __init__(self) -> None:
+        self.updates = 0
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.updates += 1
+
+
+class CheckpointedTrainer(Trainer):
+    """Trainer with complete checkpoints, an exact resumption, and what was learned kept where training breaks off.
+
+    A subclass writes its model, says its training state, takes it up, and does what comes before training: the four
+    methods under "the contract".
+    """
+
+    control: TrainerControl
+    push_in_progress: PushInProgress | None
+
+    def __init__(self, *, metrics: MetricLog, callbacks: list[TrainerCallback], **kwargs: Any) -> None:
+        self.metrics = metrics
+        self.seconds: dict[str, float] = {}
+        self.best_step: int | None = None  # that of the checkpoint whose weights stand at the end
+        self._counter = UpdateCounter()
+        self._training_since: float | None = None
+        super().__init__(callbacks=[self._counter, *callbacks], **kwargs)
+
+    # ---- the contract ----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def write_model(self, folder: Path) -> None:
+        """Write the model, and what is said of it, into a folder; called on the main process alone."""
+
+    @abstractmethod
+    def training_state(self) -> TrainingState:
+        """What a checkpoint has to keep."""
+
+    @abstractmethod
+    def load_training_state(self, values: dict[str, Any] | None, folder: Path, *, resume: bool) -> None:
+        """Take up what `training_state` said; its tensors are loaded afterwards.
+
+        Args:
+            values: of this process; None where a checkpoint that is loaded as the best one has none
+                (`save_only_model`).
+            folder: the checkpoint.
+            resume: whether training goes on from here. If not, the weights are all that is wanted, and what belongs to
+                them.
+
+        Raises:
+            ValueError: for a checkpoint of another run.
+        """
+
+    @abstractmethod
+    def before_training(self) -> None:
+        """What comes before the first update, of a resumed run too; raises `ValueError` for what cannot be trained."""
+
+    def reason_to_stop(self) -> str | None:
+        """Why training should end after this update, if it should; asked of a finished run that is resumed, too."""
+        return None
+
+    # ---- training --------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Probe model and rewards with two pictures, then train.
+
+        The resumed run repeats what the uninterrupted one would have done, bit for bit.
+
+        Args:
+            resume_from_checkpoint: True for the newest complete checkpoint of `output_dir`, "auto" for that or, where
+                none is complete, a new run, or a checkpoint's folder.
+            trial: as in `transformers.Trainer`.
+            ignore_keys_for_eval: as in `transformers.Trainer`.
+
+        Raises:
+            ValueError: for a checkpoint that is incomplete, damaged, or of another run.
+        """
+        if resume_from_checkpoint == "auto":
+            found = checkpoints(Path(self.args.output_dir))
+            resume_from_checkpoint = any((folder / MANIFEST).exists() for folder in found)
+            if found and not resume_from_checkpoint:
+                logger.warning("No checkpoint in %s is complete: the run starts anew.", self.args.output_dir)
+        folder = self._find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
+        self.before_training()
+        self.best_step, self._counter.updates = None, 0
+        if folder is not None and self._is_finished(folder):
+            return TrainOutput(self.state.global_step, 0.0, {})
+        self._training_since = time.perf_counter()
+        try:
+            output = super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
+        except (Exception, KeyboardInterrupt):
+            if self._counter.updates:
+                logger.error(
+                    "Training broke off after %d updates: what it has learned is in %s.",
+                    self.state.global_step,
+                    self.args.output_dir,
+                )
+                self.save_model(_internal_call=True)
+            raise
+        self.seconds = self.seconds_so_far()
+        self._training_since = None
+        return output
+
+    def seconds_so_far(self) -> dict[str, float]:
+        """Seconds of training and of evaluation, those before a resumption included."""
+        running = 0.0 if self._training_since is None else time.perf_counter() - self._training_since
+        return self.seconds | {"training": self.seconds.get("training", 0.0) + running}
+
+    @property
+    def step_of_weights(self) -> int:
+        """The update that made the weights as they are: the last, or that of the best checkpoint at the end."""
+        return self.best_step or self.state.global_step
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip every part of the model by itself to `max_grad_norm`, and note the norms of all but the first."""
+        (_, first), *others = self.model.named_children()
+        norm = self.accelerator.clip_grad_norm_(first.parameters(), self.args.max_grad_norm)  # unscales all gradients
+        for name, part in others:
+            norm_of_part = torch.nn.utils.clip_grad_norm_(part.parameters(), self.args.max_grad_norm)
+            self.metrics.note(f"{name}_grad_norm", norm_of_part)
+        return norm
+
+    # ---- saving ----------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model and what is said of it into `output_dir` or another folder; see `write_model`."""
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.write_model(folder)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / MANIFEST).unlink(missing_ok=True)  # of an earlier run that got as far
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        state = self.training_state()
+        if not self.args.save_only_model:
+            torch.save(state.values, self._values_file(folder))
+        if self.args.should_save:
+            save_file({name: value.detach().contiguous() for name, value in state.tensors.items()}, folder / WEIGHTS)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_manifest(folder)
+            # Only now: until the manifest is there, older checkpoints are the newest good ones.
+            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+        if self.args.push_to_hub and self.is_world_process_zero():
+            self._push_checkpoint(folder)
+
+    def _values_file(self, folder: Path) -> Path:
+        return folder / f"training_state_{self.args.process_index}.pt"
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Called before the manifest is written; `_save_checkpoint` pushes afterwards."""
+
+    def _push_checkpoint(self, folder: Path) -> None:
+        """Push as `hub_strategy` says, in the background; without `training_args.bin`, which holds the token."""
+        strategy, pending = self.args.hub_strategy, self.push_in_progress
+        earlier = [] if pending is None or pending.is_done() else pending.jobs
+        if strategy == HubStrategy.END or (earlier and not self.args.hub_always_push):
+            return
+        self.save_model(_internal_call=True)
+
+        def upload(path: str | Path, path_in_repo: str | None = None) -> Any:
+            return HfApi().upload_folder(
+                repo_id=self.hub_model_id,
+                folder_path=path,
+                path_in_repo=path_in_repo,
+                commit_message=f"Training in progress, step {self.state.global_step}",
+                token=self.args.hub_token,
+                revision=self.args.hub_revision,
+                run_as_future=True,
+                ignore_patterns=["_*", "checkpoint-*"],
+            )
+
+        jobs = [upload(self.args.output_dir)]
+        if strategy == HubStrategy.CHECKPOINT:
+            jobs.append(upload(folder, "last-checkpoint"))
+        elif strategy == HubStrategy.ALL_CHECKPOINTS:
+            jobs.append(upload(folder, folder.name))
+        self.push_in_progress = PushInProgress([*earlier, *jobs])
+
+    # ---- resuming --------------------------------------------------------------------------------------------------
+
+    def _find_checkpoint(self, wanted: str | Literal[True]) -> Path:
+        """The checkpoint to resume from; says which incomplete ones were passed over. See `checkpoint_to_resume`."""
+        folder, passed_over = checkpoint_to_resume(Path(self.args.output_dir), wanted)
+        for incomplete in passed_over:
+            logger.warning("Passed over %s, which is incomplete: it has no valid %s.", incomplete, MANIFEST)
+        logger.info("Resuming from %s.", folder)
+        return folder
+
+    def _is_finished(self, folder: Path) -> bool:
+        """Whether a checkpoint ends its run; if so, load it or the best. Trainer would train one update more."""
+        state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        epochs = math.ceil(self.args.num_train_epochs * self.updates_per_epoch)
+        updates = self.args.max_steps if self.args.max_steps > 0 else epochs
+        self._load_from_checkpoint(str(folder))
+        reason = f"the run has {updates}" if state.global_step >= updates else self.reason_to_stop()
+        if reason is None:
+            return False
+        logger.warning("%s has %d updates, and nothing is left to train: %s.", folder, state.global_step, reason)
+        state.is_local_process_zero, state.is_world_process_zero = (
+            self.is_local_process_zero(),
+            self.is_world_process_zero(),
+        )
+        self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            noted = Path(state.best_model_checkpoint)
+            places = (folder.parent / noted.name, noted)  # the run may have been moved
+            best = next((place for place in places if place.is_dir()), None)
+            if best is not None:
+                state.best_model_checkpoint = str(best)
+                self._load_best_model()
+            else:
+                logger.warning("The best checkpoint, %s, is gone: the model is that of %s.", noted, folder)
+        return True
+
+    @property
+    def updates_per_epoch(self) -> int:
+        """The updates of one pass over the prompts."""
+        return len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        file = self._values_file(folder)
+        if (folder / f"loop_state_{self.args.process_index}.pt").exists():
+            raise ValueError(
+                f"{folder} was saved by an earlier version of flowrl-trainers, which kept other things: finish that "
+                "run with that version, or start anew."
+            )
+        if not file.exists():
+            raise ValueError(
+                f"{folder} has no {file.name}: it was saved with `save_only_model` or by fewer processes, and cannot "
+                "be gone on from."
+            )
+        values = torch.load(file, map_location=self.args.device, weights_only=True)
+        self.load_training_state(values, folder, resume=True)
+        self._load_tensors(folder)
+
+    def _load_best_model(self) -> None:
+        folder = Path(str(self.state.best_model_checkpoint))
+        file = self._values_file(folder)
+        values = torch.load(file, map_location=self.args.device, weights_only=True) if file.exists() else None
+        self.best_step = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step
+        self.load_training_state(values, folder, resume=False)
+        self._load_tensors(folder)
+
+    def _load_tensors(self, folder: Path) -> None:
+        saved, tensors = load_file(folder / WEIGHTS), self.training_state().tensors
+        if set(saved) != set(tensors):
+            raise ValueError(
+                f"{folder} holds other trained parameters than this run: resume with the same model and `peft_config`."
+            )
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(saved[name])
