@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from flowrl_trainers import ACFlowConfig, AdjointMatchingConfig, FlowRLConfig, TAFSGRPOConfig, VGGFlowConfig
-from flowrl_trainers.cli.arguments import TRAINERS, parse
+from flowrl_trainers.cli.arguments import TRAINERS, RunArguments, parse
 from flowrl_trainers.trainers.config_checks import UNSUPPORTED, Range, rules
 
 CONFIGS = [FlowRLConfig, AdjointMatchingConfig, VGGFlowConfig, ACFlowConfig, TAFSGRPOConfig]
@@ -234,8 +234,8 @@ def test_every_setting_of_transformers_works_or_is_refused():
     (FlowRLConfig, {"max_steps": 0}, "`max_steps` (0) must be at least 1, or -1 to train for `num_train_epochs`."),
     (FlowRLConfig, {"save_strategy": "often"}, "`save_strategy` is 'often': choose 'no', 'steps', 'epoch' or 'best'."),
     (
-        FlowRLConfig, {"log_level_replica": "loud"},
-        "`log_level_replica` is 'loud': choose 'detail', 'debug', 'info', 'warning', 'error', 'critical' or 'passive'.",
+        FlowRLConfig, {"log_level": "loud"},
+        "`log_level` is 'loud': choose 'detail', 'debug', 'info', 'warning', 'error', 'critical' or 'passive'.",
     ),
     (FlowRLConfig, {"lr_scheduler_kwargs": 3}, "`lr_scheduler_kwargs` (3) must be a dictionary, a string or None."),
     (
@@ -318,6 +318,19 @@ def test_numbers_of_a_yaml_file_are_taken_as_they_look(tmp_path):
         2,
         [0.01],
     )
+
+
+@pytest.mark.parametrize(("changes", "sentence"), [
+    ({"lora_r": -1}, r"^`lora_r` \(-1\) must be at least 0\.$"),
+    ({"lora_alpha": 0}, r"^`lora_alpha` \(0\) must be at least 1\.$"),
+    ({"lora_dropout": 1.0}, r"^`lora_dropout` \(1\.0\) must be at least 0 and below 1\.$"),
+    ({"lora_dropout": math.nan}, r"^`lora_dropout` \(nan\) must be a finite number\.$"),
+    ({"reward_funcs": [1]}, r"^`reward_funcs` \(\[1\]\) must be a list of strings\.$"),
+    ({"model": None}, r"^`model` \(None\) must be a string\.$"),
+])  # fmt: skip
+def test_what_the_command_line_adds_is_checked_in_the_same_way(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        RunArguments(**{"model": "shapes", "dataset": "shapes"} | changes)
 
 
 def test_a_range_is_a_set_of_finite_numbers():
