@@ -527,12 +527,12 @@ def test_the_critic_follows_the_latent_and_starts_from_zero(shape):
     ({"temperature": 0.0}, r"`temperature` \(0.0\) must be above 0"),
     ({"advantage_clip": -1.0}, r"`advantage_clip` \(-1.0\) must be above 0"),
     ({"critic_steps": 0}, r"`critic_steps` \(0\) must be at least 1"),
-    ({"critic": "unet"}, "`critic` is 'unet': choose 'default', 'none'"),
+    ({"critic": "unet"}, "`critic` is 'unet': choose 'default' or 'none'"),
     (
         {"save_only_model": True, "load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"},
         "`load_best_model_at_end` needs the critic of a checkpoint, which `save_only_model` leaves out",
     ),
-    ({"reward_shaping": "rank"}, "`reward_shaping` is 'rank': choose 'standardise', 'none'"),
+    ({"reward_shaping": "rank"}, "`reward_shaping` is 'rank': choose 'standardise' or 'none'"),
     ({"timestep_sampling": "beta"}, "`timestep_sampling` is 'beta': choose 'uniform', 'logit_normal'"),
 ])  # fmt: skip
 def test_a_wrong_configuration_is_refused(tmp_path, changes, sentence):

@@ -185,7 +185,7 @@ def test_a_state_with_too_large_an_error_teaches_nothing(tmp_path):
     ({"control_cost_order": 4}, r"`control_cost_order` \('4'\) must be '2'"),
     ({"adjoint_steps": 3}, r"`adjoint_steps` \(3\) must be 20"),
     ({"memoryless_loss_clip": 0.0}, r"`memoryless_loss_clip` \(0.0\) must be above 0"),
-    ({"dynamics": "sde"}, "`dynamics` is 'sde': choose 'ode', 'memoryless'"),
+    ({"dynamics": "sde"}, "`dynamics` is 'sde': choose 'ode' or 'memoryless'"),
 ])  # fmt: skip
 def test_what_has_no_memoryless_form_is_refused(tmp_path, changes, sentence):
     with pytest.raises(ValueError, match=sentence):

@@ -309,10 +309,10 @@ def test_bfloat16_counts_as_half_precision(tmp_path):
     ({"num_generations": 1}, r"`num_generations` \(1\) must be at least 2"),
     ({"eta": 1.5}, r"`eta` \(1.5\) must be at most 1 with `kernel='renoise'`"),
     ({"eta": 0.0}, r"`eta` \(0.0\) must be above 0"),
-    ({"credit_rule": "best"}, "`credit_rule` is 'best': choose 'mixed', 'final', 'level', 'gain', 'return'"),
-    ({"credit_mix": 1.5}, r"`credit_mix` \(1.5\) must be at most 1"),
+    ({"credit_rule": "best"}, "`credit_rule` is 'best': choose 'mixed', 'final', 'level', 'gain' or 'return'"),
+    ({"credit_mix": 1.5}, r"`credit_mix` \(1.5\) must be between 0 and 1"),
     ({"scale_rewards": "all"}, "`scale_rewards` is 'all'"),
-    ({"kernel": "sde"}, "`kernel` is 'sde': choose 'renoise', 'flow_grpo'"),
+    ({"kernel": "sde"}, "`kernel` is 'sde': choose 'renoise' or 'flow_grpo'"),
     ({"eval_num_inference_steps": 20}, r"`eval_num_inference_steps` \(20\) must be left out"),
     ({"beta": -1.0}, r"`beta` \(-1.0\) must be at least 0"),
 ])  # fmt: skip

@@ -329,8 +329,8 @@ def test_a_run_leaves_what_it_says(tmp_path, tiny_pipeline):
 
 @pytest.mark.parametrize(("changes", "sentence"), [
     ({"timestep_bins": 6}, r"`timestep_bins` \(6\) must be between 1 and `num_inference_steps` - 1 \(5\)"),
-    ({"eta_schedule": "cubic"}, "`eta_schedule` is 'cubic': choose 'quadratic', 'linear', 'constant'"),
-    ({"value_network": "lora"}, "`value_network` is 'lora': choose 'unet', 'none'"),
+    ({"eta_schedule": "cubic"}, "`eta_schedule` is 'cubic': choose 'quadratic', 'linear' or 'constant'"),
+    ({"value_network": "lora"}, "`value_network` is 'lora': choose 'unet' or 'none'"),
     ({"ddp_find_unused_parameters": True}, "`ddp_find_unused_parameters` must be False"),
     ({"ddp_find_unused_parameters": None}, "`ddp_find_unused_parameters` must be False"),
     ({"boundary_coefficient": 0.0}, r"`boundary_coefficient` \(0.0\) must be above 0"),

@@ -2,13 +2,22 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import yaml
+from transformers.hf_argparser import HfArg
 from trl import TrlParser
 
-from ..trainers import ACFlowTrainer, AdjointMatchingTrainer, FlowRLConfig, FlowRLTrainer, TAFSGRPOTrainer, VGGFlowTrainer
+from ..trainers import (
+    ACFlowTrainer,
+    AdjointMatchingTrainer,
+    FlowRLConfig,
+    FlowRLTrainer,
+    TAFSGRPOTrainer,
+    VGGFlowTrainer,
+)
+from ..trainers.config_checks import Range, check_fields
 
 TRAINERS: dict[str, type[FlowRLTrainer]] = {
     "adjoint_matching": AdjointMatchingTrainer,
@@ -22,34 +31,45 @@ TRAINERS: dict[str, type[FlowRLTrainer]] = {
 class RunArguments:
     """Model, prompts, rewards and adapter of a run."""
 
-    model: str = field(
-        metadata={"help": "The pipeline to tune: a Hub id, a folder, or 'shapes' for the small one that ships with the package."}
+    model: str = HfArg(
+        help="The pipeline to tune: a Hub id, a folder, or 'shapes' for the small one that ships with the package."
     )
-    dataset: str = field(
-        metadata={"help": "The prompts: a data set of the Hub or a folder, or 'shapes' for the captions of the world of shapes."}
+    dataset: str = HfArg(
+        help="The prompts: a data set of the Hub or a folder, or 'shapes' for the captions of the world of shapes."
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "The configuration of the data set, where it has several."})
-    prompt_column: str = field(default="prompt", metadata={"help": "The column that holds the prompts, such as 'caption'."})
-    train_split: str = field(default="train", metadata={"help": "The split whose prompts are trained on."})
-    eval_split: str | None = field(
+    dataset_config: str | None = HfArg(default=None, help="The configuration of the data set, where it has several.")
+    prompt_column: str = HfArg(default="prompt", help="The column that holds the prompts, such as 'caption'.")
+    train_split: str = HfArg(default="train", help="The split whose prompts are trained on.")
+    eval_split: str | None = HfArg(
         default=None,
-        metadata={"help": "The split of held-out prompts for evaluation ('held_out' for shapes). Default: no evaluation."},
+        help="The split of held-out prompts for evaluation ('held_out' for shapes). Default: no evaluation.",
     )
-    reward_funcs: list[str] = field(
+    reward_funcs: list[str] = HfArg(
         default_factory=list,
-        metadata={
-            "help": "The rewards to raise: names such as 'shapes', or functions as 'module.function', looked up in the current folder too."
-        },
+        help="The rewards to raise: names such as 'shapes', or functions as 'module.function', looked up in the "
+        "current folder too.",
     )
-    eval_reward_funcs: list[str] = field(
-        default_factory=list, metadata={"help": "Rewards that evaluation adds and training never sees, named in the same way."}
+    eval_reward_funcs: list[str] = HfArg(
+        default_factory=list, help="Rewards that evaluation adds and training never sees, named in the same way."
     )
-    lora_r: int = field(default=32, metadata={"help": "The rank of the LoRA; 0 trains all weights of the transformer."})
-    lora_alpha: int = field(default=64, metadata={"help": "The LoRA's alpha: its output is scaled by alpha over rank."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "The dropout on the LoRA's input during updates."})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "The names of the layers that the LoRA adapts. Default: the family's own."}
+    lora_r: Annotated[int, Range(at_least=0)] = HfArg(
+        default=32, help="The rank of the LoRA; 0 trains all weights of the transformer."
     )
+    lora_alpha: Annotated[int, Range(at_least=1)] = HfArg(
+        default=64, help="The LoRA's alpha: its output is scaled by alpha over rank."
+    )
+    lora_dropout: Annotated[float, Range(at_least=0, below=1)] = HfArg(
+        default=0.0, help="The dropout on the LoRA's input during updates."
+    )
+    lora_target_modules: list[str] | None = HfArg(
+        default=None, help="The names of the layers that the LoRA adapts. Default: the family's own."
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("reward_funcs", "eval_reward_funcs", "lora_target_modules"):  # a single name in YAML is a string
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
+        check_fields(self)
 
 
 @contextmanager
@@ -70,7 +90,8 @@ def parse(
     defaults: dict[str, Any],
 ) -> tuple[RunArguments, FlowRLConfig]:
     """Flags over the YAML file of `--config` over `defaults`. Raises `ValueError` for what neither class knows."""
-    usage = f"flowrl {command} {'[--trainer METHOD] ' if command == 'demo' else ''}[--config run.yaml] [--field value ...]"
+    method = "[--trainer METHOD] " if command == "demo" else ""
+    usage = f"flowrl {command} {method}[--config run.yaml] [--field value ...]"
     parser = TrlParser([RunArguments, make_config], prog=f"flowrl {command}", usage=usage, allow_abbrev=False)
     parser.set_defaults_with_config(**defaults)
     with wrong_arguments():
@@ -80,14 +101,7 @@ def parse(
     for source, unknown in (("the YAML file", from_file), ("the command line", from_flags)):
         if unknown:
             name = unknown[0].removeprefix("--").split("=")[0]
-            raise ValueError(f"{name!r} in {source} is no setting of `flowrl {command}`: see `flowrl {command} --help`.")
-    for name in ("reward_funcs", "eval_reward_funcs", "lora_target_modules"):  # a single name in YAML is a string
-        if isinstance(getattr(run, name), str):
-            setattr(run, name, [getattr(run, name)])
-    weights: Any = config.reward_weights  # YAML has a single number as a number, and 1e-2 as a string
-    if weights is not None:
-        try:
-            config.reward_weights = [float(weight) for weight in (weights if isinstance(weights, list) else [weights])]
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"`reward_weights` is {weights!r}: name one number per reward.") from error
+            raise ValueError(
+                f"{name!r} in {source} is no setting of `flowrl {command}`: see `flowrl {command} --help`."
+            )
     return run, config

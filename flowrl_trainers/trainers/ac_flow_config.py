@@ -1,100 +1,88 @@
 """`ACFlowConfig`."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
-from ..flow.advantages import WEIGHTINGS, Weighting
+from transformers.hf_argparser import HfArg
+
+from ..flow.advantages import Weighting
 from .base_config import FlowRLConfig
+from .config_checks import Range
 
 
 @dataclass
 class ACFlowConfig(FlowRLConfig):
-    r"""Settings of `ACFlowTrainer`, beside those of `FlowRLConfig`. All defaults are our choice: the paper's could not
-    be read.
+    r"""Settings of `ACFlowTrainer`, beside those of `FlowRLConfig`.
+
+    All defaults are our choice: the paper's could not be read.
 
     ORW-CFM-W2, the predecessor, is `critic="none"`, `reward_shaping="none"`, `advantage_clip=None`,
     `normalize_weights=False`; reward-weighted flow matching is that with `wasserstein_coefficient=0`. Different from
     `FlowRLConfig`: `num_generations` 8.
     """
 
-    num_generations: int = field(
+    num_generations: Annotated[int, Range(at_least=1)] = HfArg(
         default=8,
-        metadata={
-            "help": "The number of images per prompt in a rollout, over which rewards are centred; at least 2 with shaping."
-        },
+        help="The number of images per prompt in a rollout, over which rewards are centred; at least 2 with shaping.",
     )
-    reward_shaping: Literal["standardise", "none"] = field(
+    reward_shaping: Literal["standardise", "none"] = HfArg(
         default="standardise",
-        metadata={
-            "help": "'standardise' takes the mean of its prompt's images from each reward, divides by the standard deviation of the "
-            "rollout and clips; several rewards are shaped one by one, then summed with their weights. 'none' leaves "
-            "rewards as they are."
-        },
+        help="'standardise' takes the mean of its prompt's images from each reward, divides by the standard "
+        "deviation of the rollout and clips; several rewards are shaped one by one, then summed with their weights. "
+        "'none' leaves rewards as they are.",
     )
-    reward_clip: float = field(
-        default=5.0, metadata={"help": "Shaped rewards are clipped to plus and minus this many standard deviations."}
+    reward_clip: Annotated[float, Range(above=0)] = HfArg(
+        default=5.0, help="Shaped rewards are clipped to plus and minus this many standard deviations."
     )
-    advantage_clip: float | None = field(
+    advantage_clip: Annotated[float, Range(above=0)] | None = HfArg(
         default=1.0,
-        metadata={
-            "help": "Advantages are clipped to plus and minus this, in standard deviations of the reward, which bounds the weights; "
-            "None for no bound."
-        },
+        help="Advantages are clipped to plus and minus this, in standard deviations of the reward, which bounds the "
+        "weights; None for no bound.",
     )
-    weighting: Weighting = field(
+    weighting: Weighting = HfArg(
         default="exponential",
-        metadata={
-            "help": "How an advantage A weighs its image: 'exponential' exp(A / temperature), 'softplus' log(1 + exp(A / temperature)), "
-            "'positive' max(A, 0), 'indicator' 1 where A is above 0, 'linear' A / temperature, which is signed and "
-            "needs the anchor."
-        },
+        help="How an advantage A weighs its image: 'exponential' exp(A / temperature), 'softplus' log(1 + exp(A / "
+        "temperature)), 'positive' max(A, 0), 'indicator' 1 where A is above 0, 'linear' A / temperature, which is "
+        "signed and needs the anchor.",
     )
-    temperature: float = field(
-        default=1.0, metadata={"help": "The temperature tau of the weighting, above 0; small ones are greedy."}
+    temperature: Annotated[float, Range(above=0)] = HfArg(
+        default=1.0, help="The temperature tau of the weighting, above 0; small ones are greedy."
     )
-    normalize_weights: bool = field(
+    normalize_weights: bool = HfArg(
         default=True,
-        metadata={
-            "help": "Whether weights are divided by their mean over the rollout, so that the anchor's weight is relative."
-        },
+        help="Whether weights are divided by their mean over the rollout, so that the anchor's weight is relative.",
     )
-    wasserstein_coefficient: float = field(
+    wasserstein_coefficient: Annotated[float, Range(at_least=0)] = HfArg(
         default=0.3,
-        metadata={
-            "help": "The weight alpha of the mean squared distance to the base velocity, a bound of the Wasserstein-2 distance that keeps "
-            "diversity; 0 for no anchor."
-        },
+        help="The weight alpha of the mean squared distance to the base velocity, a bound of the Wasserstein-2 "
+        "distance that keeps diversity; 0 for no anchor.",
     )
-    timestep_bins: int = field(
+    timestep_bins: Annotated[int, Range(at_least=1)] = HfArg(
         default=4,
-        metadata={
-            "help": "The re-noised states per image: the noise levels are split into so many bins, and one is drawn from each."
-        },
+        help="The re-noised states per image: the noise levels are split into so many bins, and one is drawn from "
+        "each.",
     )
-    timestep_sampling: Literal["uniform", "logit_normal", "pipeline"] = field(
+    timestep_sampling: Literal["uniform", "logit_normal", "pipeline"] = HfArg(
         default="uniform",
-        metadata={
-            "help": "The distribution of noise levels, for critic and actor alike: uniform, the logit-normal one of Stable Diffusion 3, or "
-            "'pipeline', as many between any two neighbouring steps of the sampler, uniform in between."
-        },
+        help="The distribution of noise levels, for critic and actor alike: uniform, the logit-normal one of Stable "
+        "Diffusion 3, or 'pipeline', as many between any two neighbouring steps of the sampler, uniform in between.",
     )
-    critic: Literal["default", "none"] = field(
+    critic: Literal["default", "none"] = HfArg(
         default="default",
-        metadata={
-            "help": "'default' is a small network sized by the latent, 'none' takes its value as zero. Your own module goes to the trainer."
-        },
+        help="'default' is a small network sized by the latent, 'none' takes its value as zero. Your own module goes "
+        "to the trainer.",
     )
-    critic_steps: int = field(
-        default=4, metadata={"help": "The updates of the critic per rollout, each on all of its images."}
+    critic_steps: Annotated[int, Range(at_least=1)] = HfArg(
+        default=4, help="The updates of the critic per rollout, each on all of its images."
     )
-    critic_learning_rate: float = field(default=1e-3, metadata={"help": "The learning rate of the critic's AdamW."})
-    critic_warmup_max_steps: int = field(
+    critic_learning_rate: Annotated[float, Range(above=0)] = HfArg(
+        default=1e-3, help="The learning rate of the critic's AdamW."
+    )
+    critic_warmup_max_steps: Annotated[int, Range(at_least=0)] = HfArg(
         default=20,
-        metadata={
-            "help": "The most rollouts during which the critic learns alone, from the base model's images. It ends before, once its "
-            "explained variance on images that it has not seen rises no more; 0 for none. All updates of these "
-            "rollouts count."
-        },
+        help="The most rollouts during which the critic learns alone, from the base model's images. It ends before, "
+        "once its explained variance on images that it has not seen rises no more; 0 for none. All updates of these "
+        "rollouts count.",
     )
 
     def __post_init__(self) -> None:
@@ -104,19 +92,10 @@ class ACFlowConfig(FlowRLConfig):
                 "`load_best_model_at_end` needs the critic of a checkpoint, which `save_only_model` leaves out: "
                 "choose one."
             )
-        self.refuse_unknown(
-            reward_shaping=("standardise", "none"),
-            weighting=WEIGHTINGS,
-            timestep_sampling=("uniform", "logit_normal", "pipeline"),
-            critic=("default", "none"),
-        )
-        self.refuse_not_positive("reward_clip", "advantage_clip", "temperature", "critic_learning_rate")
-        self.refuse_below(1, "timestep_bins", "critic_steps")
-        self.refuse_below(0, "critic_warmup_max_steps", "wasserstein_coefficient")
         if self.reward_shaping == "standardise" and self.num_generations < 2:
             raise ValueError(
-                "`num_generations` (1) must be at least 2: shaped rewards are measured against the other images of "
-                "their prompt."
+                f"`num_generations` ({self.num_generations}) must be at least 2: shaped rewards are measured against "
+                "the other images of their prompt."
             )
         if self.weighting == "linear" and self.wasserstein_coefficient == 0:
             raise ValueError(

@@ -1,8 +1,11 @@
 """`VGGFlowConfig`."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
+from transformers.hf_argparser import HfArg
+
+from .config_checks import Range
 from .reward_gradient_config import RewardGradientConfig
 
 
@@ -13,64 +16,48 @@ class VGGFlowConfig(RewardGradientConfig):
     Different from them: `reward_gradient_clip_quantile` 0.8, the 80th percentile of arXiv 2512.05116, section 5.1.
     """
 
-    reward_gradient_clip_quantile: float | None = field(
+    reward_gradient_clip_quantile: Annotated[float, Range(above=0, at_most=1)] | None = HfArg(
         default=0.8,
-        metadata={
-            "help": "Reward gradients whose L2 norm over a whole latent exceeds this quantile of all states of the rollout "
-            "are scaled down to it. Above 0 and at most 1; 1 keeps all. Default: the 80th percentile of arXiv "
-            "2512.05116."
-        },
+        help="Reward gradients whose L2 norm over a whole latent exceeds this quantile of all states of the rollout "
+        "are scaled down to it. Above 0 and at most 1; 1 keeps all. Default: the 80th percentile of arXiv 2512.05116.",
     )
-    eta_schedule: Literal["quadratic", "linear", "constant"] = field(
+    eta_schedule: Literal["quadratic", "linear", "constant"] = HfArg(
         default="quadratic",
-        metadata={
-            "help": "How much of the reward gradient at the clean estimate counts at noise level sigma: (1 - sigma)^2, the paper's "
-            "default, 1 - sigma, which it found faster, or 1."
-        },
+        help="How much of the reward gradient at the clean estimate counts at noise level sigma: (1 - sigma)^2, the "
+        "paper's default, 1 - sigma, which it found faster, or 1.",
     )
-    timestep_bins: int = field(
+    timestep_bins: Annotated[int, Range(at_least=1)] = HfArg(
         default=5,
-        metadata={
-            "help": "The number of states of each trajectory that are trained: the steps after the first are split into so many bins, "
-            "and one state of each is drawn. Between 1 and `num_inference_steps` - 1. Default: the paper's."
-        },
+        help="The number of states of each trajectory that are trained: the steps after the first are split into so "
+        "many bins, and one state of each is drawn. Between 1 and `num_inference_steps` - 1. Default: the paper's.",
     )
-    value_network: Literal["unet", "none"] = field(
+    value_network: Literal["unet", "none"] = HfArg(
         default="unet",
-        metadata={
-            "help": "The network of the residual of the value gradient: 'unet', sized by the latent (an MLP for vectors), "
-            "or 'none', which trusts the scaled reward gradient alone. A module of your own is passed to the "
-            "trainer."
-        },
+        help="The network of the residual of the value gradient: 'unet', sized by the latent (an MLP for vectors), "
+        "or 'none', which trusts the scaled reward gradient alone. A module of your own is passed to the trainer.",
     )
-    value_network_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "The learning rate of the value network. Default: `learning_rate`, as in the paper."},
+    value_network_learning_rate: Annotated[float, Range(above=0)] | None = HfArg(
+        default=None, help="The learning rate of the value network. Default: `learning_rate`, as in the paper."
     )
-    boundary_coefficient: float = field(
+    boundary_coefficient: Annotated[float, Range(above=0)] = HfArg(
         default=1e4,
-        metadata={
-            "help": "The weight alpha of the boundary loss, the value network's mean square at final states. Default: the paper's."
-        },
+        help="The weight alpha of the boundary loss, the value network's mean square at final states. Default: the "
+        "paper's.",
     )
-    finite_difference_step: float = field(
+    finite_difference_step: Annotated[float, Range(above=0)] = HfArg(
         default=1e-2,
-        metadata={
-            "help": "The step of the finite difference in the consistency loss, in units of sigma; near the end of a trajectory cut to "
-            "what is left of sigma. Our choice: the paper gives none, and smaller ones drown in the rounding of half "
-            "precision."
-        },
+        help="The step of the finite difference in the consistency loss, in units of sigma; near the end of a "
+        "trajectory cut to what is left of sigma. Our choice: the paper gives none, and smaller ones drown in the "
+        "rounding of half precision.",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.refuse_unknown(eta_schedule=("quadratic", "linear", "constant"), value_network=("unet", "none"))
-        if not 1 <= self.timestep_bins <= self.num_inference_steps - 1:
+        if self.timestep_bins > self.num_inference_steps - 1:
             raise ValueError(
                 f"`timestep_bins` ({self.timestep_bins}) must be between 1 and `num_inference_steps` - 1 "
                 f"({self.num_inference_steps - 1})."
             )
-        self.refuse_not_positive("boundary_coefficient", "finite_difference_step", "value_network_learning_rate")
         if self.ddp_find_unused_parameters is not False:  # None too, of which Trainer makes True
             raise ValueError(
                 "`ddp_find_unused_parameters` must be False: with a value network the model is called twice before "
