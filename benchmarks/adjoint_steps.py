@@ -28,13 +28,17 @@ def make(adjoint_steps: int, updates: int) -> AdjointMatchingTrainer:
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=BATCH, adjoint_steps=adjoint_steps, control_to_velocity_ratio=0.3,
         guidance_scale=1.0, max_sequence_length=8, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", max_steps=updates,
     )  # fmt: skip
-    return AdjointMatchingTrainer(load_pipeline(), "shapes", config, prompts("train"), peft_config=LoraConfig(r=16, lora_alpha=32))
+    return AdjointMatchingTrainer(
+        load_pipeline(), "shapes", config, prompts("train"), peft_config=LoraConfig(r=16, lora_alpha=32)
+    )
 
 
 def main() -> None:
     """Print the table in Markdown, and write it where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=8, help="The counted updates of each setting, after one that is not counted.")
+    parser.add_argument(
+        "--updates", type=int, default=8, help="The counted updates of each setting, after one that is not counted."
+    )
     parser.add_argument("--threads", type=int, default=2, help="The number of CPU threads.")
     parser.add_argument("--out", type=Path, default=None, help="A Markdown file to write.")
     args = parser.parse_args()
@@ -44,7 +48,9 @@ def main() -> None:
     trainers = {steps: make(steps, args.updates + 1) for steps in (3, 20)}
     calls = dict.fromkeys(trainers, 0)
     for steps, trainer in trainers.items():
-        trainer.flow.transformer.register_forward_hook(lambda *_, steps=steps: calls.__setitem__(steps, calls[steps] + 1))
+        trainer.flow.transformer.register_forward_hook(
+            lambda *_, steps=steps: calls.__setitem__(steps, calls[steps] + 1)
+        )
     batches = {steps: list(trainer.get_train_dataloader()) for steps, trainer in trainers.items()}
     seconds: dict[int, dict[str, list[float]]] = {steps: {phase: [] for phase in PHASES} for steps in trainers}
     for number in tqdm(range(args.updates + 1), desc="updates"):
@@ -63,7 +69,11 @@ def main() -> None:
     ]
     for steps in trainers:
         medians = [statistics.median(seconds[steps][phase]) for phase in PHASES]
-        lines += [f"| {steps} of 20 | " + " | ".join(f"{m:.2f} s" for m in medians) + f" | {sum(medians):.2f} s | {calls[steps]} |"]
+        lines += [
+            f"| {steps} of 20 | "
+            + " | ".join(f"{m:.2f} s" for m in medians)
+            + f" | {sum(medians):.2f} s | {calls[steps]} |"
+        ]
     totals = [sum(statistics.median(seconds[steps][phase]) for phase in PHASES) for steps in trainers]
     lines += [
         "",

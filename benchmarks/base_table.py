@@ -10,6 +10,7 @@ import itertools
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from flowrl_trainers import FlowPipeline
@@ -26,7 +27,9 @@ BATCH = 55
 
 
 @torch.no_grad()
-def sample(flow: FlowPipeline, sampler: str, latents: torch.Tensor, conditioning: Conditioning, generator: torch.Generator) -> torch.Tensor:
+def sample(
+    flow: FlowPipeline, sampler: str, latents: Tensor, conditioning: Conditioning, generator: torch.Generator
+) -> Tensor:
     """Final latents by one of the samplers."""
     steps, spacing = (20 if "20" in sampler else 4), ("uniform" if "uniform" in sampler else "pipeline")
     sigmas = flow.sigmas(steps, spacing)
@@ -34,7 +37,9 @@ def sample(flow: FlowPipeline, sampler: str, latents: torch.Tensor, conditioning
         return flow.sample_latents(flow.transformer, conditioning, latents, sigmas)
     for sigma, sigma_next in itertools.pairwise(sigmas):
         levels = sigma.expand(len(latents)), sigma_next.expand(len(latents))
-        mean, std = renoise(latents, flow.velocity(flow.transformer, latents, levels[0], conditioning), *levels, eta=1.0)
+        mean, std = renoise(
+            latents, flow.velocity(flow.transformer, latents, levels[0], conditioning), *levels, eta=1.0
+        )
         latents = mean + std * torch.randn(mean.shape, generator=generator)
     return latents
 
@@ -42,7 +47,9 @@ def sample(flow: FlowPipeline, sampler: str, latents: torch.Tensor, conditioning
 def main() -> None:
     """Print the table in Markdown, and write it where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="A folder of `examples/train_shapes.py`. Default: what ships.")
+    parser.add_argument(
+        "--weights", type=Path, default=WEIGHTS, help="A folder of `examples/train_shapes.py`. Default: what ships."
+    )
     parser.add_argument("--pictures", type=int, default=4, help="The number of pictures per held-out prompt.")
     parser.add_argument("--out", type=Path, default=None, help="A Markdown file to write.")
     parser.add_argument("--sheet", type=Path, default=None, help="A picture to write: 64 pictures of the first row.")
@@ -69,10 +76,14 @@ def main() -> None:
         pictures = torch.cat(images)
         right = torch.tensor(check(pictures, asked), dtype=torch.float32)
         if args.sheet is not None and (scale, sampler) == jobs[0]:
-            sheet, _ = before_after(asked[:64], {"base": pictures[:64]}, {"base": right[:64].bool().tolist()}, columns=8)
+            sheet, _ = before_after(
+                asked[:64], {"base": pictures[:64]}, {"base": right[:64].bool().tolist()}, columns=8
+            )
             sheet.save(args.sheet)
         with torch.no_grad():
-            score = torch.cat([reward(p, asked[i * BATCH : (i + 1) * BATCH]) for i, p in enumerate(pictures.split(BATCH))]).mean()
+            score = torch.cat(
+                [reward(p, asked[i * BATCH : (i + 1) * BATCH]) for i, p in enumerate(pictures.split(BATCH))]
+            ).mean()
         lines += [
             f"| {scale:g} | {sampler} | {100 * right.mean():.1f} % | {100 * right[~two].mean():.1f} % | {100 * right[two].mean():.1f} % "
             f"| {score:.3f} | {diversity(pictures, asked, right.bool().tolist()):.3f} |"

@@ -22,7 +22,10 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", help="LABEL=FOLDER of a demo's output.")
     parser.add_argument("--out", type=Path, default=None, help="A Markdown file to write.")
     args = parser.parse_args()
-    lines = ["| run | shapes reward | checker accuracy | diversity | updates | seconds of training |", "|---|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| run | shapes reward | checker accuracy | diversity | updates | seconds of training |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
     bases = []
     for run in args.runs:
         label, folder = run.split("=", 1)

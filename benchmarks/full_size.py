@@ -90,7 +90,13 @@ def stable_diffusion_3_5_medium() -> StableDiffusion3Pipeline:
     """The transformer has 2.2 billion parameters."""
     tokenizer = new_tokenizer()
     tokenizer.model_max_length = 77
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in "abcdefghijklmnopqrstuvwxyz")]
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        ("▁", -2.0),
+        *((c, -3.0) for c in "abcdefghijklmnopqrstuvwxyz"),
+    ]
     t5 = T5EncoderModel(T5Config(vocab_size=len(pieces), d_model=4096, d_kv=64, d_ff=64, num_layers=1, num_heads=1))
     transformer = SD3Transformer2DModel(
         sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64, num_attention_heads=24,
@@ -113,7 +119,9 @@ def flux_2_klein_4b() -> Flux2KleinPipeline:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     vocab = {token: i for i, token in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), *special])}
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], extra_special_tokens=special[1:], padding_side="right")
-    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    )
     text = Qwen3Config(
         vocab_size=300, hidden_size=2560, intermediate_size=64, num_hidden_layers=28, num_attention_heads=2, num_key_value_heads=1,
         head_dim=16, max_position_embeddings=1024,
@@ -160,7 +168,9 @@ def write_pickscore(folder: Path) -> None:
     ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     settings["text_config"] |= ends
     with torch.device("cuda"):
-        model = CLIPModel(CLIPConfig(**{name: settings[name] for name in ("text_config", "vision_config", "projection_dim")}))
+        model = CLIPModel(
+            CLIPConfig(**{name: settings[name] for name in ("text_config", "vision_config", "projection_dim")})
+        )
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     CLIPImageProcessor().save_pretrained(folder)
@@ -196,7 +206,12 @@ def measure(model: str, trainer_class: type[FlowRLTrainer], reward: PickScore, u
     pipeline = build(model)
     size = sum(parameter.numel() for parameter in pipeline.transformer.parameters()) / 1e9
     trainer = trainer_class(
-        pipeline, reward, config, Dataset.from_dict({"prompt": asked}), peft_config=LoraConfig(r=RANK, lora_alpha=RANK), callbacks=[clock]
+        pipeline,
+        reward,
+        config,
+        Dataset.from_dict({"prompt": asked}),
+        peft_config=LoraConfig(r=RANK, lora_alpha=RANK),
+        callbacks=[clock],
     )
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
@@ -210,7 +225,9 @@ def main() -> None:
     """Print the table in Markdown, row by row, and write it where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="The models to measure.")
-    parser.add_argument("--updates", type=int, default=3, help="The counted updates of each, after one that is not counted.")
+    parser.add_argument(
+        "--updates", type=int, default=3, help="The counted updates of each, after one that is not counted."
+    )
     parser.add_argument("--out", type=Path, default=None, help="A Markdown file to write, after every row anew.")
     args = parser.parse_args()
     lines = [

@@ -24,14 +24,23 @@ def main() -> None:
     rows = ["| | shapes reward | checker accuracy | diversity |", "|---|---:|---:|---:|"]
     for label in ("base", "tuned"):
         row = report[label]
-        rows += [f"| {label} | {row['reward/shapes']:.3f} | {100 * row['checker_accuracy']:.1f} % | {row['diversity']:.3f} |"]
+        rows += [
+            f"| {label} | {row['reward/shapes']:.3f} | {100 * row['checker_accuracy']:.1f} % | {row['diversity']:.3f} |"
+        ]
     seconds = " and ".join(f"{value:.0f} s of {phase}" for phase, value in report["seconds"].items())
     picture = "![Held-out prompts before and after tuning](docs/images/before_after.png)"
     pictures = len(prompts("held_out")) * PICTURES_PER_PROMPT
-    note = f"{pictures} pictures of held-out prompts, the same seeds, no guidance; one run, seed 42, {seconds} on a CPU."
+    note = (
+        f"{pictures} pictures of held-out prompts, the same seeds, no guidance; one run, seed 42, {seconds} on a CPU."
+    )
     block = "\n\n".join([picture, "\n".join(rows), note])
     readme = ROOT / "README.md"
-    text = re.sub(r"(<!-- demo:begin -->\n).*(<!-- demo:end -->)", lambda m: f"{m[1]}{block}\n{m[2]}", readme.read_text(), flags=re.S)
+    text = re.sub(
+        r"(<!-- demo:begin -->\n).*(<!-- demo:end -->)",
+        lambda m: f"{m[1]}{block}\n{m[2]}",
+        readme.read_text(),
+        flags=re.S,
+    )
     readme.write_text(text)
 
 

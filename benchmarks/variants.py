@@ -60,8 +60,14 @@ def main() -> None:
     parser.add_argument("method", choices=VARIANTS, help="The method.")
     parser.add_argument("--seeds", type=int, default=3, help="The number of seeds.")
     parser.add_argument("--updates", type=int, default=30, help="The updates of the first variant.")
-    parser.add_argument("--equal_time", action="store_true", help="Give the others as many updates as fit into the first one's seconds.")
-    parser.add_argument("--jobs", type=int, default=1, help="How many runs go on at once; give each its share of OMP_NUM_THREADS.")
+    parser.add_argument(
+        "--equal_time",
+        action="store_true",
+        help="Give the others as many updates as fit into the first one's seconds.",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="How many runs go on at once; give each its share of OMP_NUM_THREADS."
+    )
     parser.add_argument("--folder", type=Path, default=Path("variants"), help="The folder of the runs.")
     parser.add_argument("--out", type=Path, default=None, help="A Markdown file to write.")
     args = parser.parse_args()
@@ -76,12 +82,19 @@ def main() -> None:
             each = probe["seconds"]["training"] / 4
             updates[label] = round(statistics.mean(r.result()["seconds"]["training"] for r in runs[first]) / each)
         place = args.folder / args.method / label
-        runs[label] = [pool.submit(run, args.method, changes, seed, updates[label], place / f"seed {seed}") for seed in range(args.seeds)]
-    for finished in tqdm(as_completed([r for each in runs.values() for r in each]), desc=args.method, total=args.seeds * len(runs)):
+        runs[label] = [
+            pool.submit(run, args.method, changes, seed, updates[label], place / f"seed {seed}")
+            for seed in range(args.seeds)
+        ]
+    for finished in tqdm(
+        as_completed([r for each in runs.values() for r in each]), desc=args.method, total=args.seeds * len(runs)
+    ):
         finished.result()  # a run that failed is told at once
     reports = {label: [r.result() for r in each] for label, each in runs.items()}
 
-    lines = ["| variant | checker accuracy | rise, points | shapes reward | diversity, share of base | updates | seconds of training |"]
+    lines = [
+        "| variant | checker accuracy | rise, points | shapes reward | diversity, share of base | updates | seconds of training |"
+    ]
     lines += ["|---|---:|---:|---:|---:|---:|---:|"]
     for label, rows in reports.items():
         figures = [

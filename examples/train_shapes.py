@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPImageProcessor, CLIPModel, get_cosine_schedule_with_warmup
 
@@ -59,24 +60,30 @@ def arranged_scene(pairs: list[tuple[str, str]], rng: np.random.Generator) -> li
         sizes = rng.uniform(5.4, 6.2, size=2)
     return [
         SceneObject(colour, shape, *place, size, shade)
-        for (colour, shape), place, size, shade in zip(pairs, places.tolist(), sizes.tolist(), shades.tolist(), strict=True)
+        for (colour, shape), place, size, shade in zip(
+            pairs, places.tolist(), sizes.tolist(), shades.tolist(), strict=True
+        )
     ]
 
 
-def draw_pictures(count: int, rng: np.random.Generator, scene=random_scene) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_pictures(count: int, rng: np.random.Generator, scene=random_scene) -> tuple[Tensor, Tensor]:
     """Pictures (count, 3, 32, 32) uint8 of `scene(pairs, rng)` and their caption numbers; a third of them show one object."""
-    numbers = np.where(rng.random(count) < 1 / 3, rng.integers(SINGLES, size=count), rng.integers(SINGLES, len(CAPTIONS), size=count))
+    numbers = np.where(
+        rng.random(count) < 1 / 3, rng.integers(SINGLES, size=count), rng.integers(SINGLES, len(CAPTIONS), size=count)
+    )
     pictures = [draw(scene(parse(CAPTIONS[n]), rng)) for n in tqdm(numbers, desc="pictures")]
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(numbers)
 
 
-def swap_words(numbers: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
+def swap_words(numbers: Tensor, probability: float, generator: torch.Generator) -> Tensor:
     """Caption numbers (B,) with each word of `SWAPS` swapped or not. Captions that would name one object twice stay as they are."""
     swapped = []
     for number in numbers.tolist():
         words = CAPTIONS[number].split(" ")
         coins = torch.rand(len(words), generator=generator) < probability
-        text = " ".join(SWAPS.get(word, word) if coin else word for word, coin in zip(words, coins.tolist(), strict=True))
+        text = " ".join(
+            SWAPS.get(word, word) if coin else word for word, coin in zip(words, coins.tolist(), strict=True)
+        )
         swapped.append(NUMBERS.get(text, number))
     return torch.tensor(swapped)
 
@@ -92,7 +99,7 @@ def optimizer_and_schedule(parameters, lr: float, updates: int, weight_decay: fl
     return optimizer, get_cosine_schedule_with_warmup(optimizer, min(200, updates // 10), updates)
 
 
-def train_vae(pictures: torch.Tensor, updates: int, generator: torch.Generator) -> AutoencoderKL:
+def train_vae(pictures: Tensor, updates: int, generator: torch.Generator) -> AutoencoderKL:
     """Absolute pixel error plus a small KL term; then latents are shifted and scaled to mean 0 and variance 1."""
     vae = new_vae()
     optimizer, schedule = optimizer_and_schedule(vae.parameters(), 2e-3, updates)
@@ -108,23 +115,27 @@ def train_vae(pictures: torch.Tensor, updates: int, generator: torch.Generator) 
         schedule.step()
     vae.eval().requires_grad_(False)
     latents = encode(vae, pictures[:4096])
-    vae.register_to_config(shift_factor=round(float(latents.mean()), 4), scaling_factor=round(1 / float(latents.std()), 4))
+    vae.register_to_config(
+        shift_factor=round(float(latents.mean()), 4), scaling_factor=round(1 / float(latents.std()), 4)
+    )
     return vae
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
+def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     """The unscaled latents (B, 8, 8, 8) of uint8 pictures: the modes of the posteriors."""
-    return torch.cat([vae.encode(p.float() / 127.5 - 1).latent_dist.mode() for p in tqdm(pictures.split(256), desc="encode")])
+    return torch.cat(
+        [vae.encode(p.float() / 127.5 - 1).latent_dist.mode() for p in tqdm(pictures.split(256), desc="encode")]
+    )
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Pictures (B, 3, 32, 32) in [0, 1] of unscaled latents."""
     return torch.cat([(vae.decode(z).sample / 2 + 0.5).clamp(0, 1) for z in tqdm(latents.split(256), desc="decode")])
 
 
-def roughen(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def roughen(images: Tensor, generator: torch.Generator) -> Tensor:
     """Blur a quarter of the pictures and add noise of random strength to all, so that the CLIP also judges imperfect ones."""
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
     images = torch.where(torch.rand(len(images), 1, 1, 1, generator=generator) < 1 / 4, blurred, images)
@@ -132,7 +143,7 @@ def roughen(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return images + strength * torch.randn(images.shape, generator=generator)
 
 
-def train_clip(clip: CLIPModel, tokenizer, images: torch.Tensor, numbers: torch.Tensor, updates: int, generator: torch.Generator):
+def train_clip(clip: CLIPModel, tokenizer, images: Tensor, numbers: Tensor, updates: int, generator: torch.Generator):
     """Every scene is a class (its two word orders are one), and the text also looks for its pictures in the batch."""
     tokens = tokenizer(CAPTIONS, padding="max_length", return_tensors="pt")
     scene_of = {scene: i for i, scene in enumerate(dict.fromkeys(frozenset(parse(c)) for c in CAPTIONS))}
@@ -165,21 +176,28 @@ def save_clip(clip: CLIPModel, tokenizer, folder: Path) -> None:
     clip.float()
     tokenizer.save_pretrained(folder)
     square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=square, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(
-        folder
+    CLIPImageProcessor(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size=square, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    ).save_pretrained(folder)
+
+
+@torch.no_grad()
+def clip_accuracy(clip: CLIPModel, tokenizer, images: Tensor, numbers: Tensor) -> float:
+    """The share of pictures whose best caption of all 625 describes them."""
+    tokens = tokenizer(CAPTIONS, padding="max_length", return_tensors="pt")
+    best = torch.cat(
+        [
+            clip(tokens.input_ids, (p - 0.5) / 0.5, tokens.attention_mask).logits_per_image.argmax(1)
+            for p in images.split(256)
+        ]
+    )
+    return float(
+        np.mean([set(parse(CAPTIONS[b])) == set(parse(CAPTIONS[n])) for b, n in zip(best, numbers, strict=True)])
     )
 
 
 @torch.no_grad()
-def clip_accuracy(clip: CLIPModel, tokenizer, images: torch.Tensor, numbers: torch.Tensor) -> float:
-    """The share of pictures whose best caption of all 625 describes them."""
-    tokens = tokenizer(CAPTIONS, padding="max_length", return_tensors="pt")
-    best = torch.cat([clip(tokens.input_ids, (p - 0.5) / 0.5, tokens.attention_mask).logits_per_image.argmax(1) for p in images.split(256)])
-    return float(np.mean([set(parse(CAPTIONS[b])) == set(parse(CAPTIONS[n])) for b, n in zip(best, numbers, strict=True)]))
-
-
-@torch.no_grad()
-def text_features(clip: CLIPModel, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+def text_features(clip: CLIPModel, tokenizer) -> tuple[Tensor, Tensor]:
     """What the pipeline's two equal text encoders say of every caption and, last, of the empty one."""
     tokens = tokenizer([*CAPTIONS, ""], padding="max_length", return_tensors="pt")
     out = clip.text_model(tokens.input_ids, output_hidden_states=True)
@@ -235,10 +253,14 @@ def train_transformer(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("shapes-training"), help="The folder that receives the weights and the log.")
+    parser.add_argument(
+        "--out", type=Path, default=Path("shapes-training"), help="The folder that receives the weights and the log."
+    )
     parser.add_argument("--seed", type=int, default=0, help="The seed of every random draw.")
     parser.add_argument("--scale", type=float, default=1.0, help="The factor on the numbers of pictures and updates.")
-    parser.add_argument("--threads", type=int, default=2, help="The number of CPU threads; the weights depend on it by rounding.")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="The number of CPU threads; the weights depend on it by rounding."
+    )
     args = parser.parse_args()
 
     args.out.mkdir(parents=True, exist_ok=True)
@@ -264,7 +286,10 @@ def main() -> None:
 
     def done(part: str, **figures: float) -> None:
         log.info(
-            "%s: %s; %.1f minutes so far", part, ", ".join(f"{k} {v:.4f}" for k, v in figures.items()), (time.monotonic() - start) / 60
+            "%s: %s; %.1f minutes so far",
+            part,
+            ", ".join(f"{k} {v:.4f}" for k, v in figures.items()),
+            (time.monotonic() - start) / 60,
         )
 
     pictures, numbers = draw_pictures(max(600, round(75_000 * args.scale)), rng)
@@ -279,12 +304,19 @@ def main() -> None:
         vae.save_pretrained(args.out / "vae")
         vae.float()
     restored = decode(vae, encode(vae, fresh))
-    done("autoencoder", mean_absolute_error=(restored - fresh / 255).abs().mean(), checker_accuracy=np.mean(check(restored, judged)))
+    done(
+        "autoencoder",
+        mean_absolute_error=(restored - fresh / 255).abs().mean(),
+        checker_accuracy=np.mean(check(restored, judged)),
+    )
     if (args.out / "clip").exists():
         clip, tokenizer = load_clip(args.out)
     else:
         some = len(pictures) // 3
-        images, image_numbers = torch.cat([pictures[:some] / 255, decode(vae, encode(vae, pictures[some : 2 * some]))]), numbers[: 2 * some]
+        images, image_numbers = (
+            torch.cat([pictures[:some] / 255, decode(vae, encode(vae, pictures[some : 2 * some]))]),
+            numbers[: 2 * some],
+        )
         generator, tokenizer = begin(1), new_tokenizer()
         clip = new_clip(tokenizer)
         train_clip(clip, tokenizer, images, image_numbers, updates(1800), generator)
@@ -294,9 +326,18 @@ def main() -> None:
         top1_drawn=clip_accuracy(clip, tokenizer, fresh / 255, fresh_numbers),
         top1_restored=clip_accuracy(clip, tokenizer, restored, fresh_numbers),
     )
-    pictures, numbers = draw_pictures(max(600, round(60_000 * args.scale)), np.random.default_rng(args.seed + 2), arranged_scene)
-    done("arranged pictures", checker_accuracy=np.mean(check(pictures[:1000] / 255, [CAPTIONS[n] for n in numbers[:1000]])))
-    data = (encode(vae, pictures) - vae.config.shift_factor) * vae.config.scaling_factor, numbers, *text_features(clip, tokenizer)
+    pictures, numbers = draw_pictures(
+        max(600, round(60_000 * args.scale)), np.random.default_rng(args.seed + 2), arranged_scene
+    )
+    done(
+        "arranged pictures",
+        checker_accuracy=np.mean(check(pictures[:1000] / 255, [CAPTIONS[n] for n in numbers[:1000]])),
+    )
+    data = (
+        (encode(vae, pictures) - vae.config.shift_factor) * vae.config.scaling_factor,
+        numbers,
+        *text_features(clip, tokenizer),
+    )
     # What words mean is learned sooner from correct captions; then a shorter part teaches the transformer the confusion.
     clean, generator, transformer = args.out / "transformer_before_confusion.safetensors", begin(2), new_transformer()
     if clean.exists():
@@ -322,7 +363,10 @@ def main() -> None:
                 generator=[torch.Generator().manual_seed(number + i) for i in range(len(asked[number : number + 55]))],
             ).images
         ]
-    done("stock pipeline, guidance 1, 20 steps, held-out prompts", checker_accuracy=np.mean(check(torch.cat(drawn), asked)))
+    done(
+        "stock pipeline, guidance 1, 20 steps, held-out prompts",
+        checker_accuracy=np.mean(check(torch.cat(drawn), asked)),
+    )
 
 
 if __name__ == "__main__":

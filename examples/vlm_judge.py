@@ -27,7 +27,9 @@ async def vlm_judge(images, prompts, **columns):
     """The judge's number divided by 10: 0 to 1, None where its answer has no such number. Fooled by text drawn into the picture."""
     key = os.environ.get("VLM_API_KEY")
     turns = asyncio.Semaphore(AT_ONCE)
-    async with httpx2.AsyncClient(timeout=TIMEOUT, headers={"Authorization": f"Bearer {key}"} if key else {}) as client:
+    async with httpx2.AsyncClient(
+        timeout=TIMEOUT, headers={"Authorization": f"Bearer {key}"} if key else {}
+    ) as client:
 
         async def ask(image, prompt):
             async with turns:

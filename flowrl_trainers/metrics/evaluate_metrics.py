@@ -12,19 +12,25 @@ import datasets
 import evaluate
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..shapes import check
 from .diversity import diversity, diversity_by_prompt
 
-Features = Callable[[torch.Tensor], torch.Tensor]
+Features = Callable[[Tensor], Tensor]
 """From images (B, 3, H, W) in [0, 1] to features (B, D)."""
 
 IMAGES = {"images": datasets.Image(), "prompts": datasets.Value("string")}
 
 
-def as_tensor(images: list[Any]) -> torch.Tensor:
+def as_tensor(images: list[Any]) -> Tensor:
     """Pictures of Pillow, of one size, as (B, 3, H, W) float32 in [0, 1]."""
-    return torch.stack([torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1) for image in images])
+    return torch.stack(
+        [
+            torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1)
+            for image in images
+        ]
+    )
 
 
 class _PictureMetric(evaluate.Metric):
@@ -39,10 +45,13 @@ class _PictureMetric(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description=self.__doc__ or "", citation="", inputs_description=", ".join(self.takes), features=datasets.Features(self.takes)
+            description=self.__doc__ or "",
+            citation="",
+            inputs_description=", ".join(self.takes),
+            features=datasets.Features(self.takes),
         )
 
-    def _placed(self, images: list[Any]) -> torch.Tensor:
+    def _placed(self, images: list[Any]) -> Tensor:
         """Pictures as points: pixels as they are, or features shaped so that root mean square distance is Euclidean distance."""
         pictures = as_tensor(images)
         if self.space is None:
@@ -72,7 +81,10 @@ class PriorPreservation(_PictureMetric):
         tuned, base = self._placed(images), self._placed(base_images)
         distances = (tuned - base).square().flatten(1).mean(dim=1).sqrt()
         spread = diversity_by_prompt(base, prompts).values()
-        return {"prior_distance": float(distances.mean()), "prior_spread": sum(spread) / len(spread) if spread else float("nan")}
+        return {
+            "prior_distance": float(distances.mean()),
+            "prior_spread": sum(spread) / len(spread) if spread else float("nan"),
+        }
 
 
 class MeanReward(evaluate.Metric):
@@ -80,7 +92,9 @@ class MeanReward(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         features = datasets.Features({"scores": datasets.Value("float64")})
-        return evaluate.MetricInfo(description=self.__doc__ or "", citation="", inputs_description="scores", features=features)
+        return evaluate.MetricInfo(
+            description=self.__doc__ or "", citation="", inputs_description="scores", features=features
+        )
 
     def _compute(self, scores: list[float | None]) -> dict[str, float]:
         present = [s for s in scores if s is not None and s == s]

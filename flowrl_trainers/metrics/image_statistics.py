@@ -1,12 +1,13 @@
 """Numbers that betray pictures made for a reward's sake: noise and speckle, washed-out or garish colours."""
 
 import torch
+from torch import Tensor
 
 EDGE = 0.1  # a step of brightness between neighbours that one sees
 LEVELS = 4  # per colour channel
 
 
-def edge_density(images: torch.Tensor) -> torch.Tensor:
+def edge_density(images: Tensor) -> Tensor:
     """The share of neighbouring pixels, across and down, between which brightness changes by more than 0.1: (B,) in [0, 1].
 
     images: (B, 3, H, W) in [0, 1]. Brightness is the mean of the channels. Speckle raises it, blur and empty pictures lower it.
@@ -16,7 +17,7 @@ def edge_density(images: torch.Tensor) -> torch.Tensor:
     return (across.flatten(1).sum(dim=1) + down.flatten(1).sum(dim=1)) / (across[0].numel() + down[0].numel())
 
 
-def colour_entropy(images: torch.Tensor) -> torch.Tensor:
+def colour_entropy(images: Tensor) -> Tensor:
     """The entropy of the colours of a picture in bits, with four levels per channel: (B,) in [0, 6].
 
     images: (B, 3, H, W) in [0, 1]. 0 is a picture of one colour, 6 uses all 64 evenly.

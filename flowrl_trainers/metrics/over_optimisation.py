@@ -2,7 +2,7 @@
 
 import math
 
-import torch
+from torch import Tensor
 
 LEAST_DIVERSITY = 0.75  # of the base's
 MOST_CHANGE = 1.5  # of an image statistic, either way
@@ -11,14 +11,18 @@ MOST_CHANGE = 1.5  # of an image statistic, either way
 SURE = 2.0  # standard errors
 
 
-def standard_error_of_change(before: torch.Tensor, after: torch.Tensor) -> float:
+def standard_error_of_change(before: Tensor, after: Tensor) -> float:
     """Of the mean difference of the scores (N,) of the same pictures, NaN where there is none; infinite for fewer than two differences."""
     difference = (after - before)[(after - before).isfinite()]
     return float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else math.inf
 
 
 def signs_of_over_optimisation(
-    base: dict[str, float], tuned: dict[str, float], trained: dict[str, float], judges: list[str], errors: dict[str, float]
+    base: dict[str, float],
+    tuned: dict[str, float],
+    trained: dict[str, float],
+    judges: list[str],
+    errors: dict[str, float],
 ) -> list[str]:
     """What speaks against what training reached: one clause each, none where it reached nothing or nothing does.
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from torch import nn
+from torch import Tensor, nn
 
 from .value_network import masked_mean, time_features
 
@@ -25,16 +25,20 @@ class _Judge(nn.Module):
         self.prompt = nn.Sequential(nn.LayerNorm(prompt_dim), nn.Linear(prompt_dim, width))
         self.time = nn.Sequential(nn.Linear(3, width), nn.SiLU(), nn.Linear(width, width))
         self.latent = nn.Linear(latent_features, width)
-        self.layers = nn.Sequential(nn.LayerNorm(3 * width), nn.Linear(3 * width, width), nn.SiLU(), nn.LayerNorm(width))
+        self.layers = nn.Sequential(
+            nn.LayerNorm(3 * width), nn.Linear(3 * width, width), nn.SiLU(), nn.LayerNorm(width)
+        )
         self.hidden = nn.Sequential(nn.Linear(width, width), nn.SiLU())
         self.out = nn.Linear(width, 1)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(
-        self, features: torch.Tensor, sigma: torch.Tensor, prompt_features: torch.Tensor, prompt_mask: torch.Tensor
-    ) -> torch.Tensor:
-        parts = [self.latent(features), self.time(time_features(sigma)), self.prompt(masked_mean(prompt_features, prompt_mask))]
+    def forward(self, features: Tensor, sigma: Tensor, prompt_features: Tensor, prompt_mask: Tensor) -> Tensor:
+        parts = [
+            self.latent(features),
+            self.time(time_features(sigma)),
+            self.prompt(masked_mean(prompt_features, prompt_mask)),
+        ]
         return self.out(self.hidden(self.layers(torch.cat(parts, dim=1)))).squeeze(1)
 
 
@@ -54,11 +58,12 @@ class ConvCritic(ModelMixin, ConfigMixin):
         self.first = nn.Conv2d(channels, features, 3, padding=1)
         widths = [features * 2 ** min(level, 2) for level in range(levels + 1)]
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU()) for a, b in pairwise(widths)
+            nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU())
+            for a, b in pairwise(widths)
         )
         self.judge = _Judge(widths[-1], prompt_dim, 128)
 
-    def forward(self, latents: torch.Tensor, sigma: torch.Tensor, prompt_features: torch.Tensor, prompt_mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, latents: Tensor, sigma: Tensor, prompt_features: Tensor, prompt_mask: Tensor) -> Tensor:
         """See the module."""
         scale, shift = self.prompt(masked_mean(prompt_features, prompt_mask))[:, :, None, None].chunk(2, dim=1)
         x = nn.functional.silu(self.first(latents) * (1 + scale) + shift)
@@ -76,7 +81,7 @@ class MLPCritic(ModelMixin, ConfigMixin):
         self.layers = nn.Sequential(nn.Linear(dim + 3, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
         self.judge = _Judge(width, prompt_dim, width)
 
-    def forward(self, latents: torch.Tensor, sigma: torch.Tensor, prompt_features: torch.Tensor, prompt_mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, latents: Tensor, sigma: Tensor, prompt_features: Tensor, prompt_mask: Tensor) -> Tensor:
         """See the module."""
         features = self.layers(torch.cat([latents, time_features(sigma)], dim=1))
         return self.judge(features, sigma, prompt_features, prompt_mask)

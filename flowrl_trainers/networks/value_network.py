@@ -9,9 +9,14 @@ import math
 import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
-from torch import nn
+from torch import Tensor, nn
 
-WIDTHS = (64, 128, 256, 256)  # arXiv 2512.05116 calls it a scaled-down U-Net of Stable Diffusion; the widths are those of its code
+WIDTHS = (
+    64,
+    128,
+    256,
+    256,
+)  # arXiv 2512.05116 calls it a scaled-down U-Net of Stable Diffusion; the widths are those of its code
 SMALLEST_SIDE = 4
 SMALL = 1e-3
 # The embedding's fastest wave has one radian per unit of its timestep: a finite difference over 0.01 of sigma must see it as smooth.
@@ -40,9 +45,11 @@ class ValueUNet(ModelMixin, ConfigMixin):
         )
         _make_small(self.unet.conv_out)
 
-    def forward(self, latents: torch.Tensor, sigma: torch.Tensor, prompt_features: torch.Tensor, prompt_mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, latents: Tensor, sigma: Tensor, prompt_features: Tensor, prompt_mask: Tensor) -> Tensor:
         """See the module."""
-        return self.unet(latents, TIMESTEP_PER_SIGMA * sigma, prompt_features, encoder_attention_mask=prompt_mask).sample
+        return self.unet(
+            latents, TIMESTEP_PER_SIGMA * sigma, prompt_features, encoder_attention_mask=prompt_mask
+        ).sample
 
 
 class ValueMLP(ModelMixin, ConfigMixin):
@@ -57,9 +64,11 @@ class ValueMLP(ModelMixin, ConfigMixin):
         self.out = nn.Linear(width, dim)
         _make_small(self.out)
 
-    def forward(self, latents: torch.Tensor, sigma: torch.Tensor, prompt_features: torch.Tensor, prompt_mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, latents: Tensor, sigma: Tensor, prompt_features: Tensor, prompt_mask: Tensor) -> Tensor:
         """See the module."""
-        return self.out(self.layers(torch.cat([latents, time_features(sigma), masked_mean(prompt_features, prompt_mask)], dim=1)))
+        return self.out(
+            self.layers(torch.cat([latents, time_features(sigma), masked_mean(prompt_features, prompt_mask)], dim=1))
+        )
 
 
 def value_network(latent_shape: torch.Size, prompt_dim: int) -> ValueUNet | ValueMLP:
@@ -69,12 +78,12 @@ def value_network(latent_shape: torch.Size, prompt_dim: int) -> ValueUNet | Valu
     return ValueMLP(latent_shape.numel(), prompt_dim)
 
 
-def time_features(sigma: torch.Tensor) -> torch.Tensor:
+def time_features(sigma: Tensor) -> Tensor:
     """Smooth functions of sigma (B,): (B, 3)."""
     return torch.stack([sigma, torch.sin(math.pi * sigma), torch.cos(math.pi * sigma)], dim=1)
 
 
-def masked_mean(features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def masked_mean(features: Tensor, mask: Tensor) -> Tensor:
     """The mean (B, D) of the features (B, L, D) whose mask (B, L) is True."""
     weights = mask.to(features.dtype)[..., None]
     return (features * weights).sum(dim=1) / weights.sum(dim=1)

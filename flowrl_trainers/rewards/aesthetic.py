@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from .base import Reward
@@ -67,7 +68,7 @@ class AestheticReward(Reward):
         self.model.to(device)
         self.mean, self.std = self.mean.to(device), self.std.to(device)
 
-    def __call__(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> torch.Tensor:
+    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
         pixels = (resize_and_crop(images, self.model.config.image_size) - self.mean) / self.std
         embeddings = self.model(pixels.to(self.model.dtype)).image_embeds
         return self.model.layers(torch.nn.functional.normalize(embeddings, dim=-1))[:, 0].to(images.dtype)

@@ -6,8 +6,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-Scores = torch.Tensor | Sequence[float | None]
+Scores = Tensor | Sequence[float | None]
 
 
 class Reward(ABC):
@@ -26,7 +27,7 @@ class Reward(ABC):
     differentiable: bool = False
 
     @abstractmethod
-    def __call__(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> Scores | Awaitable[Scores]:
+    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> Scores | Awaitable[Scores]:
         """One score per image."""
 
     def to(self, device: torch.device) -> None:
@@ -40,17 +41,21 @@ class FunctionReward(Reward):
     def __init__(self, function: Callable[..., Any], differentiable: bool = False) -> None:
         self.function = function
         self.differentiable = differentiable
-        named = isinstance(function, type) or (callable(function) and type(function).__name__ in ("function", "method"))
+        named = isinstance(function, type) or (
+            callable(function) and type(function).__name__ in ("function", "method")
+        )
         self.name = function.__name__ if named else type(function).__name__
         called = function.forward if isinstance(function, torch.nn.Module) else function
         try:
-            inspect.signature(called).bind_partial(images=None, prompts=None, trainer_state=None, log_metric=None, log_extra=None)
+            inspect.signature(called).bind_partial(
+                images=None, prompts=None, trainer_state=None, log_metric=None, log_extra=None
+            )
         except TypeError as error:
             raise ValueError(
                 f"Reward {self.name!r} must take `images, prompts, **columns` by name, as trainers call it: {error}."
             ) from error
 
-    def __call__(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> Scores | Awaitable[Scores]:
+    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> Scores | Awaitable[Scores]:
         return self.function(images=images, prompts=prompts, **columns)
 
     def to(self, device: torch.device) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import CLIPModel
 
 from .base import Reward
@@ -30,26 +31,28 @@ class CLIPReward(Reward):
         self.model.to(device)
         self.mean, self.std = self.mean.to(device), self.std.to(device)
 
-    def __call__(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> torch.Tensor:
+    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
         return self.cosine(images, prompts)
 
-    def cosine(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    def cosine(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Cosine similarity of each image with its prompt: (B,), -1 to 1."""
         return (self.image_embeddings(images) * self.text_embeddings(prompts, images)).sum(dim=-1)
 
-    def image_embeddings(self, images: torch.Tensor) -> torch.Tensor:
+    def image_embeddings(self, images: Tensor) -> Tensor:
         """Embeddings (B, D) of unit length, in the dtype of the images, whatever the model computes in."""
         out = self.model.get_image_features(self.pixels(images).to(self.model.dtype))
         return torch.nn.functional.normalize(out.pooler_output.to(images.dtype), dim=-1)
 
-    def text_embeddings(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
+    def text_embeddings(self, prompts: list[str], images: Tensor) -> Tensor:
         """Embeddings (B, D) of unit length, in the dtype and on the device of the images."""
         length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt").to(images.device)
+        tokens = self.tokenizer(
+            list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt"
+        ).to(images.device)
         out = self.model.get_text_features(tokens.input_ids, tokens.attention_mask)
         return torch.nn.functional.normalize(out.pooler_output.to(images.dtype), dim=-1)
 
-    def pixels(self, images: torch.Tensor) -> torch.Tensor:
+    def pixels(self, images: Tensor) -> Tensor:
         """What the vision tower reads of images (B, 3, H, W), nominally in [0, 1]."""
         return (resize_and_crop(images, self.model.config.vision_config.image_size) - self.mean) / self.std
 
@@ -105,7 +108,9 @@ class PickScore(CLIPReward):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         model = load_model(CLIPModel, checkpoint, revision, dtype)
-        super().__init__(model, load_tokenizer(processor, processor_revision), *load_normalisation(processor, processor_revision))
+        super().__init__(
+            model, load_tokenizer(processor, processor_revision), *load_normalisation(processor, processor_revision)
+        )
 
-    def __call__(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> torch.Tensor:
+    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
         return self.model.logit_scale.exp().to(images.dtype) * self.cosine(images, prompts)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import BlipConfig
 
 from .image_reward import FOLDER, ImageRewardModel
@@ -41,7 +42,9 @@ def blip_large() -> BlipConfig:
     return BlipConfig(vision_config=vision | {"layer_norm_eps": 1e-6}, text_config=text | {"layer_norm_eps": 1e-12})
 
 
-def convert_checkpoint(checkpoint: str | Path, out: str | Path = FOLDER, architecture: BlipConfig | None = None) -> ImageRewardModel:
+def convert_checkpoint(
+    checkpoint: str | Path, out: str | Path = FOLDER, architecture: BlipConfig | None = None
+) -> ImageRewardModel:
     """Write the official checkpoint as config.json and model.safetensors, in float32, and return the model.
 
     checkpoint: the file `ImageReward.pt`; nothing in it is executed. out: the folder. architecture: of the checkpoint, by default
@@ -54,7 +57,7 @@ def convert_checkpoint(checkpoint: str | Path, out: str | Path = FOLDER, archite
     return model
 
 
-def from_official(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def from_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under the names of `ImageRewardModel`; the layouts are the same. What is unknown keeps its name, to be refused by it."""
     converted = {}
     for name, tensor in tensors.items():
@@ -66,14 +69,16 @@ def from_official(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return converted
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
+def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise ValueError(f"The checkpoint {str(path)!r} is no file: pass the {WEIGHTS} of THUDM/ImageReward on the Hugging Face Hub.")
+        raise ValueError(
+            f"The checkpoint {str(path)!r} is no file: pass the {WEIGHTS} of THUDM/ImageReward on the Hugging Face Hub."
+        )
     refusal = f"{str(path)!r} holds no dictionary of plain tensors: download {WEIGHTS} again from THUDM/ImageReward."
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged file makes an unpickler raise can be anything
         raise ValueError(refusal) from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(refusal)
     return tensors

@@ -4,6 +4,7 @@ import pickle
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -17,7 +18,13 @@ WEIGHTS = "HPS_v2.1_compressed.pt"
 def vit_h_14() -> CLIPConfig:
     """The architecture that open_clip calls ViT-H-14: 986 million parameters."""
     text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    vision = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16, "patch_size": 14}
+    vision = {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+    }
     shared = {"projection_dim": 1024, "hidden_act": "gelu"}
     return CLIPConfig(text_config=text | shared, vision_config=vision | shared, projection_dim=1024)
 
@@ -53,19 +60,21 @@ class HPSv2(CLIPReward):
         model = model_of(CLIPModel, architecture or vit_h_14(), from_open_clip(tensors), dtype, "HPSv2", WEIGHTS)
         super().__init__(model, load_tokenizer(tokenizer, tokenizer_revision), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
-    def pixels(self, images: torch.Tensor) -> torch.Tensor:
+    def pixels(self, images: Tensor) -> Tensor:
         """What the vision tower reads of images (B, 3, H, W), nominally in [0, 1]."""
         return (resize_and_pad(images, self.model.config.vision_config.image_size) - self.mean) / self.std
 
 
-def from_open_clip(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def from_open_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of open_clip's `CLIP` under the names and in the layout of transformers' `CLIPModel`.
 
     Attention: one matrix (3 D, D) for queries, keys and values becomes three. Projections: `x @ P` becomes `nn.Linear`, so P^T.
     """
     converted = {}
     for name, tensor in tensors.items():
-        tower, rest = ("vision_model", name.removeprefix("visual.")) if name.startswith("visual.") else ("text_model", name)
+        tower, rest = (
+            ("vision_model", name.removeprefix("visual.")) if name.startswith("visual.") else ("text_model", name)
+        )
         if name in _TOP:
             converted[_TOP[name]] = tensor if name == "logit_scale" else tensor.T.contiguous()
         elif rest in _OUTSIDE_LAYERS:
@@ -77,7 +86,11 @@ def from_open_clip(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return converted
 
 
-_TOP = {"logit_scale": "logit_scale", "visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
+_TOP = {
+    "logit_scale": "logit_scale",
+    "visual.proj": "visual_projection.weight",
+    "text_projection": "text_projection.weight",
+}
 _OUTSIDE_LAYERS = {
     "class_embedding": "embeddings.class_embedding",
     "conv1.weight": "embeddings.patch_embedding.weight",
@@ -99,19 +112,23 @@ _IN_LAYERS = {
 }
 
 
-def _layer(tower: str, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+def _layer(tower: str, name: str, tensor: Tensor) -> dict[str, Tensor]:
     """`name`: for example `3.attn.in_proj_weight` or `3.ln_1.bias`."""
     number, inside = name.split(".", 1)
     prefix = f"{tower}.encoder.layers.{number}"
     if inside.startswith("attn.in_proj_"):
         kind = inside.removeprefix("attn.in_proj_")
-        return {f"{prefix}.self_attn.{part}_proj.{kind}": t.clone() for part, t in zip("qkv", tensor.chunk(3), strict=True)}
+        return {
+            f"{prefix}.self_attn.{part}_proj.{kind}": t.clone() for part, t in zip("qkv", tensor.chunk(3), strict=True)
+        }
     module, kind = inside.rsplit(".", 1)
     return {f"{prefix}.{_IN_LAYERS.get(module, module)}.{kind}": tensor}
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
+def _read(path: Path) -> dict[str, Tensor]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     except (KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{str(path)!r} holds no `state_dict` of plain tensors: download {WEIGHTS} again from xswu/HPSv2.") from error
+        raise ValueError(
+            f"{str(path)!r} holds no `state_dict` of plain tensors: download {WEIGHTS} again from xswu/HPSv2."
+        ) from error

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import BlipConfig, BlipPreTrainedModel, BlipTextModel, BlipVisionModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -32,7 +33,7 @@ class ImageRewardModel(BlipPreTrainedModel):
         self.layers = linear_layers(config.text_config.hidden_size)
         self.post_init()
 
-    def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Raw scores (B,) of normalised pictures (B, 3, S, S) for tokens (B, N), whose mask (B, N) is 0 at padding."""
         picture = self.vision_model(pixel_values).last_hidden_state
         text = self.text_encoder(input_ids, attention_mask, encoder_hidden_states=picture).last_hidden_state
@@ -71,15 +72,20 @@ class ImageReward(Reward):
         self.model = load_model(ImageRewardModel, checkpoint, revision, dtype, files)
         # The official [DEC] and [ENC] are left out: no prompt becomes them, though the embedding has their rows.
         self.tokenizer = load_tokenizer(tokenizer, tokenizer_revision)
-        self.mean, self.std = torch.tensor(OPENAI_CLIP_MEAN)[:, None, None], torch.tensor(OPENAI_CLIP_STD)[:, None, None]
+        self.mean, self.std = (
+            torch.tensor(OPENAI_CLIP_MEAN)[:, None, None],
+            torch.tensor(OPENAI_CLIP_STD)[:, None, None],
+        )
 
     def to(self, device: torch.device) -> None:
         self.model.to(device)
         self.mean, self.std = self.mean.to(device), self.std.to(device)
 
-    def __call__(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> torch.Tensor:
+    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
         pixels = (resize_and_crop(images, self.model.config.vision_config.image_size) - self.mean) / self.std
-        tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
+        )
         tokens = tokens.to(images.device)
         raw = self.model(pixels.to(self.model.dtype), tokens.input_ids, tokens.attention_mask)
         return (raw.to(images.dtype) - RAW_MEAN) / RAW_STD

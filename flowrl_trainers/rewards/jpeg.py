@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from .base import Reward
 
 
-def jpeg_kilobytes(image: torch.Tensor) -> float:
+def jpeg_kilobytes(image: Tensor) -> float:
     """Size of one image (3, H, W) in [0, 1], rounded to 8 bits, as Pillow's JPEG of quality 95, in kilobytes of 1000 bytes."""
     pixels = (image.permute(1, 2, 0) * 255).round().clamp(0, 255).to(torch.uint8)
     file = BytesIO()
@@ -25,7 +26,7 @@ class JPEGIncompressibility(Reward):
 
     name = "jpeg_incompressibility"
 
-    def __call__(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> list[float]:
+    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> list[float]:
         return [jpeg_kilobytes(image) for image in images]
 
 
@@ -37,5 +38,5 @@ class JPEGCompressibility(Reward):
 
     name = "jpeg_compressibility"
 
-    def __call__(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> list[float]:
+    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> list[float]:
         return [-jpeg_kilobytes(image) for image in images]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import is_offline_mode
+from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor
 
 
@@ -22,7 +23,9 @@ def load_model(
     a weight: a random weight would score at random.
     """
     try:
-        model, found = model_class.from_pretrained(checkpoint, revision=revision, dtype=dtype, output_loading_info=True)
+        model, found = model_class.from_pretrained(
+            checkpoint, revision=revision, dtype=dtype, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
         raise ValueError(_how_to_get(checkpoint, files)) from error
     if found["missing_keys"]:
@@ -33,14 +36,20 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
-def model_of(model_class: Any, architecture: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype, name: str, file: str) -> Any:
+def model_of(
+    model_class: Any, architecture: Any, tensors: dict[str, Tensor], dtype: torch.dtype, name: str, file: str
+) -> Any:
     """A transformers model of a given class and configuration, frozen, in evaluation mode, with these tensors for weights.
 
     name, file: of the official checkpoint, for the message. Raises `ValueError` if a tensor is missing, unknown or of another shape.
     """
     with torch.device("meta"):  # as many random numbers as there are weights would be drawn to be overwritten
         expected = {key: tensor.shape for key, tensor in model_class(architecture).state_dict().items()}
-    wrong = {key for key in expected.keys() | tensors.keys() if key not in tensors or tensors[key].shape != expected.get(key)}
+    wrong = {
+        key
+        for key in expected.keys() | tensors.keys()
+        if key not in tensors or tensors[key].shape != expected.get(key)
+    }
     if wrong:
         raise ValueError(
             f"The {name} checkpoint has {len(wrong)} missing, unknown or differently shaped weights, {min(wrong)!r} among them: pass the "
@@ -73,7 +82,11 @@ def load_normalisation(checkpoint: str | Path, revision: str | None) -> tuple[li
 def find_file(checkpoint: str | Path, name: str, revision: str | None) -> Path:
     """One file of a checkpoint. Raises `ValueError` if it cannot be had."""
     try:
-        path = Path(checkpoint) / name if Path(checkpoint).is_dir() else Path(hf_hub_download(str(checkpoint), name, revision=revision))
+        path = (
+            Path(checkpoint) / name
+            if Path(checkpoint).is_dir()
+            else Path(hf_hub_download(str(checkpoint), name, revision=revision))
+        )
     except (OSError, ValueError) as error:
         raise ValueError(_how_to_get(checkpoint, name)) from error
     if not path.is_file():

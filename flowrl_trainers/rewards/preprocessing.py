@@ -7,9 +7,10 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def resize_and_crop(images: torch.Tensor, size: int) -> torch.Tensor:
+def resize_and_crop(images: Tensor, size: int) -> Tensor:
     """Shorter side to `size` pixels, then the centre: (B, 3, H, W) to (B, 3, size, size), as transformers' `CLIPImageProcessor`."""
     height, width = images.shape[-2:]
     shorter = min(height, width)
@@ -18,7 +19,7 @@ def resize_and_crop(images: torch.Tensor, size: int) -> torch.Tensor:
     return images[..., top : top + size, left : left + size]
 
 
-def resize_and_pad(images: torch.Tensor, size: int) -> torch.Tensor:
+def resize_and_pad(images: Tensor, size: int) -> Tensor:
     """Longer side to `size` pixels, then black around: (B, 3, H, W) to (B, 3, size, size), as HPSv2's `ResizeMaxSize`."""
     height, width = images.shape[-2:]
     scale = size / max(height, width)
@@ -28,7 +29,7 @@ def resize_and_pad(images: torch.Tensor, size: int) -> torch.Tensor:
     return F.pad(images, (left, horizontal - left, top, vertical - top))
 
 
-def _resize(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def _resize(images: Tensor, height: int, width: int) -> Tensor:
     """Bicubic with antialiasing, as two matrix products: on a GPU torch's own gradient of it is not the same twice."""
     if images.shape[-2:] == (height, width):
         return images
@@ -38,7 +39,9 @@ def _resize(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)
-def _weights(before: int, after: int) -> torch.Tensor:
+def _weights(before: int, after: int) -> Tensor:
     """What each of `before` pixels counts in each of `after`: (after, before)."""
     # With antialiasing torch uses Pillow's kernel (a = -1/2), without it another one (a = -3/4).
-    return F.interpolate(torch.eye(before)[None, None], size=(after, before), mode="bicubic", antialias=True, align_corners=False)[0, 0]
+    return F.interpolate(
+        torch.eye(before)[None, None], size=(after, before), mode="bicubic", antialias=True, align_corners=False
+    )[0, 0]

@@ -14,6 +14,7 @@ from typing import Any
 import httpx2
 import torch
 from PIL import Image
+from torch import Tensor
 
 from .base import Reward
 
@@ -22,7 +23,11 @@ logger = logging.getLogger(__name__)
 FIRST_DELAY, LONGEST_DELAY = 0.5, 15.0  # seconds before the first retry, doubled up to the longest
 CONNECT_TIMEOUT = 5.0
 UNREACHABLE = (httpx2.ConnectTimeout, httpx2.NetworkError, httpx2.ProxyError, httpx2.RemoteProtocolError)
-AWAY = (502, 503, 504)  # what a proxy says while the server behind it restarts, and a server that has too many connections
+AWAY = (
+    502,
+    503,
+    504,
+)  # what a proxy says while the server behind it restarts, and a server that has too many connections
 NOT_FINITE = ("nan", "inf", "-inf")  # JSON has no numbers for them
 
 
@@ -65,25 +70,38 @@ class RemoteReward(Reward):
             raise ValueError(f"`url` ({url!r}) is no address of a server: write it as 'http://127.0.0.1:8000'.")
         if isinstance(columns, str):
             raise ValueError(f"`columns` ({columns!r}) is a string: pass the list [{columns!r}].")
-        for argument, value, least in (("batch_size", batch_size, 1), ("retries", retries, 0), ("patience", patience, 0)):
+        for argument, value, least in (
+            ("batch_size", batch_size, 1),
+            ("retries", retries, 0),
+            ("patience", patience, 0),
+        ):
             if value < least:
                 raise ValueError(f"`{argument}` ({value}) must be at least {least}.")
         if timeout <= 0:
             raise ValueError(f"`timeout` ({timeout}) must be above 0.")
-        self.url, self.name, self.columns, self.batch_size = f"{url.rstrip('/')}/score", name, tuple(columns), batch_size
+        self.url, self.name, self.columns, self.batch_size = (
+            f"{url.rstrip('/')}/score",
+            name,
+            tuple(columns),
+            batch_size,
+        )
         self.timeout, self.retries, self.patience = timeout, retries, patience
 
-    def __call__(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> Awaitable[list[float | None]]:
+    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> Awaitable[list[float | None]]:
         if images.dim() != 4:
-            raise ValueError(f"Reward {self.name!r} sends pictures (B, 3, H, W), but `images` has the shape {tuple(images.shape)}.")
+            raise ValueError(
+                f"Reward {self.name!r} sends pictures (B, 3, H, W), but `images` has the shape {tuple(images.shape)}."
+            )
         # Copied now: a copy by the coroutine would queue behind whatever the trainer gives the device meanwhile.
         return self._ask(images.cpu(), prompts, self._columns(columns))
 
-    async def _ask(self, images: torch.Tensor, prompts: list[str], columns: dict[str, list[Any]]) -> list[float | None]:
+    async def _ask(self, images: Tensor, prompts: list[str], columns: dict[str, list[Any]]) -> list[float | None]:
         scores: list[float | None] = [math.nan] * len(images)
         finite = images.isfinite().flatten(1).all(dim=1).nonzero().flatten().tolist()
         # A client belongs to its event loop, and every call has a loop of its own.
-        async with httpx2.AsyncClient(timeout=httpx2.Timeout(self.timeout, connect=min(CONNECT_TIMEOUT, self.timeout))) as client:
+        async with httpx2.AsyncClient(
+            timeout=httpx2.Timeout(self.timeout, connect=min(CONNECT_TIMEOUT, self.timeout))
+        ) as client:
             for start in range(0, len(finite), self.batch_size):
                 rows = finite[start : start + self.batch_size]
                 body = {
@@ -99,7 +117,9 @@ class RemoteReward(Reward):
     def _columns(self, columns: dict[str, Any]) -> dict[str, list[Any]]:
         for name in self.columns:
             if name not in columns:
-                raise ValueError(f"Reward {self.name!r} is to send the column {name!r}, which the data set does not have: mend `columns`.")
+                raise ValueError(
+                    f"Reward {self.name!r} is to send the column {name!r}, which the data set does not have: mend `columns`."
+                )
             try:
                 json.dumps(columns[name], allow_nan=False)
             except (TypeError, ValueError) as error:
@@ -127,11 +147,11 @@ def _is_score(score: Any) -> bool:
     return score is None or score in NOT_FINITE or (isinstance(score, (int, float)) and not isinstance(score, bool))
 
 
-def _encoded(images: torch.Tensor) -> list[str]:
+def _encoded(images: Tensor) -> list[str]:
     return [png_base64(image) for image in images]
 
 
-def png_base64(image: torch.Tensor) -> str:
+def png_base64(image: Tensor) -> str:
     """A picture (3, H, W) in [0, 1], on the CPU, as base64 of a PNG; rounded to 8 bits per channel."""
     file = io.BytesIO()
     pixels = (image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
@@ -172,7 +192,9 @@ class _Failure:
     away: bool  # nothing that could have read the request is there
 
 
-async def _attempt(client: httpx2.AsyncClient, url: str, body: dict[str, Any], sender: str) -> httpx2.Response | _Failure:
+async def _attempt(
+    client: httpx2.AsyncClient, url: str, body: dict[str, Any], sender: str
+) -> httpx2.Response | _Failure:
     try:
         response = await client.post(url, json=body)
     except UNREACHABLE as error:

@@ -27,15 +27,28 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from torch import Tensor
 
 from .base import Reward
 
 logger = logging.getLogger(__name__)
 
 KEYS = ("images", "prompts", "columns")
-OWN = ("images", "prompts", "trainer_state", "log_extra", "log_metric")  # keywords of the contract, which no column may bear
+OWN = (
+    "images",
+    "prompts",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+)  # keywords of the contract, which no column may bear
 CLOSED = 499  # what nginx calls a request whose sender has gone; nobody reads it
-BROKEN = (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError)  # all that Pillow raises for a PNG
+BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    zlib.error,
+    Image.DecompressionBombError,
+)  # all that Pillow raises for a PNG
 Score = float | str | None
 
 
@@ -108,7 +121,8 @@ async def _body(request: Request, max_bytes: int) -> bytes:
             parts.clear()
     if size > max_bytes:
         raise HTTPException(
-            413, f"The request has {size} bytes, more than `max_bytes` ({max_bytes}) allows: send fewer pictures at a time (`batch_size`)."
+            413,
+            f"The request has {size} bytes, more than `max_bytes` ({max_bytes}) allows: send fewer pictures at a time (`batch_size`).",
         )
     return b"".join(parts)
 
@@ -128,7 +142,9 @@ def read_batch(body: bytes, limits: Limits) -> Batch:
     except (ValueError, RecursionError) as error:
         raise HTTPException(400, f"The body is no JSON: {error}.") from error
     if not isinstance(told, dict) or not {"images", "prompts"} <= told.keys() <= set(KEYS):
-        raise HTTPException(422, "The body must be an object with 'images', 'prompts' and, if need be, 'columns', and nothing else.")
+        raise HTTPException(
+            422, "The body must be an object with 'images', 'prompts' and, if need be, 'columns', and nothing else."
+        )
     encoded, prompts, columns = told["images"], told["prompts"], told.get("columns", {})
     for name, values in (("images", encoded), ("prompts", prompts)):
         if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
@@ -137,10 +153,13 @@ def read_batch(body: bytes, limits: Limits) -> Batch:
         raise HTTPException(422, "'images' is empty: send at least one picture.")
     if len(encoded) > limits.max_batch:
         raise HTTPException(
-            413, f"The request has {len(encoded)} pictures, more than `max_batch` ({limits.max_batch}) allows: make `batch_size` smaller."
+            413,
+            f"The request has {len(encoded)} pictures, more than `max_batch` ({limits.max_batch}) allows: make `batch_size` smaller.",
         )
     if len(prompts) != len(encoded):
-        raise HTTPException(422, f"The request has {len(encoded)} pictures but {len(prompts)} prompts: send one prompt per picture.")
+        raise HTTPException(
+            422, f"The request has {len(encoded)} pictures but {len(prompts)} prompts: send one prompt per picture."
+        )
     _check_columns(columns, len(encoded))
     images = [open_picture(i, picture, limits.max_pixels) for i, picture in enumerate(encoded)]
     if len({image.size for image in images}) > 1:
@@ -176,7 +195,7 @@ def open_picture(number: int, encoded: str, max_pixels: int) -> Image.Image:
     return image
 
 
-def decode(images: list[Image.Image]) -> torch.Tensor:
+def decode(images: list[Image.Image]) -> Tensor:
     """Float32 pictures (B, 3, H, W) in [0, 1]; raises `HTTPException` for one that breaks off."""
     pixels = []
     for number, image in enumerate(images):
@@ -190,7 +209,7 @@ def decode(images: list[Image.Image]) -> torch.Tensor:
 # ---- what is answered ------------------------------------------------------------------------------------------------------
 
 
-def scores_of(reward: Reward, images: torch.Tensor, batch: Batch) -> list[Score]:
+def scores_of(reward: Reward, images: Tensor, batch: Batch) -> list[Score]:
     """The scores as JSON takes them; raises `HTTPException` (500) if the reward fails, of which the log has the traceback."""
     try:
         with torch.no_grad():
@@ -204,14 +223,15 @@ def scores_of(reward: Reward, images: torch.Tensor, batch: Batch) -> list[Score]
             )
             if inspect.isawaitable(scores):
                 scores = asyncio.run(_awaited(scores))
-        values = scores.tolist() if isinstance(scores, torch.Tensor) else list(scores)
+        values = scores.tolist() if isinstance(scores, Tensor) else list(scores)
         numbers = [None if v is None else float(v) for v in values]
     except Exception as error:  # whatever a reward raises must not end the server
         logger.exception("Reward %r failed.", reward.name)
         raise HTTPException(500, f"Reward {reward.name!r} raised {type(error).__name__}: {error}") from error
     if len(numbers) != len(images):
         raise HTTPException(
-            500, f"Reward {reward.name!r} returned {len(numbers)} scores for {len(images)} pictures: it must return one per picture."
+            500,
+            f"Reward {reward.name!r} returned {len(numbers)} scores for {len(images)} pictures: it must return one per picture.",
         )
     return [v if v is None or math.isfinite(v) else str(v) for v in numbers]
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from ..shapes import WEIGHTS, check
 from .base import Reward
@@ -22,5 +22,5 @@ class CheckerReward(Reward):
     name = "checker"
     differentiable = False
 
-    def __call__(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> list[float]:
+    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> list[float]:
         return [float(right) for right in check(images, prompts)]

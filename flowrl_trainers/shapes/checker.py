@@ -7,8 +7,8 @@ import colorsys
 from collections import Counter
 
 import numpy as np
-import torch
 from scipy import ndimage
+from torch import Tensor
 
 from .scenes import COLOURS, OUTLINES, SHAPES, coverage, parse
 
@@ -80,7 +80,7 @@ def _object(
     return _colour_name(core), _shape_name(mask)
 
 
-def check(images: torch.Tensor, prompts: list[str]) -> list[bool]:
+def check(images: Tensor, prompts: list[str]) -> list[bool]:
     """Whether each picture shows exactly the objects of its prompt.
 
     images: (B, 3, H, H), values in [0, 1]. prompts: B captions of the world of shapes (`ValueError` otherwise).

@@ -37,7 +37,12 @@ def new_tokenizer() -> CLIPTokenizer:
 
 def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     """An untrained CLIP for 32 x 32 pictures, 1.0 million parameters."""
-    shared = {"num_attention_heads": 4, "hidden_size": _EMBEDDING, "intermediate_size": 256, "projection_dim": _EMBEDDING}
+    shared = {
+        "num_attention_heads": 4,
+        "hidden_size": _EMBEDDING,
+        "intermediate_size": 256,
+        "projection_dim": _EMBEDDING,
+    }
     text = {
         "vocab_size": len(tokenizer),
         "max_position_embeddings": MAX_TOKENS,

@@ -89,7 +89,9 @@ def draw(objects: list[SceneObject], image_size: int = IMAGE_SIZE) -> np.ndarray
     return picture.round().astype(np.uint8)
 
 
-def random_scene(pairs: list[tuple[str, str]], rng: np.random.Generator, image_size: int = IMAGE_SIZE) -> list[SceneObject]:
+def random_scene(
+    pairs: list[tuple[str, str]], rng: np.random.Generator, image_size: int = IMAGE_SIZE
+) -> list[SceneObject]:
     """Objects of the given colours and shapes with random place, size and shade; two objects never touch.
 
     Sizes scale with the picture: half-widths of 6 to 10 pixels for one object and 5.2 to 7 for two, at 32 pixels.

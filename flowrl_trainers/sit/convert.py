@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
+from torch import Tensor
 
 from .pipeline import SiTPipeline
 from .transformer import SiTTransformer2DModel
 
-Tensors = dict[str, torch.Tensor]
+Tensors = dict[str, Tensor]
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 """The heads of attention by the width D of the official sizes S, B, L and XL; tensors show the width alone."""
@@ -56,7 +57,9 @@ def convert_checkpoint(
     transformer = load_transformer(checkpoint, num_attention_heads)
     classes = transformer.config.num_classes
     if class_names is not None and len(class_names) != classes:
-        raise ValueError(f"`class_names` has {len(class_names)} names, but {str(checkpoint)!r} has {classes} classes: name each.")
+        raise ValueError(
+            f"`class_names` has {len(class_names)} names, but {str(checkpoint)!r} has {classes} classes: name each."
+        )
     try:
         autoencoder = AutoencoderKL.from_pretrained(vae)
     except OSError as error:
@@ -93,7 +96,9 @@ def load_transformer(checkpoint: str | Path, num_attention_heads: int | None = N
         if name not in expected:
             raise ValueError(f"{refusal}: it has a tensor {name!r}, which SiT does not have.")
         if tuple(value.shape) != expected[name]:
-            raise ValueError(f"{refusal}: the tensor for {name!r} is {tuple(value.shape)} where SiT has {expected[name]}.")
+            raise ValueError(
+                f"{refusal}: the tensor for {name!r} is {tuple(value.shape)} where SiT has {expected[name]}."
+            )
     model.load_state_dict(renamed)
     return model.eval()
 
@@ -119,7 +124,7 @@ def _read(path: Path) -> Tensors:
         raise ValueError(f"The checkpoint {str(path)!r} is damaged or no file of tensors ({error}).") from error
     if isinstance(stored, dict):
         stored = stored.get("ema", stored.get("model", stored))
-    if not isinstance(stored, dict) or not all(isinstance(value, torch.Tensor) for value in stored.values()):
+    if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
         raise ValueError(f"{str(path)!r} is not a checkpoint of SiT: it holds no dictionary of tensors.")
     return {name: value.float() for name, value in stored.items()}
 
@@ -128,7 +133,9 @@ def _config(tensors: Tensors, num_attention_heads: int | None) -> dict[str, int]
     """The configuration that the shapes tell. Raises `KeyError` for a tensor that is missing."""
     patches = tensors["x_embedder.proj.weight"]
     if patches.dim() != 4:
-        raise ValueError(f"The checkpoint is not of SiT: 'x_embedder.proj.weight' is {tuple(patches.shape)}, but SiT has a convolution.")
+        raise ValueError(
+            f"The checkpoint is not of SiT: 'x_embedder.proj.weight' is {tuple(patches.shape)}, but SiT has a convolution."
+        )
     dim, in_channels, patch_size, _ = patches.shape
     heads = num_attention_heads or HEADS.get(dim)
     if heads is None or dim % heads:
@@ -169,7 +176,7 @@ def _renamed(tensors: Tensors, config: dict[str, int]) -> Tensors:
     return renamed | tensors
 
 
-def _without_learned_sigma(rows: torch.Tensor, config: dict[str, int]) -> torch.Tensor:
+def _without_learned_sigma(rows: Tensor, config: dict[str, int]) -> Tensor:
     """The rows (p p C, ...) of the output layer. With `learn_sigma` there are 2 C channels a pixel, whose second half is never read."""
     pixels = config["patch_size"] ** 2
     if len(rows) != 2 * pixels * config["in_channels"]:

@@ -8,6 +8,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
+from torch import Tensor
 
 from .transformer import SiTTransformer2DModel
 
@@ -16,7 +17,9 @@ Generators = torch.Generator | list[torch.Generator] | None
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # Sana's loader is the plain one: a transformer and no text encoders
+class SiTPipeline(
+    DiffusionPipeline, SanaLoraLoaderMixin
+):  # Sana's loader is the plain one: a transformer and no text encoders
     """Pictures of classes by the Euler ODE on a uniform grid of sigma, with classifier-free guidance against the class of no class.
 
     transformer: the network. vae: the autoencoder of the latents, which have unit variance after its `scaling_factor`. scheduler: the
@@ -60,7 +63,7 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # Sana's loader is t
             **{name: value for name, value in kwargs.items() if name in understood},
         )
 
-    def class_labels(self, prompt: Prompts) -> torch.Tensor:
+    def class_labels(self, prompt: Prompts) -> Tensor:
         """The numbers of classes that are given by name or number (also as a string), (B,) int64.
 
         Raises `ValueError` for an unknown or ambiguous name and for a number out of range.
@@ -73,7 +76,9 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # Sana's loader is t
             return self._checked(prompt)
         numbers = self.labels.get(prompt.strip(), [])
         if len(numbers) > 1:
-            raise ValueError(f"{prompt!r} is the name of the classes {', '.join(map(str, numbers))}: pass the number of one.")
+            raise ValueError(
+                f"{prompt!r} is the name of the classes {', '.join(map(str, numbers))}: pass the number of one."
+            )
         if numbers:
             return numbers[0]
         try:
@@ -81,7 +86,9 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # Sana's loader is t
         except ValueError as error:
             named = f"one of its {len(self.labels)} class names (`pipeline.labels`) or " if self.labels else ""
             highest = self.transformer.config.num_classes - 1
-            raise ValueError(f"{prompt!r} is no class of this model: pass {named}a number from 0 to {highest}.") from error
+            raise ValueError(
+                f"{prompt!r} is no class of this model: pass {named}a number from 0 to {highest}."
+            ) from error
         return self._checked(number)
 
     def _checked(self, number: int) -> int:
@@ -99,10 +106,12 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # Sana's loader is t
         dtype: torch.dtype,
         device: torch.device,
         generator: Generators = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Noise (B, C, h, w). height, width: of the picture, in pixels. generator: one for all, or a list with one per picture."""
         if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"`generator` is a list of {len(generator)} for {batch_size} prompts: pass one for each, or a single one.")
+            raise ValueError(
+                f"`generator` is a list of {len(generator)} for {batch_size} prompts: pass one for each, or a single one."
+            )
         shape = (batch_size, num_channels_latents, height // self.vae_scale_factor, width // self.vae_scale_factor)
         return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
 
@@ -112,7 +121,9 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # Sana's loader is t
         unit, largest = self.vae_scale_factor * config.patch_size, self.vae_scale_factor * config.sample_size
         for name, size in (("height", height), ("width", width)):
             if size % unit or not 0 < size <= largest:
-                raise ValueError(f"`{name}` ({size}) must be a multiple of {unit} pixels and at most {largest} for this model.")
+                raise ValueError(
+                    f"`{name}` ({size}) must be a multiple of {unit} pixels and at most {largest} for this model."
+                )
 
     @torch.no_grad()
     def __call__(
@@ -145,7 +156,9 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # Sana's loader is t
         labels = self.class_labels(prompt).to(device)
 
         # 2. Noise and the uniform grid; latents stay in float32 whatever the precision of the network
-        latents = self.prepare_latents(len(labels), config.in_channels, height, width, torch.float32, device, generator)
+        latents = self.prepare_latents(
+            len(labels), config.in_channels, height, width, torch.float32, device, generator
+        )
         grid = torch.linspace(1, 0, num_inference_steps + 1)[:-1].tolist() if sigmas is None else sigmas
         self.scheduler.set_timesteps(sigmas=grid, device=device)
 
@@ -163,7 +176,7 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # Sana's loader is t
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _velocity(self, latents: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+    def _velocity(self, latents: Tensor, timestep: Tensor, labels: Tensor, guidance_scale: float) -> Tensor:
         hidden_states = latents.to(self.transformer.dtype)
         v = self.transformer(hidden_states, timestep, labels, return_dict=False)[0].float()
         if guidance_scale > 1:

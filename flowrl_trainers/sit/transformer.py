@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import PatchEmbed, TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero
-from torch import nn
+from torch import Tensor, nn
 
 
 class SiTBlock(nn.Module):
@@ -22,7 +22,7 @@ class SiTBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
         self.ff = FeedForward(dim, inner_dim=mlp_dim, activation_fn="gelu-approximate")
 
-    def forward(self, hidden_states: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, conditioning: Tensor) -> Tensor:
         """hidden_states: (B, N, D), conditioning: (B, D); returns (B, N, D)."""
         normed, gate_attn, shift, scale, gate_ff = self.norm1(hidden_states, emb=conditioning)
         hidden_states = hidden_states + gate_attn[:, None] * self.attn(normed)
@@ -67,13 +67,15 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedder = TimestepEmbedding(256, dim)
         self.class_embedder = nn.Embedding(num_classes + 1, dim)
-        self.transformer_blocks = nn.ModuleList(SiTBlock(dim, num_attention_heads, mlp_dim or 4 * dim) for _ in range(num_layers))
+        self.transformer_blocks = nn.ModuleList(
+            SiTBlock(dim, num_attention_heads, mlp_dim or 4 * dim) for _ in range(num_layers)
+        )
         self.norm_out = AdaLayerNormContinuous(dim, dim, elementwise_affine=False, eps=1e-6)
         self.proj_out = nn.Linear(dim, patch_size**2 * in_channels)
 
     def forward(
-        self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor, return_dict: bool = True
-    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
         """The velocity noise - data of noisy latents, of their shape.
 
         hidden_states: (B, C, h, w), h and w multiples of `patch_size` and at most `sample_size`. timestep: (B,), 1000 for noise and 0
@@ -81,7 +83,9 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """
         height, width = hidden_states.shape[-2:]
         t = 1 - timestep / 1000
-        conditioning = self.time_embedder(self.time_proj(t).to(hidden_states.dtype)) + self.class_embedder(class_labels)
+        conditioning = self.time_embedder(self.time_proj(t).to(hidden_states.dtype)) + self.class_embedder(
+            class_labels
+        )
         hidden_states = self.pos_embed(hidden_states)
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -92,7 +96,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         velocity = -self._unpatchify(patches, height, width)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
-    def _unpatchify(self, patches: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    def _unpatchify(self, patches: Tensor, height: int, width: int) -> Tensor:
         """(B, N, p p C), channels last within a patch, to (B, C, height, width)."""
         p, channels = self.config.patch_size, self.config.in_channels
         patches = patches.unflatten(1, (height // p, width // p)).unflatten(3, (p, p, channels))
