@@ -1,4 +1,4 @@
-"""The network of SiT (Scalable Interpolant Transformers, arXiv 2401.08740), put together from the layers of diffusers."""
+"""The network of SiT (Scalable Interpolant Transformers, arXiv 2401.08740), made of layers of diffusers."""
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 
 class SiTBlock(nn.Module):
-    """Self-attention and a feed-forward layer, each shifted, scaled and gated by the conditioning (adaLN-Zero)."""
+    """Self-attention and a feed-forward layer, which the conditioning shifts, scales and gates (adaLN-Zero).
+
+    Args:
+        dim: The width D.
+        num_attention_heads: The attention heads.
+        mlp_dim: The width of the feed-forward layer.
+    """
 
     def __init__(self, dim: int, num_attention_heads: int, mlp_dim: int) -> None:
         super().__init__()
@@ -31,14 +37,22 @@ class SiTBlock(nn.Module):
 
 
 class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
-    """A class-conditional transformer that predicts the velocity of latents in the convention of diffusers' flow schedulers.
+    """A class-conditional transformer that predicts the velocity of latents in the time of diffusers' schedulers.
 
-    The original network reads t in [0, 1], 0 for noise and 1 for data, and predicts data - noise. The conversion happens in `forward`
-    and nowhere else: t = 1 - timestep / 1000, velocity = -(what the network predicts).
+    The original network reads t in [0, 1], 0 for noise and 1 for data, and predicts data - noise. The conversion
+    happens in `forward` and nowhere else: t = 1 - timestep / 1000, velocity = -(prediction of the original network).
 
-    sample_size: height and width of the latents of training; position embeddings exist for this grid, and smaller latents get its
-    centre. in_channels: of the latents; the output has as many. num_classes: the classes; one more row of the class embedding, the
-    last, stands for no class, which guidance needs. mlp_dim: the width of the feed-forward layers, 4 D by default.
+    Args:
+        sample_size: Height and width of the latents of training. Position embeddings exist for this grid; smaller
+            latents get its centre.
+        patch_size: The side of a patch of latents, which becomes one token.
+        in_channels: The channels of the latents and of the output.
+        num_layers: The number of blocks.
+        num_attention_heads: The attention heads of a block.
+        attention_head_dim: The width of a head; D is this times the number of heads.
+        mlp_dim: The width of the feed-forward layers. None: 4 D.
+        num_classes: The number of classes. The class embedding has one more row, the last, for no class, which
+            guidance needs.
     """
 
     _supports_gradient_checkpointing = True
@@ -61,9 +75,10 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
         self.gradient_checkpointing = False
+        # With `pos_embed_max_size` positions are integers, of which smaller latents get the centre.
         self.pos_embed = PatchEmbed(
             sample_size, sample_size, patch_size, in_channels, dim, pos_embed_max_size=sample_size // patch_size
-        )  # integer positions; diffusers crops them to the centre
+        )
         self.time_proj = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
         self.time_embedder = TimestepEmbedding(256, dim)
         self.class_embedder = nn.Embedding(num_classes + 1, dim)
@@ -76,10 +91,13 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def forward(
         self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = True
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """The velocity noise - data of noisy latents, of their shape.
+        """The velocity noise - data of noisy latents (B, C, h, w), in the same shape.
 
-        hidden_states: (B, C, h, w), h and w multiples of `patch_size` and at most `sample_size`. timestep: (B,), 1000 for noise and 0
-        for data, as the scheduler counts. class_labels: (B,), in [0, num_classes], where num_classes is no class.
+        Args:
+            hidden_states: The latents; h and w are multiples of `patch_size` and at most `sample_size`.
+            timestep: (B,), 1000 for noise and 0 for data, as the scheduler counts.
+            class_labels: (B,), in [0, num_classes], where num_classes means no class.
+            return_dict: Whether to return a `Transformer2DModelOutput`, or else a tuple.
         """
         height, width = hidden_states.shape[-2:]
         t = 1 - timestep / 1000
