@@ -21,7 +21,7 @@ from flowrl_trainers import AdjointMatchingConfig, AdjointMatchingTrainer
 from flowrl_trainers.cli.memory import keep_freed_memory
 from flowrl_trainers.shapes import load_pipeline, prompts
 
-PHASES = ("rollout", "reward_gradient", "adjoint", "update")
+PHASES = ("rollout", "reward_gradient", "adjoint", "micro_step")  # an update has one micro-step
 BATCH = 24
 
 
