@@ -197,17 +197,17 @@ def measure(model: str, trainer_class: type[FlowRLTrainer], reward: PickScore, u
         updates: The number of updates to measure, after one that is not counted.
     """
     _, steps, settings = MODELS[model]
-    own = dict(TRAINERS[trainer_class])
+    changes = dict(TRAINERS[trainer_class])
     if trainer_class is not TAFSGRPOTrainer:
-        own["num_inference_steps"] = steps
+        changes["num_inference_steps"] = steps
     if trainer_class is VGGFlowTrainer:
-        own["timestep_bins"] = min(trainer_class.config_class.timestep_bins, steps - 1)
+        changes["timestep_bins"] = min(trainer_class.config_class.timestep_bins, steps - 1)
     asked = [str(number) for number in range(64)] if model.startswith("SiT") else list(prompts("train")["prompt"])[:64]
     clock, folder = Clock(), tempfile.TemporaryDirectory()
     config = trainer_class.config_class(
         output_dir=folder.name, max_steps=1 + updates, per_device_train_batch_size=MICRO_BATCH, num_generations=GROUP,
         gradient_accumulation_steps=IMAGES // MICRO_BATCH, height=SIZE, width=SIZE, bf16=True, report_to="none",
-        save_strategy="no", disable_tqdm=True, **(settings | own),
+        save_strategy="no", disable_tqdm=True, **(settings | changes),
     )  # fmt: skip
     pipeline = build(model)
     size = sum(parameter.numel() for parameter in pipeline.transformer.parameters()) / 1e9

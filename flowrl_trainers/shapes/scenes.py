@@ -81,7 +81,7 @@ def coverage(shape: str, x: float, y: float, size: float, image_size: int = IMAG
     """
     k = _SUPERSAMPLING
     mask = Image.new("L", (image_size * k, image_size * k), 0)
-    # Pixel i spans [i, i + 1), and Pillow paints the pixels whose centres lie inside: this takes half a pixel off.
+    # Pixel i spans [i, i + 1), but Pillow puts its centre at i: hence the 0.5.
     outline = [((x + size * px) * k - 0.5, (y + size * py) * k - 0.5) for px, py in OUTLINES[shape]]
     ImageDraw.Draw(mask).polygon(outline, fill=255)
     return np.asarray(mask.reduce(k), dtype=np.float32) / 255

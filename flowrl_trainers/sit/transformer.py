@@ -75,7 +75,7 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
         self.gradient_checkpointing = False
-        # With `pos_embed_max_size` positions are integers, of which smaller latents get the centre.
+        # `pos_embed_max_size` makes positions integers; smaller latents get those at the centre of the grid.
         self.pos_embed = PatchEmbed(
             sample_size, sample_size, patch_size, in_channels, dim, pos_embed_max_size=sample_size // patch_size
         )
@@ -115,7 +115,13 @@ class SiTTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
     def _unpatchify(self, patches: Tensor, height: int, width: int) -> Tensor:
-        """(B, N, p p C), channels last within a patch, to (B, C, height, width)."""
+        """Put patches together to latents (B, C, height, width).
+
+        Args:
+            patches: (B, N, p p C), channels last within a patch.
+            height: The height of the latents.
+            width: The width of the latents.
+        """
         p, channels = self.config.patch_size, self.config.in_channels
         patches = patches.unflatten(1, (height // p, width // p)).unflatten(3, (p, p, channels))
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, height, width)
