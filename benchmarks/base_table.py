@@ -1,8 +1,8 @@
-"""The table of the embedded base model: how often it draws what a held-out prompt says, for several guidance scales and samplers.
+"""The table of the embedded base model: how often it draws what a held-out prompt says, by guidance scale and sampler.
 
-    python benchmarks/base_table.py [--weights FOLDER] [--pictures 4] [--out docs/tables/base_model.md] [--sheet docs/images/base_grid.png]
+    python benchmarks/base_table.py --out docs/tables/base_model.md --sheet docs/images/base_grid.png
 
-Guidance cannot mend the words that it learned wrong.
+Guidance cannot correct the words that the model learned wrong.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import itertools
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from flowrl_trainers import FlowPipeline
@@ -26,23 +27,34 @@ BATCH = 55
 
 
 @torch.no_grad()
-def sample(flow: FlowPipeline, sampler: str, latents: torch.Tensor, conditioning: Conditioning, generator: torch.Generator) -> torch.Tensor:
-    """Final latents by one of the samplers."""
-    steps, spacing = (20 if "20" in sampler else 4), ("uniform" if "uniform" in sampler else "pipeline")
-    sigmas = flow.sigmas(steps, spacing)
+def sample(
+    flow: FlowPipeline, sampler: str, latents: Tensor, conditioning: Conditioning, generator: torch.Generator
+) -> Tensor:
+    """Final latents by one of the samplers.
+
+    Args:
+        flow: The model.
+        sampler: One of `SAMPLERS`.
+        latents: The initial noise (B, C, h, w).
+        conditioning: The encoded prompts.
+        generator: The generator of the noise that re-noising adds.
+    """
+    sigmas = flow.sigmas(20 if "20" in sampler else 4, "uniform" if "uniform" in sampler else "pipeline")
     if sampler.startswith("ODE"):
         return flow.sample_latents(flow.transformer, conditioning, latents, sigmas)
     for sigma, sigma_next in itertools.pairwise(sigmas):
         levels = sigma.expand(len(latents)), sigma_next.expand(len(latents))
-        mean, std = renoise(latents, flow.velocity(flow.transformer, latents, levels[0], conditioning), *levels, eta=1.0)
+        velocity = flow.velocity(flow.transformer, latents, levels[0], conditioning)
+        mean, std = renoise(latents, velocity, *levels, eta=1.0)
         latents = mean + std * torch.randn(mean.shape, generator=generator)
     return latents
 
 
 def main() -> None:
-    """Print the table in Markdown, and write it where asked."""
+    """Print the table in Markdown, and write it to `--out`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="A folder of `examples/train_shapes.py`. Default: what ships.")
+    weights = "A folder of `examples/train_shapes.py`. Default: the shipped weights."
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help=weights)
     parser.add_argument("--pictures", type=int, default=4, help="The number of pictures per held-out prompt.")
     parser.add_argument("--out", type=Path, default=None, help="A Markdown file to write.")
     parser.add_argument("--sheet", type=Path, default=None, help="A picture to write: 64 pictures of the first row.")
@@ -69,17 +81,19 @@ def main() -> None:
         pictures = torch.cat(images)
         right = torch.tensor(check(pictures, asked), dtype=torch.float32)
         if args.sheet is not None and (scale, sampler) == jobs[0]:
-            sheet, _ = before_after(asked[:64], {"base": pictures[:64]}, {"base": right[:64].bool().tolist()}, columns=8)
+            marks = {"base": right[:64].bool().tolist()}
+            sheet, _ = before_after(asked[:64], {"base": pictures[:64]}, marks, columns=8)
             sheet.save(args.sheet)
+        parts = enumerate(pictures.split(BATCH))
         with torch.no_grad():
-            score = torch.cat([reward(p, asked[i * BATCH : (i + 1) * BATCH]) for i, p in enumerate(pictures.split(BATCH))]).mean()
-        lines += [
-            f"| {scale:g} | {sampler} | {100 * right.mean():.1f} % | {100 * right[~two].mean():.1f} % | {100 * right[two].mean():.1f} % "
-            f"| {score:.3f} | {diversity(pictures, asked, right.bool().tolist()):.3f} |"
-        ]
+            score = torch.cat([reward(p, asked[i * BATCH : (i + 1) * BATCH]) for i, p in parts]).mean()
+        shares = " | ".join(f"{100 * r.mean():.1f} %" for r in (right, right[~two], right[two]))
+        variety = diversity(pictures, asked, right.bool().tolist())
+        lines.append(f"| {scale:g} | {sampler} | {shares} | {score:.3f} | {variety:.3f} |")
     lines += [
         "",
-        f"{len(asked)} pictures a row, of {len(asked) // args.pictures} held-out prompts. torch {torch.__version__}, CPU, seed 0.",
+        f"{len(asked)} pictures a row, of {len(asked) // args.pictures} held-out prompts. torch {torch.__version__}, "
+        "CPU, seed 0.",
     ]
     print("\n".join(lines))
     if args.out is not None:

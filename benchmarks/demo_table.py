@@ -1,4 +1,4 @@
-"""One table of several demos, from the files that they left.
+"""One table of several demos, from the files that they wrote.
 
 python benchmarks/demo_table.py "with value network=demo-vgg" "without=demo-vgg-none" --out docs/tables/vgg_flow.md
 """
@@ -17,13 +17,16 @@ SAMPLERS = {"": "", "_ode": ", drawn by the ODE"}
 
 
 def main() -> None:
-    """Print the table in Markdown, and write it where asked; every run is held to its own base row, which must be the same for all."""
+    """Print the table in Markdown, and write it to `--out`. All runs must have the same base row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="LABEL=FOLDER of a demo's output.")
     parser.add_argument("--out", type=Path, default=None, help="A Markdown file to write.")
     args = parser.parse_args()
-    lines = ["| run | shapes reward | checker accuracy | diversity | updates | seconds of training |", "|---|---:|---:|---:|---:|---:|"]
-    bases = []
+    lines = [
+        "| run | shapes reward | checker accuracy | diversity | updates | seconds of training |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    bases: list[str] = []
     for run in args.runs:
         label, folder = run.split("=", 1)
         report = json.loads((Path(folder) / "metrics.json").read_text())
@@ -38,11 +41,15 @@ def main() -> None:
         for name, row, steps, seconds in rows:
             lines.append(f"| {name} | {_figures(row)} | {steps} | {seconds} |")
     if any(base != bases[0] for base in bases):
-        raise SystemExit("The runs have different base rows: they were not evaluated alike.")
+        raise SystemExit(
+            "The runs have different base rows, so their evaluations cannot be compared: run the demos with the same "
+            "settings of evaluation."
+        )
     pictures = len(prompts("held_out")) * PICTURES_PER_PROMPT
     lines += [
         "",
-        f"{pictures} pictures of held-out prompts, the same seeds, no guidance; one run each, on a CPU, torch {torch.__version__}.",
+        f"{pictures} pictures of held-out prompts, the same seeds, no guidance; one run each, on a CPU, torch "
+        f"{torch.__version__}.",
     ]
     print("\n".join(lines))
     if args.out is not None:

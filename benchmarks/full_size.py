@@ -1,12 +1,13 @@
 """One update of each trainer at full size on one GPU, with random weights: seconds and peak memory.
 
-    python benchmarks/full_size.py --models stable-diffusion-3.5-medium --out docs/tables/full_size_stable_diffusion_3.md
-    python benchmarks/full_size.py --models FLUX.2-klein-4B --out docs/tables/full_size_flux_2_klein.md
-    python benchmarks/full_size.py --models SiT-XL/2 --out docs/tables/full_size_sit.md
+    python benchmarks/full_size.py --models MODEL --out docs/tables/full_size_NAME.md
 
-The transformers and the autoencoders have the published sizes. The text encoders have the published widths but few and thin layers:
-prompts are encoded once, before training, and the encoders leave the GPU. The reward is a PickScore of the published size (CLIP ViT-H/14).
-With random weights nothing is learned; what is measured is what an update costs.
+makes the published tables with these MODEL and NAME: stable-diffusion-3.5-medium and stable_diffusion_3,
+FLUX.2-klein-4B and flux_2_klein, SiT-XL/2 and sit.
+
+The transformers and the autoencoders have the published sizes. The text encoders have the published widths but few and
+thin layers: the trainer encodes prompts once, before training, and the encoders leave the GPU. The reward is a
+PickScore of the published size (CLIP ViT-H/14). Random weights learn nothing; the table shows what an update costs.
 """
 
 import argparse
@@ -77,11 +78,11 @@ FOUR_BLOCKS = {
 
 
 def clip_text(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModelWithProjection:
-    """Two layers of a text encoder of a given width and output, for 77 tokens."""
+    """A text encoder of two layers for 77 tokens; `width` is the width of its layers and of its output."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=64, projection_dim=width, num_hidden_layers=2,
-        num_attention_heads=8, max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        num_attention_heads=8, max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return CLIPTextModelWithProjection(config)
 
@@ -90,21 +91,22 @@ def stable_diffusion_3_5_medium() -> StableDiffusion3Pipeline:
     """The transformer has 2.2 billion parameters."""
     tokenizer = new_tokenizer()
     tokenizer.model_max_length = 77
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in "abcdefghijklmnopqrstuvwxyz")]
+    letters = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *letters]
     t5 = T5EncoderModel(T5Config(vocab_size=len(pieces), d_model=4096, d_kv=64, d_ff=64, num_layers=1, num_heads=1))
     transformer = SD3Transformer2DModel(
-        sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64, num_attention_heads=24,
-        joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048, pos_embed_max_size=384, qk_norm="rms_norm",
-        dual_attention_layers=tuple(range(13)),
+        sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64,
+        num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
+        pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13)),
     )  # fmt: skip
     vae = AutoencoderKL(
-        **FOUR_BLOCKS, latent_channels=16, sample_size=1024, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False,
-        use_post_quant_conv=False,
+        **FOUR_BLOCKS, latent_channels=16, sample_size=1024, scaling_factor=1.5305, shift_factor=0.0609,
+        use_quant_conv=False, use_post_quant_conv=False,
     )  # fmt: skip
     return StableDiffusion3Pipeline(
-        transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), text_encoder=clip_text(tokenizer, 768),
-        tokenizer=tokenizer, text_encoder_2=clip_text(tokenizer, 1280), tokenizer_2=tokenizer, text_encoder_3=t5,
-        tokenizer_3=T5Tokenizer(vocab=pieces, extra_ids=0),
+        transformer=transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        text_encoder=clip_text(tokenizer, 768), tokenizer=tokenizer, text_encoder_2=clip_text(tokenizer, 1280),
+        tokenizer_2=tokenizer, text_encoder_3=t5, tokenizer_3=T5Tokenizer(vocab=pieces, extra_ids=0),
     )  # fmt: skip
 
 
@@ -113,18 +115,20 @@ def flux_2_klein_4b() -> Flux2KleinPipeline:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     vocab = {token: i for i, token in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), *special])}
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], extra_special_tokens=special[1:], padding_side="right")
-    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    )
     text = Qwen3Config(
-        vocab_size=300, hidden_size=2560, intermediate_size=64, num_hidden_layers=28, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=16, max_position_embeddings=1024,
+        vocab_size=300, hidden_size=2560, intermediate_size=64, num_hidden_layers=28, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=1024,
     )  # fmt: skip
     transformer = Flux2Transformer2DModel(
-        in_channels=128, num_layers=5, num_single_layers=20, attention_head_dim=128, num_attention_heads=24, joint_attention_dim=7680,
-        guidance_embeds=False,
+        in_channels=128, num_layers=5, num_single_layers=20, attention_head_dim=128, num_attention_heads=24,
+        joint_attention_dim=7680, guidance_embeds=False,
     )  # fmt: skip
     return Flux2KleinPipeline(
-        transformer=transformer, vae=AutoencoderKLFlux2(), text_encoder=Qwen3ForCausalLM(text), tokenizer=tokenizer, is_distilled=True,
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        transformer=transformer, vae=AutoencoderKLFlux2(), text_encoder=Qwen3ForCausalLM(text), tokenizer=tokenizer,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0), is_distilled=True,
     )  # fmt: skip
 
 
@@ -142,7 +146,10 @@ MODELS: dict[str, tuple[Callable[[], Any], int, dict[str, Any]]] = {
 
 
 def build(model: str) -> Any:
-    """A pipeline in bfloat16 on the GPU whose matrices are normal with a standard deviation of 0.02, so that no output is constant."""
+    """A pipeline in bfloat16 on the GPU.
+
+    The matrices of its transformer are normal with a standard deviation of 0.02, so that no output is constant.
+    """
     torch.manual_seed(0)
     with torch.device("cuda"):
         pipeline = MODELS[model][0]()
@@ -157,71 +164,82 @@ def write_pickscore(folder: Path) -> None:
     """A random checkpoint of PickScore's size, with the vocabulary of the shapes."""
     tokenizer = new_tokenizer()
     settings = vit_h_14().to_dict()
-    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    settings["text_config"] |= ends
+    settings["text_config"]["bos_token_id"] = tokenizer.bos_token_id
+    settings["text_config"]["eos_token_id"] = tokenizer.eos_token_id
+    settings["text_config"]["pad_token_id"] = tokenizer.pad_token_id
+    kept = {name: settings[name] for name in ("text_config", "vision_config", "projection_dim")}
     with torch.device("cuda"):
-        model = CLIPModel(CLIPConfig(**{name: settings[name] for name in ("text_config", "vision_config", "projection_dim")}))
+        model = CLIPModel(CLIPConfig(**kept))
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     CLIPImageProcessor().save_pretrained(folder)
 
 
 class Clock(TrainerCallback):
-    """When each update was done."""
+    """Notes when each update is done."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the time once the GPU has done what it was given."""
+        """Wait for the GPU to finish the update, then note the time."""
         torch.cuda.synchronize()
         self.times.append(time.perf_counter())
 
 
 def measure(model: str, trainer_class: type[FlowRLTrainer], reward: PickScore, updates: int) -> str:
-    """A row of the table; all memory is free again afterwards."""
+    """Train for some updates, and return a row of the table. Afterwards nothing holds the trainer's memory.
+
+    Args:
+        model: One of `MODELS`.
+        trainer_class: One of `TRAINERS`.
+        reward: The reward.
+        updates: The number of updates to measure, after one that is not counted.
+    """
     _, steps, settings = MODELS[model]
-    own = dict(TRAINERS[trainer_class])
+    changes = dict(TRAINERS[trainer_class])
     if trainer_class is not TAFSGRPOTrainer:
-        own["num_inference_steps"] = steps
+        changes["num_inference_steps"] = steps
     if trainer_class is VGGFlowTrainer:
-        own["timestep_bins"] = min(trainer_class.config_class.timestep_bins, steps - 1)
+        changes["timestep_bins"] = min(trainer_class.config_class.timestep_bins, steps - 1)
     asked = [str(number) for number in range(64)] if model.startswith("SiT") else list(prompts("train")["prompt"])[:64]
     clock, folder = Clock(), tempfile.TemporaryDirectory()
     config = trainer_class.config_class(
         output_dir=folder.name, max_steps=1 + updates, per_device_train_batch_size=MICRO_BATCH, num_generations=GROUP,
-        gradient_accumulation_steps=IMAGES // MICRO_BATCH, height=SIZE, width=SIZE, bf16=True, report_to="none", save_strategy="no",
-        disable_tqdm=True, **(settings | own),
+        gradient_accumulation_steps=IMAGES // MICRO_BATCH, height=SIZE, width=SIZE, bf16=True, report_to="none",
+        save_strategy="no", disable_tqdm=True, **(settings | changes),
     )  # fmt: skip
     pipeline = build(model)
     size = sum(parameter.numel() for parameter in pipeline.transformer.parameters()) / 1e9
-    trainer = trainer_class(
-        pipeline, reward, config, Dataset.from_dict({"prompt": asked}), peft_config=LoraConfig(r=RANK, lora_alpha=RANK), callbacks=[clock]
-    )
+    dataset, lora = Dataset.from_dict({"prompt": asked}), LoraConfig(r=RANK, lora_alpha=RANK)
+    trainer = trainer_class(pipeline, reward, config, dataset, peft_config=lora, callbacks=[clock])
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
     seconds = statistics.median(later - sooner for sooner, later in zip(clock.times, clock.times[1:], strict=False))
     memory = torch.cuda.max_memory_allocated() / 2**30
     folder.cleanup()
-    return f"| {model} | {size:.1f} B | {trainer_class._name} | {config.num_inference_steps} | {seconds:.1f} | {memory:.0f} |"
+    method = f"{trainer_class._name} | {config.num_inference_steps}"
+    return f"| {model} | {size:.1f} B | {method} | {seconds:.1f} | {memory:.0f} |"
 
 
 def main() -> None:
-    """Print the table in Markdown, row by row, and write it where asked."""
+    """Print the table in Markdown, row by row, and write it to `--out`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="The models to measure.")
-    parser.add_argument("--updates", type=int, default=3, help="The counted updates of each, after one that is not counted.")
-    parser.add_argument("--out", type=Path, default=None, help="A Markdown file to write, after every row anew.")
+    updates = "The counted updates of each, after one that is not counted."
+    parser.add_argument("--updates", type=int, default=3, help=updates)
+    parser.add_argument("--out", type=Path, default=None, help="A Markdown file, which is rewritten after every row.")
     args = parser.parse_args()
     lines = [
         "| model | transformer | trainer | sampler steps | seconds per update | peak memory, GiB |",
         "|---|---:|---|---:|---:|---:|",
     ]
     foot = (
-        f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}. Random weights, bfloat16, LoRA of rank {RANK}, {SIZE} x {SIZE} "
-        f"pixels, no guidance, {IMAGES} images per update in micro-batches of {MICRO_BATCH}, no gradient checkpointing; reward: PickScore "
-        f"(random ViT-H/14, bfloat16); {GROUP} images per prompt, AC-Flow after a warm-up of one rollout, else the defaults. Seconds: "
-        f"median of {args.updates} updates after a first one that is not counted, with rollout, reward and loss."
+        f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}. Random weights, bfloat16, LoRA of rank {RANK}, "
+        f"{SIZE} x {SIZE} pixels, no guidance, {IMAGES} images per update in micro-batches of {MICRO_BATCH}, no "
+        f"gradient checkpointing; reward: PickScore (random ViT-H/14, bfloat16); {GROUP} images per prompt, AC-Flow "
+        f"after a warm-up of one rollout, else the defaults. Seconds: median of {args.updates} updates after a first "
+        "one that is not counted, with rollout, reward and loss."
     )
     with tempfile.TemporaryDirectory() as folder:
         write_pickscore(Path(folder))

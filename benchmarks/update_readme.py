@@ -1,4 +1,4 @@
-"""Put the outcome of a demo into the README: its picture and its table, from the files that it left.
+"""Puts the picture and the table of a demo into the README, from the files that the demo wrote.
 
 python benchmarks/update_readme.py flowrl-demo
 """
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def main() -> None:
-    """Replace what stands between the two marks."""
+    """Copy the pictures, and replace the text of the README between the two marks."""
     run = Path(sys.argv[1])
     report = json.loads((run / "metrics.json").read_text())
     for name in ("before_after.png", "reward_curve.png"):
@@ -24,15 +24,18 @@ def main() -> None:
     rows = ["| | shapes reward | checker accuracy | diversity |", "|---|---:|---:|---:|"]
     for label in ("base", "tuned"):
         row = report[label]
-        rows += [f"| {label} | {row['reward/shapes']:.3f} | {100 * row['checker_accuracy']:.1f} % | {row['diversity']:.3f} |"]
+        accuracy = f"{100 * row['checker_accuracy']:.1f} %"
+        rows.append(f"| {label} | {row['reward/shapes']:.3f} | {accuracy} | {row['diversity']:.3f} |")
     seconds = " and ".join(f"{value:.0f} s of {phase}" for phase, value in report["seconds"].items())
     picture = "![Held-out prompts before and after tuning](docs/images/before_after.png)"
     pictures = len(prompts("held_out")) * PICTURES_PER_PROMPT
-    note = f"{pictures} pictures of held-out prompts, the same seeds, no guidance; one run, seed 42, {seconds} on a CPU."
+    note = (
+        f"{pictures} pictures of held-out prompts, the same seeds, no guidance; one run, seed 42, {seconds} on a CPU."
+    )
     block = "\n\n".join([picture, "\n".join(rows), note])
     readme = ROOT / "README.md"
-    text = re.sub(r"(<!-- demo:begin -->\n).*(<!-- demo:end -->)", lambda m: f"{m[1]}{block}\n{m[2]}", readme.read_text(), flags=re.S)
-    readme.write_text(text)
+    marks = re.compile(r"(<!-- demo:begin -->\n).*(<!-- demo:end -->)", flags=re.S)
+    readme.write_text(marks.sub(lambda m: f"{m[1]}{block}\n{m[2]}", readme.read_text()))
 
 
 if __name__ == "__main__":

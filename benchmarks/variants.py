@@ -1,10 +1,10 @@
-"""A method on shapes against its own variants, several seeds each.
+"""Compares a method on shapes with variants of it, over several seeds.
 
     python benchmarks/variants.py tafs_grpo --equal_time --out docs/tables/tafs_grpo_against_flow_grpo.md
     python benchmarks/variants.py ac_flow --out docs/tables/ac_flow_ablations.md
 
-Every run is `flowrl demo` with the checker as its reward, in a folder of its own below `--folder`; one that has finished is not
-repeated. Variants that are compared at equal time get as many seconds of training as the first one took.
+Every run is `flowrl demo` with the checker as its reward, in a separate folder below `--folder`; finished runs are not
+repeated. With `--equal_time` every variant trains for as many seconds as the first one.
 """
 
 import argparse
@@ -14,12 +14,13 @@ import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-# What differs from the method's demo.
-VARIANTS = {
+# The settings in which each variant differs from the method's demo.
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "tafs_grpo": {
         "TAFS-GRPO": {},
         "Flow-GRPO": {
@@ -37,8 +38,16 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def run(method: str, changes: dict, seed: int, updates: int, folder: Path) -> dict:
-    """The report of one demo, made unless it is there with the same settings."""
+def run(method: str, changes: dict[str, Any], seed: int, updates: int, folder: Path) -> dict[str, Any]:
+    """Run a demo, unless the folder has one with the same settings, and return its report.
+
+    Args:
+        method: The method.
+        changes: The settings in which the variant differs from the method's demo.
+        seed: The seed.
+        updates: The number of updates.
+        folder: The folder of the run.
+    """
     settings = changes | {
         "seed": seed,
         "max_steps": updates,
@@ -55,34 +64,43 @@ def run(method: str, changes: dict, seed: int, updates: int, folder: Path) -> di
 
 
 def main() -> None:
-    """Run what is missing, print the table in Markdown, and write it where asked."""
+    """Run the missing demos, print the table in Markdown, and write it to `--out`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method", choices=VARIANTS, help="The method.")
     parser.add_argument("--seeds", type=int, default=3, help="The number of seeds.")
     parser.add_argument("--updates", type=int, default=30, help="The updates of the first variant.")
-    parser.add_argument("--equal_time", action="store_true", help="Give the others as many updates as fit into the first one's seconds.")
-    parser.add_argument("--jobs", type=int, default=1, help="How many runs go on at once; give each its share of OMP_NUM_THREADS.")
+    equal_time = "Give the others as many updates as fit into the first one's seconds."
+    parser.add_argument("--equal_time", action="store_true", help=equal_time)
+    jobs = "The number of runs at the same time; give each its share of OMP_NUM_THREADS."
+    parser.add_argument("--jobs", type=int, default=1, help=jobs)
     parser.add_argument("--folder", type=Path, default=Path("variants"), help="The folder of the runs.")
     parser.add_argument("--out", type=Path, default=None, help="A Markdown file to write.")
     args = parser.parse_args()
-    runs: dict[str, list[Future[dict]]] = {}
+    runs: dict[str, list[Future[dict[str, Any]]]] = {}
     pool = ThreadPoolExecutor(args.jobs)
     updates = dict.fromkeys(VARIANTS[args.method], args.updates)
     first = next(iter(updates))
     for label, changes in VARIANTS[args.method].items():
         if args.equal_time and label != first:
-            wait([r for earlier in runs.values() for r in earlier])  # nothing else is to run beside the probe
+            wait([r for earlier in runs.values() for r in earlier])  # the probe measures time, so it runs alone
             probe = run(args.method, changes, 0, 4, args.folder / args.method / f"{label}, probe")
             each = probe["seconds"]["training"] / 4
             updates[label] = round(statistics.mean(r.result()["seconds"]["training"] for r in runs[first]) / each)
         place = args.folder / args.method / label
-        runs[label] = [pool.submit(run, args.method, changes, seed, updates[label], place / f"seed {seed}") for seed in range(args.seeds)]
-    for finished in tqdm(as_completed([r for each in runs.values() for r in each]), desc=args.method, total=args.seeds * len(runs)):
-        finished.result()  # a run that failed is told at once
+        runs[label] = [
+            pool.submit(run, args.method, changes, seed, updates[label], place / f"seed {seed}")
+            for seed in range(args.seeds)
+        ]
+    every = [r for each in runs.values() for r in each]
+    for finished in tqdm(as_completed(every), desc=args.method, total=len(every)):
+        finished.result()  # raises as soon as a run has failed
     reports = {label: [r.result() for r in each] for label, each in runs.items()}
 
-    lines = ["| variant | checker accuracy | rise, points | shapes reward | diversity, share of base | updates | seconds of training |"]
-    lines += ["|---|---:|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| variant | checker accuracy | rise, points | shapes reward | diversity, share of base | updates "
+        "| seconds of training |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
     for label, rows in reports.items():
         figures = [
             _spread([100 * r["tuned"]["checker_accuracy"] for r in rows], ".1f"),

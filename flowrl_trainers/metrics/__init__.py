@@ -1,4 +1,4 @@
-"""What is measured of pictures beside their rewards."""
+"""Measures of pictures other than their rewards."""
 
 from .diversity import diversity, diversity_by_prompt, mean_distance
 from .evaluate_metrics import CheckerAccuracy, Diversity, MeanReward, PriorPreservation

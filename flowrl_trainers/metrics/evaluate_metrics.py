@@ -1,7 +1,7 @@
-"""What is measured of pictures, as metrics of the `evaluate` library.
+"""Measures of pictures as metrics of the `evaluate` library.
 
 from flowrl_trainers.metrics import Diversity
-Diversity().compute(images=pictures, prompts=prompts)          # pictures of Pillow
+Diversity().compute(images=pictures, prompts=prompts)  # pictures of Pillow
 Diversity(clip.image_embeddings).compute(images=..., prompts=...)  # in the feature space of a CLIP reward
 """
 
@@ -12,38 +12,46 @@ import datasets
 import evaluate
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..shapes import check
 from .diversity import diversity, diversity_by_prompt
 
-Features = Callable[[torch.Tensor], torch.Tensor]
+Features = Callable[[Tensor], Tensor]
 """From images (B, 3, H, W) in [0, 1] to features (B, D)."""
 
 IMAGES = {"images": datasets.Image(), "prompts": datasets.Value("string")}
 
 
-def as_tensor(images: list[Any]) -> torch.Tensor:
+def as_tensor(images: list[Any]) -> Tensor:
     """Pictures of Pillow, of one size, as (B, 3, H, W) float32 in [0, 1]."""
-    return torch.stack([torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1) for image in images])
+    arrays = [np.asarray(image.convert("RGB"), dtype=np.float32) / 255 for image in images]
+    return torch.stack([torch.from_numpy(array).permute(2, 0, 1) for array in arrays])
 
 
 class _PictureMetric(evaluate.Metric):
-    """A metric of pictures: its class says what it is (docstring) and what it takes (`takes`)."""
+    """A metric of pictures. A subclass describes it in the docstring and names its columns in `takes`."""
 
     takes: dict[str, Any] = IMAGES
 
     def __init__(self, space: Features | None = None, **kwargs: Any) -> None:
-        """space: what maps pictures to the features that are compared; None for pixels."""
+        """Compare pictures by the features to which `space` maps them; None compares pixels."""
         self.space = space
         super().__init__(keep_in_memory=True, **kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description=self.__doc__ or "", citation="", inputs_description=", ".join(self.takes), features=datasets.Features(self.takes)
+            description=self.__doc__ or "",
+            citation="",
+            inputs_description=", ".join(self.takes),
+            features=datasets.Features(self.takes),
         )
 
-    def _placed(self, images: list[Any]) -> torch.Tensor:
-        """Pictures as points: pixels as they are, or features shaped so that root mean square distance is Euclidean distance."""
+    def _placed(self, images: list[Any]) -> Tensor:
+        """Pictures as points: their pixels, or their features (B, D) times sqrt(D).
+
+        The root mean square difference of features that are scaled in this way is their Euclidean distance.
+        """
         pictures = as_tensor(images)
         if self.space is None:
             return pictures
@@ -53,8 +61,9 @@ class _PictureMetric(evaluate.Metric):
 
 
 class Diversity(_PictureMetric):
-    """Mean distance between the pictures of a prompt: root mean square over pixels, or Euclidean between features. `accepted`, one bool
-    per picture, leaves wrong pictures out. NaN where no prompt has two.
+    """Mean distance between the pictures of a prompt: root mean square over pixels, or Euclidean between features.
+
+    `accepted`, one bool per picture, excludes wrong pictures. NaN if no prompt has two accepted pictures.
     """
 
     def _compute(self, images: list[Any], prompts: list[str], accepted: list[bool] | None = None) -> dict[str, float]:
@@ -62,8 +71,9 @@ class Diversity(_PictureMetric):
 
 
 class PriorPreservation(_PictureMetric):
-    """Mean distance between a tuned picture and the base model's of the same prompt and seed, and that between the base's own pictures of
-    a prompt, as a yardstick: `prior_distance` and `prior_spread`.
+    """`prior_distance`: the mean distance between the tuned and the base model's picture of one prompt and seed.
+
+    `prior_spread` is a yardstick for it: the mean distance between the base model's pictures of one prompt.
     """
 
     takes = IMAGES | {"base_images": datasets.Image()}
@@ -72,15 +82,19 @@ class PriorPreservation(_PictureMetric):
         tuned, base = self._placed(images), self._placed(base_images)
         distances = (tuned - base).square().flatten(1).mean(dim=1).sqrt()
         spread = diversity_by_prompt(base, prompts).values()
-        return {"prior_distance": float(distances.mean()), "prior_spread": sum(spread) / len(spread) if spread else float("nan")}
+        mean_spread = sum(spread) / len(spread) if spread else float("nan")
+        return {"prior_distance": float(distances.mean()), "prior_spread": mean_spread}
 
 
 class MeanReward(evaluate.Metric):
-    """The mean of scores, those that are missing (None) left out, and their share."""
+    """The mean of the scores that are there, and the share of those that are missing (None or NaN)."""
 
     def _info(self) -> evaluate.MetricInfo:
         features = datasets.Features({"scores": datasets.Value("float64")})
-        return evaluate.MetricInfo(description=self.__doc__ or "", citation="", inputs_description="scores", features=features)
+        description = self.__doc__ or ""
+        return evaluate.MetricInfo(
+            description=description, citation="", inputs_description="scores", features=features
+        )
 
     def _compute(self, scores: list[float | None]) -> dict[str, float]:
         present = [s for s in scores if s is not None and s == s]
@@ -89,7 +103,7 @@ class MeanReward(evaluate.Metric):
 
 
 class CheckerAccuracy(_PictureMetric):
-    """The share of pictures of the world of shapes that show what their prompt asks for."""
+    """The share of pictures of the world of shapes that show exactly what their prompt asks for."""
 
     def _compute(self, images: list[Any], prompts: list[str]) -> dict[str, float]:
         return {"checker_accuracy": float(np.mean(check(as_tensor(images), prompts)))}

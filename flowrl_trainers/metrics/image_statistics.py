@@ -1,25 +1,27 @@
-"""Numbers that betray pictures made for a reward's sake: noise and speckle, washed-out or garish colours."""
+"""Statistics that show when a model draws for the reward alone: noise and speckle, washed-out or garish colours."""
 
 import torch
+from torch import Tensor
 
-EDGE = 0.1  # a step of brightness between neighbours that one sees
+EDGE = 0.1  # a step of brightness between neighbouring pixels that people can see
 LEVELS = 4  # per colour channel
 
 
-def edge_density(images: torch.Tensor) -> torch.Tensor:
-    """The share of neighbouring pixels, across and down, between which brightness changes by more than 0.1: (B,) in [0, 1].
+def edge_density(images: Tensor) -> Tensor:
+    """The share of pairs of neighbouring pixels whose brightness differs by more than 0.1: (B,) in [0, 1].
 
-    images: (B, 3, H, W) in [0, 1]. Brightness is the mean of the channels. Speckle raises it, blur and empty pictures lower it.
+    images: (B, 3, H, W) in [0, 1]. Neighbours lie beside or below each other; brightness is the mean of the channels.
+    Speckle raises the share, blur and empty pictures lower it.
     """
     brightness = images.mean(dim=1)
     across, down = (brightness.diff(dim=dim).abs() > EDGE for dim in (2, 1))
     return (across.flatten(1).sum(dim=1) + down.flatten(1).sum(dim=1)) / (across[0].numel() + down[0].numel())
 
 
-def colour_entropy(images: torch.Tensor) -> torch.Tensor:
+def colour_entropy(images: Tensor) -> Tensor:
     """The entropy of the colours of a picture in bits, with four levels per channel: (B,) in [0, 6].
 
-    images: (B, 3, H, W) in [0, 1]. 0 is a picture of one colour, 6 uses all 64 evenly.
+    images: (B, 3, H, W) in [0, 1]. A picture of one colour has 0, one that uses all 64 colours evenly has 6.
     """
     level = (images * LEVELS).long().clamp(0, LEVELS - 1)
     colour = (level[:, 0] * LEVELS + level[:, 1]) * LEVELS + level[:, 2]

@@ -1,31 +1,42 @@
-"""Telling a reward that was hacked from pictures that got better."""
+"""Distinguishes a model that hacked its reward from one whose pictures got better."""
 
 import math
 
-import torch
+from torch import Tensor
 
-LEAST_DIVERSITY = 0.75  # of the base's
-MOST_CHANGE = 1.5  # of an image statistic, either way
-
-
+LEAST_DIVERSITY = 0.75  # as a share of the base model's
+MOST_CHANGE = 1.5  # the factor by which an image statistic may rise or fall
 SURE = 2.0  # standard errors
 
 
-def standard_error_of_change(before: torch.Tensor, after: torch.Tensor) -> float:
-    """Of the mean difference of the scores (N,) of the same pictures, NaN where there is none; infinite for fewer than two differences."""
+def standard_error_of_change(before: Tensor, after: Tensor) -> float:
+    """The standard error of the mean change of the scores (N,) of the same pictures.
+
+    Pictures without both scores (NaN) do not count; with fewer than two that count, the error is infinite.
+    """
     difference = (after - before)[(after - before).isfinite()]
     return float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else math.inf
 
 
 def signs_of_over_optimisation(
-    base: dict[str, float], tuned: dict[str, float], trained: dict[str, float], judges: list[str], errors: dict[str, float]
+    base: dict[str, float],
+    tuned: dict[str, float],
+    trained: dict[str, float],
+    judges: list[str],
+    errors: dict[str, float],
 ) -> list[str]:
-    """What speaks against what training reached: one clause each, none where it reached nothing or nothing does.
+    """The signs that training improved its rewards at the cost of the pictures, one clause each.
 
-    base, tuned: rows of an evaluation. trained: the weights of the rewards that training saw, negative where they were lowered. judges:
-    those that it never saw. errors: the `standard_error_of_change` of each reward; what changed by less than two of them neither rose nor
-    fell. The bounds are our choice: a judge below the base's mean, diversity below 75 % of it, edge density or colour entropy changed by a
-    factor of 1.5.
+    There is no sign unless all trained rewards improved. A reward rose or fell if its mean changed by more than two
+    standard errors. Signs are a judge that fell, diversity below 75 % of the base model's, and edge density or colour
+    entropy that changed by more than a factor of 1.5. These bounds are our choice.
+
+    Args:
+        base: The base model's row of an evaluation.
+        tuned: The tuned model's row.
+        trained: The rewards that training saw and their weights, which are negative for rewards to be lowered.
+        judges: The rewards that training never saw.
+        errors: The `standard_error_of_change` of each reward.
     """
 
     def moved(name: str, way: float) -> bool:

@@ -1,4 +1,4 @@
-"""Networks of our own that are trained beside a pipeline's transformer."""
+"""Networks that are trained beside a pipeline's transformer."""
 
 from .critic import ConvCritic, MLPCritic, critic
 from .value_network import ValueMLP, ValueUNet, value_network

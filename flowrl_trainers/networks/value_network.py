@@ -1,7 +1,7 @@
-"""Networks that map a state of a trajectory to a vector of its own shape: the residual of a value gradient.
+"""Networks for the residual of a value gradient, for VGG-Flow: they map a state to a tensor of the same shape.
 
-All are called as `network(latents, sigma, prompt_features, prompt_mask)` and start from almost zero. latents: (B, ...) float32. sigma:
-(B,). prompt_features: (B, L, D). prompt_mask: (B, L), True where there is a token. They return a tensor like latents.
+A network is called as `network(latents, sigma, prompt_features, prompt_mask)`. An untrained network returns almost
+zero.
 """
 
 import math
@@ -9,19 +9,27 @@ import math
 import torch
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
-from torch import nn
+from torch import Tensor, nn
 
-WIDTHS = (64, 128, 256, 256)  # arXiv 2512.05116 calls it a scaled-down U-Net of Stable Diffusion; the widths are those of its code
+# arXiv 2512.05116 uses a "scaled-down" U-Net of Stable Diffusion; these widths are those of its code.
+WIDTHS = (64, 128, 256, 256)
 SMALLEST_SIDE = 4
 SMALL = 1e-3
-# The embedding's fastest wave has one radian per unit of its timestep: a finite difference over 0.01 of sigma must see it as smooth.
+# The fastest wave of the timestep embedding advances one radian per unit of the timestep. VGG-Flow takes a finite
+# difference over 0.01 of sigma: with this factor the wave advances 0.2 radian over it, so the network looks smooth.
 TIMESTEP_PER_SIGMA = 20.0
 
 
 class ValueUNet(ModelMixin, ConfigMixin):
     """For spatial latents (B, C, h, w): a U-Net of diffusers with cross-attention to the prompt, one layer per block.
 
-    It has as many levels, at most four, as leave the smaller side of the latent at least 4 in the deepest one.
+    It has at most four levels, and only as many as keep the smaller side at 4 or more in the deepest level.
+
+    Args:
+        channels: The channels C of the latents.
+        height: Their height h.
+        width: Their width w.
+        prompt_dim: The width of the prompt's features.
     """
 
     @register_to_config
@@ -40,48 +48,71 @@ class ValueUNet(ModelMixin, ConfigMixin):
         )
         _make_small(self.unet.conv_out)
 
-    def forward(self, latents: torch.Tensor, sigma: torch.Tensor, prompt_features: torch.Tensor, prompt_mask: torch.Tensor) -> torch.Tensor:
-        """See the module."""
-        return self.unet(latents, TIMESTEP_PER_SIGMA * sigma, prompt_features, encoder_attention_mask=prompt_mask).sample
+    def forward(self, latents: Tensor, sigma: Tensor, prompt_features: Tensor, prompt_mask: Tensor) -> Tensor:
+        """The residuals, shaped like the latents.
+
+        Args:
+            latents: (B, C, h, w) float32.
+            sigma: The noise levels (B,).
+            prompt_features: (B, L, D).
+            prompt_mask: (B, L), True where there is a token.
+        """
+        timestep = TIMESTEP_PER_SIGMA * sigma
+        return self.unet(latents, timestep, prompt_features, encoder_attention_mask=prompt_mask).sample
 
 
 class ValueMLP(ModelMixin, ConfigMixin):
-    """For latents that are vectors (B, d): three hidden layers of 256, which read latent, sigma and the mean of the prompt's features."""
+    """For latents that are vectors (B, d): three hidden layers over latent, sigma and mean feature of the prompt.
+
+    Args:
+        dim: The length d of the vectors.
+        prompt_dim: The width of the prompt's features.
+        width: The width of the hidden layers.
+    """
 
     @register_to_config
     def __init__(self, dim: int, prompt_dim: int, width: int = 256) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(dim + 3 + prompt_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+            nn.Linear(dim + 3 + prompt_dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+            nn.Linear(width, width), nn.SiLU(),
         )  # fmt: skip
         self.out = nn.Linear(width, dim)
         _make_small(self.out)
 
-    def forward(self, latents: torch.Tensor, sigma: torch.Tensor, prompt_features: torch.Tensor, prompt_mask: torch.Tensor) -> torch.Tensor:
-        """See the module."""
-        return self.out(self.layers(torch.cat([latents, time_features(sigma), masked_mean(prompt_features, prompt_mask)], dim=1)))
+    def forward(self, latents: Tensor, sigma: Tensor, prompt_features: Tensor, prompt_mask: Tensor) -> Tensor:
+        """The residuals, shaped like the latents.
+
+        Args:
+            latents: (B, d) float32.
+            sigma: The noise levels (B,).
+            prompt_features: (B, L, D).
+            prompt_mask: (B, L), True where there is a token.
+        """
+        inputs = [latents, time_features(sigma), masked_mean(prompt_features, prompt_mask)]
+        return self.out(self.layers(torch.cat(inputs, dim=1)))
 
 
 def value_network(latent_shape: torch.Size, prompt_dim: int) -> ValueUNet | ValueMLP:
-    """The network that follows the latents (C, h, w) or (d,); prompt_dim: the width of the prompt's features."""
+    """The network for latents of the shape (C, h, w) or (d,); the prompt's features have the width `prompt_dim`."""
     if len(latent_shape) == 3:
         return ValueUNet(*latent_shape, prompt_dim=prompt_dim)
     return ValueMLP(latent_shape.numel(), prompt_dim)
 
 
-def time_features(sigma: torch.Tensor) -> torch.Tensor:
+def time_features(sigma: Tensor) -> Tensor:
     """Smooth functions of sigma (B,): (B, 3)."""
     return torch.stack([sigma, torch.sin(math.pi * sigma), torch.cos(math.pi * sigma)], dim=1)
 
 
-def masked_mean(features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def masked_mean(features: Tensor, mask: Tensor) -> Tensor:
     """The mean (B, D) of the features (B, L, D) whose mask (B, L) is True."""
     weights = mask.to(features.dtype)[..., None]
     return (features * weights).sum(dim=1) / weights.sum(dim=1)
 
 
 def _make_small(layer: nn.Conv2d | nn.Linear) -> None:
-    """Scale the weights and zero the bias, which would otherwise be larger than what the weights leave."""
+    """Scale the weights down and zero the bias, which would otherwise dominate the output."""
     with torch.no_grad():
         layer.weight.mul_(SMALL)
         if layer.bias is not None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from .base import Reward
@@ -15,7 +16,7 @@ def linear_layers(width: int) -> torch.nn.Sequential:
     """LAION's five linear layers without activations between them, (B, width) to (B, 1)."""
     return torch.nn.Sequential(
         torch.nn.Linear(width, 1024),
-        torch.nn.Dropout(0.2),  # idle at inference, but it gives the next layer its number in the checkpoint
+        torch.nn.Dropout(0.2),  # does nothing at inference, but gives the next layer its number in the checkpoint
         torch.nn.Linear(1024, 128),
         torch.nn.Dropout(0.2),
         torch.nn.Linear(128, 64),
@@ -37,16 +38,22 @@ class AestheticPredictor(CLIPVisionModelWithProjection):
 
 
 class AestheticReward(Reward):
-    """LAION's improved aesthetic predictor v2 (sac+logos+ava1-l14-linearMSE): a mean opinion, meant to be 1 to 10. Differentiable.
+    """LAION's improved aesthetic predictor v2 (sac+logos+ava1-l14-linearMSE): people's mean opinion, from 1 to 10.
 
-    score = w · e + b, with e the embedding of a CLIP ViT-L/14, scaled to unit length
+    score = w · e + b, where e is the embedding of a CLIP ViT-L/14, scaled to unit length
 
-    Pictures of diffusion models mostly score 4.5 to 7. It ignores the prompt, so a model trained on it alone stops following
-    prompts; fooled by painterly textures, soft light and portraits. Not clipped: 10 can be passed. Pictures are resized, cropped at the
-    centre and normalised in torch.
+    Differentiable. Pictures of diffusion models mostly score 4.5 to 7; nothing clips the score, so it can exceed 10.
+    It ignores the prompt, so a model that is trained on it alone stops following prompts. Fooled by painterly
+    textures, soft light and portraits. Pictures are resized, cropped at the centre and normalised in torch.
 
-    checkpoint: a folder or a repository of the Hub with tower, layers and image processor. revision: branch, tag or commit on the Hub.
-    dtype: of the weights. Raises `ValueError` for a checkpoint that cannot be had.
+    Args:
+        checkpoint: A folder or a repository of the Hub with the vision tower, the linear layers and the image
+            processor.
+        revision: Branch, tag or commit on the Hub.
+        dtype: The precision of the weights.
+
+    Raises:
+        ValueError: If the checkpoint cannot be loaded.
     """
 
     name = "aesthetic"
@@ -67,7 +74,7 @@ class AestheticReward(Reward):
         self.model.to(device)
         self.mean, self.std = self.mean.to(device), self.std.to(device)
 
-    def __call__(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> torch.Tensor:
+    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
         pixels = (resize_and_crop(images, self.model.config.image_size) - self.mean) / self.std
         embeddings = self.model(pixels.to(self.model.dtype)).image_embeds
         return self.model.layers(torch.nn.functional.normalize(embeddings, dim=-1))[:, 0].to(images.dtype)

@@ -6,51 +6,59 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-Scores = torch.Tensor | Sequence[float | None]
+Scores = Tensor | Sequence[float | None]
 
 
 class Reward(ABC):
     """Scores images.
 
-    A trainer calls it with keywords: `images` (B, 3, H, W) float32, `prompts` (B strings), every other column of the dataset as a
-    list of B values, `trainer_state`, `log_extra(name, values)` for B values to keep beside the pictures of an evaluation (in
-    `samples/`), and `log_metric(name, value)` for one number to log. It returns one score per image, higher is better, None for "not
-    applicable here". It may be `async`.
+    A trainer calls it with keywords: `images` (B, 3, H, W) float32, `prompts` (B strings), every other column of the
+    dataset as a list of B values, `trainer_state`, `log_extra(name, values)` to keep B values beside the pictures of
+    an evaluation (in `samples/`), and `log_metric(name, value)` to log one number. It returns one score per image;
+    higher is better, and None means "not applicable here". It may be `async`.
 
-    With `differentiable = True`, images come as the model decodes them, not clamped to [0, 1] and with their graph, and the scores
-    are a float tensor (B,) with a gradient. Otherwise images are clamped to [0, 1] and have no graph.
+    With `differentiable = True`, images come as the model decodes them, not clamped to [0, 1] and with their graph,
+    and the scores are a float tensor (B,) with a gradient. Otherwise images are clamped to [0, 1] and have no graph.
     """
 
     name: str
     differentiable: bool = False
 
     @abstractmethod
-    def __call__(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> Scores | Awaitable[Scores]:
-        """One score per image."""
+    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> Scores | Awaitable[Scores]:
+        """Return one score per image; the class docstring names the arguments."""
 
     def to(self, device: torch.device) -> None:
-        """Move what the reward computes with to a device; nothing by default."""
+        """Move the networks and tensors of the reward to a device; by default there are none."""
         return None
 
 
 class FunctionReward(Reward):
-    """A function, or any other callable, as a reward under its own name. Raises `ValueError` for one that takes other arguments."""
+    """A function, or any other callable, as a reward that bears its name.
+
+    Raises `ValueError` if the callable cannot be called as trainers call rewards.
+    """
 
     def __init__(self, function: Callable[..., Any], differentiable: bool = False) -> None:
         self.function = function
         self.differentiable = differentiable
-        named = isinstance(function, type) or (callable(function) and type(function).__name__ in ("function", "method"))
+        named = isinstance(function, type) or (
+            callable(function) and type(function).__name__ in ("function", "method")
+        )
         self.name = function.__name__ if named else type(function).__name__
         called = function.forward if isinstance(function, torch.nn.Module) else function
         try:
-            inspect.signature(called).bind_partial(images=None, prompts=None, trainer_state=None, log_metric=None, log_extra=None)
+            inspect.signature(called).bind_partial(
+                images=None, prompts=None, trainer_state=None, log_metric=None, log_extra=None
+            )
         except TypeError as error:
             raise ValueError(
                 f"Reward {self.name!r} must take `images, prompts, **columns` by name, as trainers call it: {error}."
             ) from error
 
-    def __call__(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> Scores | Awaitable[Scores]:
+    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> Scores | Awaitable[Scores]:
         return self.function(images=images, prompts=prompts, **columns)
 
     def to(self, device: torch.device) -> None:
@@ -59,7 +67,7 @@ class FunctionReward(Reward):
 
 
 def differentiable(function: Callable[..., Any]) -> FunctionReward:
-    """Declare that a function or module returns a tensor of scores whose gradient with respect to `images` may be taken.
+    """Declare that the scores of a function or module can be differentiated with respect to `images`.
 
     @differentiable
     def redness(images, prompts, **columns):

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import CLIPModel
 
 from .base import Reward
@@ -12,12 +13,16 @@ from .preprocessing import resize_and_crop
 
 
 class CLIPReward(Reward):
-    """What rewards over a CLIP of transformers share: the cosine of picture and prompt, differentiable in the pixels.
+    """The base class of rewards over a CLIP of transformers: the cosine of picture and prompt.
 
-    Pictures are resized to the model's size (shorter side, bicubic with antialiasing), cropped at the centre and normalised, all in
-    torch and without clipping. Prompts are cut to the model's context.
+    Differentiable. Pictures are resized to the model's size (shorter side, bicubic with antialiasing), cropped at the
+    centre and normalised, all in torch and without clipping. Prompts are cut to the model's context.
 
-    model: a frozen `CLIPModel`. mean, std: of red, green and blue, for pixels in [0, 1].
+    Args:
+        model: A frozen `CLIPModel`.
+        tokenizer: The tokenizer of its prompts.
+        mean: What is subtracted from red, green and blue of pixels in [0, 1].
+        std: What red, green and blue are then divided by.
     """
 
     differentiable = True
@@ -30,39 +35,46 @@ class CLIPReward(Reward):
         self.model.to(device)
         self.mean, self.std = self.mean.to(device), self.std.to(device)
 
-    def __call__(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> torch.Tensor:
+    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
         return self.cosine(images, prompts)
 
-    def cosine(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    def cosine(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Cosine similarity of each image with its prompt: (B,), -1 to 1."""
         return (self.image_embeddings(images) * self.text_embeddings(prompts, images)).sum(dim=-1)
 
-    def image_embeddings(self, images: torch.Tensor) -> torch.Tensor:
-        """Embeddings (B, D) of unit length, in the dtype of the images, whatever the model computes in."""
+    def image_embeddings(self, images: Tensor) -> Tensor:
+        """Embeddings (B, D) of unit length, in the dtype of the images and not of the model."""
         out = self.model.get_image_features(self.pixels(images).to(self.model.dtype))
         return torch.nn.functional.normalize(out.pooler_output.to(images.dtype), dim=-1)
 
-    def text_embeddings(self, prompts: list[str], images: torch.Tensor) -> torch.Tensor:
+    def text_embeddings(self, prompts: list[str], images: Tensor) -> Tensor:
         """Embeddings (B, D) of unit length, in the dtype and on the device of the images."""
         length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt").to(images.device)
+        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+        tokens = tokens.to(images.device)
         out = self.model.get_text_features(tokens.input_ids, tokens.attention_mask)
         return torch.nn.functional.normalize(out.pooler_output.to(images.dtype), dim=-1)
 
-    def pixels(self, images: torch.Tensor) -> torch.Tensor:
-        """What the vision tower reads of images (B, 3, H, W), nominally in [0, 1]."""
+    def pixels(self, images: Tensor) -> Tensor:
+        """The input of the vision tower (B, 3, S, S) for images (B, 3, H, W), nominally in [0, 1]."""
         return (resize_and_crop(images, self.model.config.vision_config.image_size) - self.mean) / self.std
 
 
 class CLIPScore(CLIPReward):
-    """Cosine similarity of picture and prompt in a CLIP's embedding space: -1 to 1, differentiable.
+    """Cosine similarity of picture and prompt in a CLIP's embedding space: -1 to 1. Differentiable.
 
-    Under OpenAI's ViT-L/14, the default, a picture and its caption mostly score 0.2 to 0.35; what others call CLIP score is often 100
-    or 2.5 times as large (arXiv 2104.08718). Fooled by textures and by text drawn into the picture; it tolerates wrong counts and
-    places.
+    Under OpenAI's ViT-L/14, the default, a picture and its caption mostly score 0.2 to 0.35; others often report a
+    CLIP score that is 100 or 2.5 times as large (arXiv 2104.08718). Fooled by textures and by text drawn into the
+    picture; it tolerates wrong counts and places.
 
-    checkpoint: a folder or a repository of the Hub with a `CLIPModel`, its tokenizer and its image processor. name: under which it is
-    logged. revision: branch, tag or commit on the Hub. dtype: of the weights. Raises `ValueError` for a checkpoint that cannot be had.
+    Args:
+        checkpoint: A folder or a repository of the Hub with a `CLIPModel`, its tokenizer and its image processor.
+        name: The name of the reward in logs.
+        revision: Branch, tag or commit on the Hub.
+        dtype: The precision of the weights.
+
+    Raises:
+        ValueError: If the checkpoint cannot be loaded.
     """
 
     name = "clip_score"
@@ -81,16 +93,24 @@ class CLIPScore(CLIPReward):
 
 
 class PickScore(CLIPReward):
-    """PickScore (arXiv 2305.01569): a CLIP ViT-H/14 trained on which of two pictures people pick for a prompt. Differentiable.
+    """PickScore (arXiv 2305.01569): a CLIP ViT-H/14 that learned which of two pictures people pick for a prompt.
 
-    score = exp(logit_scale) cos(picture, prompt), the scale being the checkpoint's own
+    score = exp(logit_scale) cos(picture, prompt), where the checkpoint holds logit_scale
 
-    It is about 100, so that scores mostly lie between 15 and 26; only differences for one prompt mean something. Some projects divide
-    by 26: a weight of 1/26 is the same. Fooled by saturated colours, centred glossy subjects and detail without sense.
+    Differentiable. exp(logit_scale) is about 100, so scores mostly lie between 15 and 26; only differences between
+    pictures of one prompt mean something. Some projects divide by 26: a weight of 1/26 does the same. Fooled by
+    saturated colours, centred glossy subjects and meaningless detail.
 
-    checkpoint: a folder or a repository of the Hub with a `CLIPModel`. processor: the same with the tokenizer and image processor,
-    which the official checkpoint lacks. revision, processor_revision: branch, tag or commit on the Hub. dtype: of the weights.
-    Raises `ValueError` for a checkpoint that cannot be had.
+    Args:
+        checkpoint: A folder or a repository of the Hub with a `CLIPModel`.
+        processor: A folder or a repository of the Hub with the tokenizer and the image processor, which the official
+            checkpoint lacks.
+        revision: Branch, tag or commit of the checkpoint on the Hub.
+        processor_revision: Branch, tag or commit of the processor on the Hub.
+        dtype: The precision of the weights.
+
+    Raises:
+        ValueError: If the checkpoint or the processor cannot be loaded.
     """
 
     name = "pickscore"
@@ -105,7 +125,8 @@ class PickScore(CLIPReward):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         model = load_model(CLIPModel, checkpoint, revision, dtype)
-        super().__init__(model, load_tokenizer(processor, processor_revision), *load_normalisation(processor, processor_revision))
+        tokenizer = load_tokenizer(processor, processor_revision)
+        super().__init__(model, tokenizer, *load_normalisation(processor, processor_revision))
 
-    def __call__(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> torch.Tensor:
+    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
         return self.model.logit_scale.exp().to(images.dtype) * self.cosine(images, prompts)

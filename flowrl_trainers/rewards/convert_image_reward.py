@@ -1,8 +1,9 @@
-"""The official checkpoint of ImageReward (github.com/THUDM/ImageReward) becomes a folder that the reward `image_reward` reads."""
+"""Converts the official checkpoint of ImageReward (github.com/THUDM/ImageReward) for the reward `image_reward`."""
 
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import BlipConfig
 
 from .image_reward import FOLDER, ImageRewardModel
@@ -10,10 +11,10 @@ from .loading import model_of
 
 WEIGHTS = "ImageReward.pt"
 
-# Of BLIP's pretraining, saved with the rest and never read; and a count from 0 to 511.
+# Projections that only BLIP's pretraining needed, and position numbers, which are the integers 0 to 511.
 UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
 
-# In the names of the official layout, from the first to the last line.
+# Parts of official names and what replaces them, in this order.
 RENAMED = {
     "blip.visual_encoder.cls_token": "vision_model.embeddings.class_embedding",
     "blip.visual_encoder.pos_embed": "vision_model.embeddings.position_embedding",
@@ -30,9 +31,10 @@ RENAMED = {
 
 
 def blip_large() -> BlipConfig:
-    """The architecture of ImageReward v1.0: ViT-L/16 at 224 pixels, BERT-base with cross attention, 446 million parameters.
+    """The architecture of ImageReward v1.0: ViT-L/16 at 224 pixels and BERT-base with cross attention.
 
-    The epsilons are those of the official code; transformers has 1e-5 for pictures, and 8 heads for text.
+    It has 446 million parameters. The values of layer_norm_eps are those of the official code. The defaults of
+    transformers differ: 1e-5 for pictures, and 8 heads for text.
     """
     vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     vision |= {"image_size": 224, "patch_size": 16}
@@ -41,12 +43,18 @@ def blip_large() -> BlipConfig:
     return BlipConfig(vision_config=vision | {"layer_norm_eps": 1e-6}, text_config=text | {"layer_norm_eps": 1e-12})
 
 
-def convert_checkpoint(checkpoint: str | Path, out: str | Path = FOLDER, architecture: BlipConfig | None = None) -> ImageRewardModel:
+def convert_checkpoint(
+    checkpoint: str | Path, out: str | Path = FOLDER, architecture: BlipConfig | None = None
+) -> ImageRewardModel:
     """Write the official checkpoint as config.json and model.safetensors, in float32, and return the model.
 
-    checkpoint: the file `ImageReward.pt`; nothing in it is executed. out: the folder. architecture: of the checkpoint, by default
-    that of ImageReward v1.0, which is all that was released. Raises `ValueError` for a file that is missing, holds more than tensors, or
-    is of another architecture.
+    Args:
+        checkpoint: The file `ImageReward.pt`; nothing in it is executed.
+        out: The folder to write.
+        architecture: The architecture of the checkpoint. None: ImageReward v1.0, the only one that was released.
+
+    Raises:
+        ValueError: If the file is missing, holds more than tensors, or has another architecture.
     """
     tensors = from_official(_read(Path(checkpoint)))
     model = model_of(ImageRewardModel, architecture or blip_large(), tensors, torch.float32, "ImageReward", WEIGHTS)
@@ -54,8 +62,11 @@ def convert_checkpoint(checkpoint: str | Path, out: str | Path = FOLDER, archite
     return model
 
 
-def from_official(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors under the names of `ImageRewardModel`; the layouts are the same. What is unknown keeps its name, to be refused by it."""
+def from_official(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names of `ImageRewardModel`; their layouts are the same.
+
+    Unknown tensors keep their names, so that `model_of` refuses them by name.
+    """
     converted = {}
     for name, tensor in tensors.items():
         if name.startswith(UNUSED):
@@ -66,14 +77,17 @@ def from_official(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return converted
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
+def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise ValueError(f"The checkpoint {str(path)!r} is no file: pass the {WEIGHTS} of THUDM/ImageReward on the Hugging Face Hub.")
+        raise ValueError(
+            f"The checkpoint {str(path)!r} is no file: pass the {WEIGHTS} of THUDM/ImageReward on the Hugging Face "
+            "Hub."
+        )
     refusal = f"{str(path)!r} holds no dictionary of plain tensors: download {WEIGHTS} again from THUDM/ImageReward."
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged file makes an unpickler raise can be anything
+    except Exception as error:  # a damaged file can make an unpickler raise any exception
         raise ValueError(refusal) from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(refusal)
     return tensors

@@ -5,12 +5,16 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from .base import Reward
 
 
-def jpeg_kilobytes(image: torch.Tensor) -> float:
-    """Size of one image (3, H, W) in [0, 1], rounded to 8 bits, as Pillow's JPEG of quality 95, in kilobytes of 1000 bytes."""
+def jpeg_kilobytes(image: Tensor) -> float:
+    """Size of Pillow's JPEG of quality 95 of an image (3, H, W) in [0, 1], in kilobytes of 1000 bytes.
+
+    The image is rounded to 8 bits per channel first.
+    """
     pixels = (image.permute(1, 2, 0) * 255).round().clamp(0, 255).to(torch.uint8)
     file = BytesIO()
     Image.fromarray(pixels.cpu().numpy()).save(file, format="JPEG", quality=95)
@@ -18,24 +22,26 @@ def jpeg_kilobytes(image: torch.Tensor) -> float:
 
 
 class JPEGIncompressibility(Reward):
-    """Kilobytes of the picture as a JPEG of quality 95: positive, higher is larger. Not differentiable.
+    """Kilobytes of the picture as a JPEG of quality 95: positive, higher for larger files.
 
-    It grows with the number of pixels, so compare pictures of one size. Fooled by noise, which is what it asks for.
+    Not differentiable. It grows with the number of pixels, so compare only pictures of one size. Pure noise scores
+    best.
     """
 
     name = "jpeg_incompressibility"
 
-    def __call__(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> list[float]:
+    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> list[float]:
         return [jpeg_kilobytes(image) for image in images]
 
 
 class JPEGCompressibility(Reward):
-    """Minus the kilobytes of the picture as a JPEG of quality 95: below 0, higher is smaller. Not differentiable.
+    """Minus the kilobytes of the picture as a JPEG of quality 95: negative, higher for smaller files.
 
-    It falls with the number of pixels, so compare pictures of one size. Fooled by a plain picture, which is what it asks for.
+    Not differentiable. It falls with the number of pixels, so compare only pictures of one size. A picture of one
+    colour scores best.
     """
 
     name = "jpeg_compressibility"
 
-    def __call__(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> list[float]:
+    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> list[float]:
         return [-jpeg_kilobytes(image) for image in images]

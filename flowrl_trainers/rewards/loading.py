@@ -1,4 +1,4 @@
-"""Checkpoints of reward models, from a folder or the Hugging Face Hub, whole or not at all."""
+"""Loads the checkpoints of reward models from a folder or the Hugging Face Hub, and refuses incomplete ones."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import is_offline_mode
+from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor
 
 
@@ -16,42 +17,69 @@ def load_model(
     dtype: torch.dtype,
     files: str = "config.json and model.safetensors",
 ) -> Any:
-    """A transformers model of a given class, frozen, in evaluation mode, from safetensors or from a `.bin` read as plain tensors.
+    """Load a transformers model, freeze it and put it into evaluation mode.
 
-    files: what an error message says that a folder needs. Raises `ValueError` for a checkpoint that cannot be had, and for one that lacks
-    a weight: a random weight would score at random.
+    Weights are read from safetensors, or from a `.bin` file as plain tensors.
+
+    Args:
+        model_class: The class of the model.
+        checkpoint: A folder or a repository of the Hub.
+        revision: Branch, tag or commit on the Hub.
+        dtype: The precision of the weights.
+        files: The files that a folder needs, for the error message.
+
+    Raises:
+        ValueError: If the checkpoint cannot be loaded, or lacks a weight: transformers would draw that weight at
+            random, and the scores would be random too.
     """
     try:
-        model, found = model_class.from_pretrained(checkpoint, revision=revision, dtype=dtype, output_loading_info=True)
+        model, found = model_class.from_pretrained(
+            checkpoint, revision=revision, dtype=dtype, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
         raise ValueError(_how_to_get(checkpoint, files)) from error
     if found["missing_keys"]:
         raise ValueError(
-            f"Checkpoint {str(checkpoint)!r} has no {min(found['missing_keys'])!r}, a weight of {model_class.__name__}: pass a checkpoint "
-            "of this architecture."
+            f"Checkpoint {str(checkpoint)!r} has no {min(found['missing_keys'])!r}, a weight of "
+            f"{model_class.__name__}: pass a checkpoint of this architecture."
         )
     return model.eval().requires_grad_(False)
 
 
-def model_of(model_class: Any, architecture: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype, name: str, file: str) -> Any:
-    """A transformers model of a given class and configuration, frozen, in evaluation mode, with these tensors for weights.
+def model_of(
+    model_class: Any, architecture: Any, tensors: dict[str, Tensor], dtype: torch.dtype, name: str, file: str
+) -> Any:
+    """Make a transformers model of the given weights, freeze it and put it into evaluation mode.
 
-    name, file: of the official checkpoint, for the message. Raises `ValueError` if a tensor is missing, unknown or of another shape.
+    Args:
+        model_class: The class of the model.
+        architecture: The configuration of the model.
+        tensors: The weights by their names in the model.
+        dtype: The precision of the weights.
+        name: The name of the reward, for the error message.
+        file: The name of its official checkpoint file, for the error message.
+
+    Raises:
+        ValueError: If a tensor is missing, unknown or of another shape.
     """
-    with torch.device("meta"):  # as many random numbers as there are weights would be drawn to be overwritten
+    with torch.device("meta"):  # elsewhere torch would draw every weight at random, only to overwrite it
         expected = {key: tensor.shape for key, tensor in model_class(architecture).state_dict().items()}
-    wrong = {key for key in expected.keys() | tensors.keys() if key not in tensors or tensors[key].shape != expected.get(key)}
+    wrong = {
+        key
+        for key in expected.keys() | tensors.keys()
+        if key not in tensors or tensors[key].shape != expected.get(key)
+    }
     if wrong:
         raise ValueError(
-            f"The {name} checkpoint has {len(wrong)} missing, unknown or differently shaped weights, {min(wrong)!r} among them: pass the "
-            f"official {file}, or the `architecture` of yours."
+            f"The {name} checkpoint has {len(wrong)} missing, unknown or differently shaped weights, {min(wrong)!r} "
+            f"among them: pass the official {file}, or the `architecture` of your checkpoint."
         )
     model = model_class.from_pretrained(None, config=architecture, state_dict=tensors, dtype=dtype)
     return model.eval().requires_grad_(False)
 
 
 def load_tokenizer(checkpoint: str | Path, revision: str | None) -> Any:
-    """The tokenizer of a checkpoint. Raises `ValueError` if it cannot be had."""
+    """The tokenizer of a checkpoint. Raises `ValueError` if it cannot be loaded."""
     try:
         return AutoTokenizer.from_pretrained(checkpoint, revision=revision)
     except (OSError, ValueError) as error:
@@ -59,9 +87,9 @@ def load_tokenizer(checkpoint: str | Path, revision: str | None) -> Any:
 
 
 def load_normalisation(checkpoint: str | Path, revision: str | None) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of red, green and blue that a checkpoint's image processor takes pixels in [0, 1] to have.
+    """The image processor's mean and standard deviation of red, green and blue, for pixels in [0, 1].
 
-    Raises `ValueError` if the checkpoint cannot be had.
+    Raises `ValueError` if the checkpoint cannot be loaded.
     """
     try:
         settings, _ = CLIPImageProcessor.get_image_processor_dict(checkpoint, revision=revision)
@@ -71,9 +99,21 @@ def load_normalisation(checkpoint: str | Path, revision: str | None) -> tuple[li
 
 
 def find_file(checkpoint: str | Path, name: str, revision: str | None) -> Path:
-    """One file of a checkpoint. Raises `ValueError` if it cannot be had."""
+    """Find one file of a checkpoint.
+
+    Args:
+        checkpoint: A folder or a repository of the Hub.
+        name: The name of the file.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        ValueError: If there is no such file.
+    """
     try:
-        path = Path(checkpoint) / name if Path(checkpoint).is_dir() else Path(hf_hub_download(str(checkpoint), name, revision=revision))
+        if Path(checkpoint).is_dir():
+            path = Path(checkpoint) / name
+        else:
+            path = Path(hf_hub_download(str(checkpoint), name, revision=revision))
     except (OSError, ValueError) as error:
         raise ValueError(_how_to_get(checkpoint, name)) from error
     if not path.is_file():
@@ -85,13 +125,17 @@ def _how_to_get(checkpoint: str | Path, files: str) -> str:
     if Path(checkpoint).is_dir():
         return f"The folder {str(checkpoint)!r} is no checkpoint that this reward can read: it needs {files}."
     if Path(checkpoint).is_absolute():
-        return f"There is no folder {str(checkpoint)!r}: pass one with {files}, or the name of a repository on the Hugging Face Hub."
+        return (
+            f"There is no folder {str(checkpoint)!r}: pass one with {files}, or the name of a repository on the "
+            "Hugging Face Hub."
+        )
     if is_offline_mode():
         return (
-            f"Checkpoint {str(checkpoint)!r} is not in the local cache and HF_HUB_OFFLINE forbids downloading it: make this reward once "
-            f"with a connection, or pass a folder with {files}."
+            f"Checkpoint {str(checkpoint)!r} is not in the local cache and HF_HUB_OFFLINE forbids downloading it: "
+            f"make this reward once with a connection, or pass a folder with {files}."
         )
     return (
-        f"Checkpoint {str(checkpoint)!r} could not be had from the Hugging Face Hub: check its name, the revision and the connection, "
-        f"and if it is gated accept its terms there and run `hf auth login`; or pass a folder with {files}."
+        f"Checkpoint {str(checkpoint)!r} could not be had from the Hugging Face Hub: check its name, the revision and "
+        "the connection, and if it is gated accept its terms there and run `hf auth login`; or pass a folder with "
+        f"{files}."
     )

@@ -1,4 +1,4 @@
-"""Rewards by name, and everything a user may pass as `reward_funcs` made into a list of rewards."""
+"""The rewards that have a name, and `as_rewards`, which turns what a user passes as `reward_funcs` into rewards."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +29,8 @@ RewardLike = str | Reward | Callable[..., Any]
 def as_rewards(reward_funcs: RewardLike | list[RewardLike], argument: str = "reward_funcs") -> list[Reward]:
     """A name, a callable, a `Reward`, or a list of them, as a list of `Reward`s with different names.
 
-    argument: what an error message calls them. Raises `ValueError` for an unknown name, `TypeError` for what is no reward.
+    Error messages call the argument of the caller `argument`. Raises `ValueError` for an empty list, an unknown name
+    and a name that occurs twice, `TypeError` for anything that is no reward.
     """
     rewards = [_as_reward(r, argument) for r in (reward_funcs if isinstance(reward_funcs, list) else [reward_funcs])]
     if not rewards:
@@ -47,7 +48,8 @@ def _as_reward(reward: RewardLike, argument: str) -> Reward:
     if isinstance(reward, str):
         if reward not in NAMED_REWARDS:
             raise ValueError(
-                f"`{argument}` names {reward!r}, which is no known reward: choose {', '.join(NAMED_REWARDS)} or pass a callable."
+                f"`{argument}` names {reward!r}, which is no known reward: choose {', '.join(NAMED_REWARDS)} or pass "
+                "a callable."
             )
         return NAMED_REWARDS[reward]()
     if isinstance(reward, type):

@@ -1,4 +1,4 @@
-"""A reward that another process computes, asked over HTTP: `flowrl serve_reward` or anything else that speaks its JSON."""
+"""A reward that a server computes, over HTTP: `flowrl serve_reward`, or any other server that speaks its JSON."""
 
 import asyncio
 import base64
@@ -14,39 +14,46 @@ from typing import Any
 import httpx2
 import torch
 from PIL import Image
+from torch import Tensor
 
 from .base import Reward
 
 logger = logging.getLogger(__name__)
 
-FIRST_DELAY, LONGEST_DELAY = 0.5, 15.0  # seconds before the first retry, doubled up to the longest
+FIRST_DELAY, LONGEST_DELAY = 0.5, 15.0  # seconds before the first retry; each later delay doubles, up to the longest
 CONNECT_TIMEOUT = 5.0
 UNREACHABLE = (httpx2.ConnectTimeout, httpx2.NetworkError, httpx2.ProxyError, httpx2.RemoteProtocolError)
-AWAY = (502, 503, 504)  # what a proxy says while the server behind it restarts, and a server that has too many connections
-NOT_FINITE = ("nan", "inf", "-inf")  # JSON has no numbers for them
+# The answers of a proxy while the server behind it restarts, and of a server with too many connections.
+AWAY = (502, 503, 504)
+NOT_FINITE = ("nan", "inf", "-inf")  # strings, because JSON has no such numbers
 
 
 class RemoteReward(Reward):
-    """The scores of a server such as `flowrl serve_reward NAME`; asynchronous, so several are waited for together.
+    """The scores of a server such as `flowrl serve_reward NAME`. Not differentiable.
 
-    Pictures travel as PNG of 8 bits per channel: values in [0, 1] are rounded to multiples of 1/255, so the server sees each off by at most
-    1/510. A picture that is not finite is not sent; its score is NaN. Not differentiable.
+    A call is asynchronous, so a trainer waits for several servers at the same time. Pictures travel as PNG of 8 bits
+    per channel: values in [0, 1] are rounded to multiples of 1/255, an error of at most 1/510. A picture with a value
+    that is not finite is not sent; its score is NaN.
 
-    A server that cannot be reached, or that dies under a request, is waited for; one that answers late or with an error of its own is
-    asked again. The waits grow from half a second to 15 seconds.
+    If the server cannot be reached or dies during a request, the reward waits for it; if the server answers late or
+    with an error, the reward repeats the request. The delays grow from half a second to 15 seconds.
+
+    A call raises `ValueError` if the server refuses the request (4xx) or its answer has no scores, and `RuntimeError`
+    when `retries` or `patience` are used up.
 
     Args:
-        url: the server's address, such as "http://127.0.0.1:8000"; pictures go to `url/score`.
-        name: under which the scores are logged.
-        columns: of the data set, to be sent beside pictures and prompts; their values must be what JSON can carry.
-        batch_size: pictures per request; requests follow one another.
-        timeout: seconds without a word from the server after which a request is given up.
-        retries: how often a request is repeated that timed out or was answered by a 5xx.
-        patience: seconds from a request's first failure on for which a server that cannot be reached is waited for, or one that
-            answers 502, 503 or 504.
+        url: The server's address, such as "http://127.0.0.1:8000"; pictures go to `url/score`.
+        name: The name of the reward in logs.
+        columns: The columns of the data set to send beside pictures and prompts; JSON must be able to carry their
+            values.
+        batch_size: Pictures per request; the requests follow one another.
+        timeout: Seconds of silence from the server after which a request has failed.
+        retries: How often to repeat a request that timed out or got a 5xx answer.
+        patience: Seconds, from a request's first failure on, to wait for a server that cannot be reached or answers
+            502, 503 or 504.
 
-    Calling it raises `ValueError` where the server refuses the request (4xx) or the answer has no scores, and `RuntimeError` when
-    `retries` or `patience` are spent.
+    Raises:
+        ValueError: If an argument is out of its range.
     """
 
     differentiable = False
@@ -65,25 +72,30 @@ class RemoteReward(Reward):
             raise ValueError(f"`url` ({url!r}) is no address of a server: write it as 'http://127.0.0.1:8000'.")
         if isinstance(columns, str):
             raise ValueError(f"`columns` ({columns!r}) is a string: pass the list [{columns!r}].")
-        for argument, value, least in (("batch_size", batch_size, 1), ("retries", retries, 0), ("patience", patience, 0)):
+        lower_bounds = (("batch_size", batch_size, 1), ("retries", retries, 0), ("patience", patience, 0))
+        for argument, value, least in lower_bounds:
             if value < least:
                 raise ValueError(f"`{argument}` ({value}) must be at least {least}.")
         if timeout <= 0:
             raise ValueError(f"`timeout` ({timeout}) must be above 0.")
-        self.url, self.name, self.columns, self.batch_size = f"{url.rstrip('/')}/score", name, tuple(columns), batch_size
+        self.url, self.name = f"{url.rstrip('/')}/score", name
+        self.columns, self.batch_size = tuple(columns), batch_size
         self.timeout, self.retries, self.patience = timeout, retries, patience
 
-    def __call__(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> Awaitable[list[float | None]]:
+    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> Awaitable[list[float | None]]:
         if images.dim() != 4:
-            raise ValueError(f"Reward {self.name!r} sends pictures (B, 3, H, W), but `images` has the shape {tuple(images.shape)}.")
-        # Copied now: a copy by the coroutine would queue behind whatever the trainer gives the device meanwhile.
+            raise ValueError(
+                f"Reward {self.name!r} sends pictures (B, 3, H, W), but `images` has the shape {tuple(images.shape)}."
+            )
+        # The coroutine runs later: a copy in it would wait for all that the trainer has asked of the device by then.
         return self._ask(images.cpu(), prompts, self._columns(columns))
 
-    async def _ask(self, images: torch.Tensor, prompts: list[str], columns: dict[str, list[Any]]) -> list[float | None]:
+    async def _ask(self, images: Tensor, prompts: list[str], columns: dict[str, list[Any]]) -> list[float | None]:
         scores: list[float | None] = [math.nan] * len(images)
         finite = images.isfinite().flatten(1).all(dim=1).nonzero().flatten().tolist()
-        # A client belongs to its event loop, and every call has a loop of its own.
-        async with httpx2.AsyncClient(timeout=httpx2.Timeout(self.timeout, connect=min(CONNECT_TIMEOUT, self.timeout))) as client:
+        timeout = httpx2.Timeout(self.timeout, connect=min(CONNECT_TIMEOUT, self.timeout))
+        # A client belongs to one event loop, and every call has a new loop.
+        async with httpx2.AsyncClient(timeout=timeout) as client:
             for start in range(0, len(finite), self.batch_size):
                 rows = finite[start : start + self.batch_size]
                 body = {
@@ -99,13 +111,16 @@ class RemoteReward(Reward):
     def _columns(self, columns: dict[str, Any]) -> dict[str, list[Any]]:
         for name in self.columns:
             if name not in columns:
-                raise ValueError(f"Reward {self.name!r} is to send the column {name!r}, which the data set does not have: mend `columns`.")
+                raise ValueError(
+                    f"Reward {self.name!r} is to send the column {name!r}, which the data set does not have: correct "
+                    "`columns`."
+                )
             try:
                 json.dumps(columns[name], allow_nan=False)
             except (TypeError, ValueError) as error:
                 raise ValueError(
-                    f"Reward {self.name!r} cannot send the column {name!r} as JSON ({error}): leave it out of `columns`, or make it of "
-                    "strings, finite numbers, lists and dictionaries."
+                    f"Reward {self.name!r} cannot send the column {name!r} as JSON ({error}): leave it out of "
+                    "`columns`, or make it of strings, finite numbers, lists and dictionaries."
                 ) from error
         return {name: columns[name] for name in self.columns}
 
@@ -117,8 +132,8 @@ class RemoteReward(Reward):
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list) or len(scores) != count or not all(_is_score(s) for s in scores):
             raise ValueError(
-                f"Reward {self.name!r}: {self.url} did not answer with one score for each of {count} pictures but {response.text[:200]!r}: "
-                "does `url` name a reward server?"
+                f"Reward {self.name!r}: {self.url} did not answer with one score for each of {count} pictures but "
+                f"{response.text[:200]!r}: does `url` name a reward server?"
             )
         return [None if s is None else float(s) for s in scores]
 
@@ -127,25 +142,36 @@ def _is_score(score: Any) -> bool:
     return score is None or score in NOT_FINITE or (isinstance(score, (int, float)) and not isinstance(score, bool))
 
 
-def _encoded(images: torch.Tensor) -> list[str]:
+def _encoded(images: Tensor) -> list[str]:
     return [png_base64(image) for image in images]
 
 
-def png_base64(image: torch.Tensor) -> str:
-    """A picture (3, H, W) in [0, 1], on the CPU, as base64 of a PNG; rounded to 8 bits per channel."""
+def png_base64(image: Tensor) -> str:
+    """The base64 of a picture (3, H, W) in [0, 1], on the CPU, as a PNG; rounded to 8 bits per channel."""
     file = io.BytesIO()
     pixels = (image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
-    Image.fromarray(pixels).save(file, "PNG", compress_level=1)  # sent once and thrown away: speed before size
+    Image.fromarray(pixels).save(
+        file, "PNG", compress_level=1
+    )  # each file is read once, so speed matters more than size
     return base64.b64encode(file.getvalue()).decode()
 
 
 async def post(
     client: httpx2.AsyncClient, url: str, body: dict[str, Any], sender: str, retries: int = 3, patience: float = 600.0
 ) -> httpx2.Response:
-    """The successful response to a JSON body, with the waits that `RemoteReward` describes.
+    """Post a JSON body and return the successful response, after the retries and delays that `RemoteReward` describes.
 
-    sender: the subject of what is logged and raised. Raises `ValueError` for a 3xx or 4xx, with what the server says, and `RuntimeError`
-    when `retries` (of time-outs and 5xx) or `patience` (seconds, for a server that is away) are spent.
+    Args:
+        client: The client that sends the request.
+        url: The address.
+        body: The body of the request.
+        sender: The subject of log lines and errors.
+        retries: How often to repeat after time-outs and 5xx answers.
+        patience: Seconds to wait for a server that cannot be reached or answers 502, 503 or 504.
+
+    Raises:
+        ValueError: If the answer is a 3xx or 4xx; the error quotes the server.
+        RuntimeError: If `retries` or `patience` are used up.
     """
     first_failure, failed, delay = math.inf, 0, FIRST_DELAY
     while isinstance(outcome := await _attempt(client, url, body, sender), _Failure):
@@ -153,12 +179,13 @@ async def post(
         failed += not outcome.away
         if failed > retries:
             raise RuntimeError(
-                f"{sender}: {url} failed {failed} times, more than `retries` ({retries}) allows, at last with {outcome.words}"
+                f"{sender}: {url} failed {failed} times, more than `retries` ({retries}) allows, at last with "
+                f"{outcome.words}"
             )
         if outcome.away and time.monotonic() - first_failure >= patience:
             raise RuntimeError(
-                f"{sender}: {url} was away for longer than `patience` ({patience:g} s), at last with {outcome.words}: start the server and "
-                "resume from the last checkpoint."
+                f"{sender}: {url} was away for longer than `patience` ({patience:g} s), at last with {outcome.words}: "
+                "start the server and resume from the last checkpoint."
             )
         logger.warning("%s: %s failed with %s; asking again in %g s.", sender, url, outcome.words, delay)
         await asyncio.sleep(delay)
@@ -169,10 +196,12 @@ async def post(
 @dataclass(frozen=True)
 class _Failure:
     words: str
-    away: bool  # nothing that could have read the request is there
+    away: bool  # no server was there to read the request
 
 
-async def _attempt(client: httpx2.AsyncClient, url: str, body: dict[str, Any], sender: str) -> httpx2.Response | _Failure:
+async def _attempt(
+    client: httpx2.AsyncClient, url: str, body: dict[str, Any], sender: str
+) -> httpx2.Response | _Failure:
     try:
         response = await client.post(url, json=body)
     except UNREACHABLE as error:
@@ -188,10 +217,10 @@ async def _attempt(client: httpx2.AsyncClient, url: str, body: dict[str, Any], s
 
 
 def _sentence(response: httpx2.Response) -> str:
-    """What a refusal says of itself."""
+    """The reason that the server gives in a refusal."""
     try:
         answer = response.json()
     except ValueError:
         answer = None
-    told = answer.get("error") if isinstance(answer, dict) else None
-    return told if isinstance(told, str) else response.text[:500]
+    reason = answer.get("error") if isinstance(answer, dict) else None
+    return reason if isinstance(reason, str) else response.text[:500]

@@ -1,10 +1,10 @@
-"""A reward behind HTTP: what `RemoteReward` talks to. Needs starlette (the extra `rewards`).
+"""Serves a reward over HTTP to `RemoteReward`. Needs starlette (the extra `rewards`).
 
-    GET /health   {"name": "hps", "ready": true}, as soon as the reward is loaded
+    GET /health   {"name": "hps", "ready": true} once the reward is loaded
     POST /score   {"images": ["<base64 of a PNG>", ...], "prompts": ["...", ...], "columns": {"answer": [...], ...}}
                   {"scores": [0.31, null, "nan", ...]}
 
-Whatever is wrong is answered by a 4xx or 5xx with {"error": "one sentence"}.
+The answer to a wrong request, and to one on which the reward fails, is a 4xx or 5xx with {"error": "one sentence"}.
 """
 
 import asyncio
@@ -27,24 +27,27 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from torch import Tensor
 
 from .base import Reward
 
 logger = logging.getLogger(__name__)
 
 KEYS = ("images", "prompts", "columns")
-OWN = ("images", "prompts", "trainer_state", "log_extra", "log_metric")  # keywords of the contract, which no column may bear
-CLOSED = 499  # what nginx calls a request whose sender has gone; nobody reads it
-BROKEN = (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError)  # all that Pillow raises for a PNG
+# The keywords with which a reward is called: no column may bear such a name.
+OWN = ("images", "prompts", "trainer_state", "log_extra", "log_metric")
+CLOSED = 499  # nginx's status for a request whose sender has gone; nobody reads the answer
+# The exceptions that Pillow raises for a broken PNG.
+BROKEN = (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError)
 Score = float | str | None
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server accepts.
+    """The largest request that a server accepts: pixels of a picture, pictures, and bytes of the body.
 
-    One request takes at most three times `max_bytes`, as body, JSON and PNG, and 25 bytes for each of `max_batch * max_pixels` pixels, as
-    Pillow's picture, in 8 bits and in float32.
+    One request takes memory of at most three times `max_bytes`, for body, JSON and PNG, and 25 bytes for each of
+    `max_batch * max_pixels` pixels, for Pillow's picture, its copy in 8 bits and its copy in float32.
     """
 
     max_pixels: int = 2048 * 2048
@@ -52,14 +55,14 @@ class Limits:
     max_bytes: int = 72 * 2**20
 
     def __post_init__(self) -> None:
-        for name in ("max_pixels", "max_batch", "max_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` ({getattr(self, name)}) must be at least 1.")
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"`{name}` ({value}) must be at least 1.")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A request whose pictures are open but not decoded."""
+    """A request. The headers of its pictures have been read, their pixels have not been decoded."""
 
     images: list[Image.Image]
     prompts: list[str]
@@ -67,10 +70,15 @@ class Batch:
 
 
 def reward_app(reward: Reward, limits: Limits, device: torch.device) -> Starlette:
-    """The ASGI application that serves a reward, computed on a device, one request at a time.
+    """The ASGI application that serves a reward, one request at a time.
 
-    The reward gets float32 images (B, 3, H, W) in multiples of 1/255, prompts and columns as a trainer gives them; `trainer_state` is
-    None, and what it tells `log_metric` and `log_extra` stays unheard.
+    The reward gets float32 images (B, 3, H, W) in multiples of 1/255, and prompts and columns as from a trainer.
+    `trainer_state` is None, and calls of `log_metric` and `log_extra` have no effect.
+
+    Args:
+        reward: The reward to serve.
+        limits: The largest request to accept.
+        device: The device on which the reward computes.
     """
     reward.to(device)
     one_at_a_time = asyncio.Lock()
@@ -81,7 +89,7 @@ def reward_app(reward: Reward, limits: Limits, device: torch.device) -> Starlett
     async def score(request: Request) -> Response:
         body = await _body(request, limits.max_bytes)
         async with one_at_a_time:
-            if await request.is_disconnected():  # gave up while others were served, and may have sent it again
+            if await request.is_disconnected():  # its sender gave up waiting, and may have sent it again
                 return Response(status_code=CLOSED)
             return JSONResponse({"scores": await run_in_threadpool(_answer, body, reward, limits, device)})
 
@@ -97,7 +105,10 @@ async def _refusal(request: Request, error: Exception) -> Response:
 
 
 async def _body(request: Request, max_bytes: int) -> bytes:
-    """All of the body; of one that is too large nothing is kept, but it is read to its end, so that the sender hears the answer."""
+    """The whole body of a request, or a 413 if it is too large.
+
+    A body that is too large is read to its end without being kept: senders listen for the answer only after sending.
+    """
     parts: list[bytes] = []
     size = 0
     async for part in request.stream():
@@ -108,7 +119,9 @@ async def _body(request: Request, max_bytes: int) -> bytes:
             parts.clear()
     if size > max_bytes:
         raise HTTPException(
-            413, f"The request has {size} bytes, more than `max_bytes` ({max_bytes}) allows: send fewer pictures at a time (`batch_size`)."
+            413,
+            f"The request has {size} bytes, more than `max_bytes` ({max_bytes}) allows: send fewer pictures at a time "
+            "(`batch_size`).",
         )
     return b"".join(parts)
 
@@ -118,18 +131,20 @@ def _answer(body: bytes, reward: Reward, limits: Limits, device: torch.device) -
     return scores_of(reward, decode(batch.images).to(device), batch)
 
 
-# ---- what is asked ---------------------------------------------------------------------------------------------------------
+# ---- the request ----------------------------------------------------------------------------------------------------
 
 
 def read_batch(body: bytes, limits: Limits) -> Batch:
-    """A request, checked in all that can be checked without decoding pixels; raises `HTTPException` with a sentence."""
+    """Read a request and check all that does not need decoded pixels; raises `HTTPException` with a sentence."""
     try:
-        told = json.loads(body)
+        request = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise HTTPException(400, f"The body is no JSON: {error}.") from error
-    if not isinstance(told, dict) or not {"images", "prompts"} <= told.keys() <= set(KEYS):
-        raise HTTPException(422, "The body must be an object with 'images', 'prompts' and, if need be, 'columns', and nothing else.")
-    encoded, prompts, columns = told["images"], told["prompts"], told.get("columns", {})
+    if not isinstance(request, dict) or not {"images", "prompts"} <= request.keys() <= set(KEYS):
+        raise HTTPException(
+            422, "The body must be an object with 'images', 'prompts' and, if need be, 'columns', and nothing else."
+        )
+    encoded, prompts, columns = request["images"], request["prompts"], request.get("columns", {})
     for name, values in (("images", encoded), ("prompts", prompts)):
         if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
             raise HTTPException(422, f"'{name}' must be a list of strings.")
@@ -137,10 +152,14 @@ def read_batch(body: bytes, limits: Limits) -> Batch:
         raise HTTPException(422, "'images' is empty: send at least one picture.")
     if len(encoded) > limits.max_batch:
         raise HTTPException(
-            413, f"The request has {len(encoded)} pictures, more than `max_batch` ({limits.max_batch}) allows: make `batch_size` smaller."
+            413,
+            f"The request has {len(encoded)} pictures, more than `max_batch` ({limits.max_batch}) allows: make "
+            "`batch_size` smaller.",
         )
     if len(prompts) != len(encoded):
-        raise HTTPException(422, f"The request has {len(encoded)} pictures but {len(prompts)} prompts: send one prompt per picture.")
+        raise HTTPException(
+            422, f"The request has {len(encoded)} pictures but {len(prompts)} prompts: send one prompt per picture."
+        )
     _check_columns(columns, len(encoded))
     images = [open_picture(i, picture, limits.max_pixels) for i, picture in enumerate(encoded)]
     if len({image.size for image in images}) > 1:
@@ -150,7 +169,9 @@ def read_batch(body: bytes, limits: Limits) -> Batch:
 
 def _check_columns(columns: Any, count: int) -> None:
     if not isinstance(columns, dict):
-        raise HTTPException(422, "'columns' must be an object: of each column its name and the list of its values.")
+        raise HTTPException(
+            422, "'columns' must be an object that gives the name and the list of values of each column."
+        )
     for name, values in columns.items():
         if name in OWN:
             raise HTTPException(422, f"No column may be called {name!r}: rename it.")
@@ -159,7 +180,16 @@ def _check_columns(columns: Any, count: int) -> None:
 
 
 def open_picture(number: int, encoded: str, max_pixels: int) -> Image.Image:
-    """A PNG of which only the header is read; what it unpacks to is bounded by the size that the header gives."""
+    """Open a PNG and read only its header, which says how large the decoded picture will be.
+
+    Args:
+        number: The place of the picture in its request, for errors.
+        encoded: The base64 of the PNG.
+        max_pixels: The largest number of pixels.
+
+    Raises:
+        HTTPException: If it is no RGB picture in PNG, or too large.
+    """
     try:
         image = Image.open(io.BytesIO(base64.b64decode(encoded, validate=True)), formats=["PNG"])
     except Image.DecompressionBombError as error:
@@ -169,15 +199,16 @@ def open_picture(number: int, encoded: str, max_pixels: int) -> Image.Image:
     if image.width * image.height > max_pixels:
         raise HTTPException(
             413,
-            f"Picture {number} has {image.width} x {image.height} pixels, more than `max_pixels` ({max_pixels}) allows: send smaller ones.",
+            f"Picture {number} has {image.width} x {image.height} pixels, more than `max_pixels` ({max_pixels}) "
+            "allows: send smaller ones.",
         )
     if image.mode != "RGB":
         raise HTTPException(422, f"Picture {number} has the mode {image.mode!r}: send RGB.")
     return image
 
 
-def decode(images: list[Image.Image]) -> torch.Tensor:
-    """Float32 pictures (B, 3, H, W) in [0, 1]; raises `HTTPException` for one that breaks off."""
+def decode(images: list[Image.Image]) -> Tensor:
+    """Decode the pictures as float32 (B, 3, H, W) in [0, 1]; raises `HTTPException` for a broken PNG."""
     pixels = []
     for number, image in enumerate(images):
         try:
@@ -187,11 +218,21 @@ def decode(images: list[Image.Image]) -> torch.Tensor:
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous() / 255
 
 
-# ---- what is answered ------------------------------------------------------------------------------------------------------
+# ---- the answer -----------------------------------------------------------------------------------------------------
 
 
-def scores_of(reward: Reward, images: torch.Tensor, batch: Batch) -> list[Score]:
-    """The scores as JSON takes them; raises `HTTPException` (500) if the reward fails, of which the log has the traceback."""
+def scores_of(reward: Reward, images: Tensor, batch: Batch) -> list[Score]:
+    """The scores in the form that JSON can carry: numbers, None, and strings for numbers that are not finite.
+
+    Args:
+        reward: The reward.
+        images: Pictures (B, 3, H, W) in [0, 1], on the reward's device.
+        batch: The request, for its prompts and columns.
+
+    Raises:
+        HTTPException: With status 500 if the reward fails or returns too few or too many scores; a failure is logged
+            with its traceback.
+    """
     try:
         with torch.no_grad():
             scores = reward(
@@ -204,14 +245,16 @@ def scores_of(reward: Reward, images: torch.Tensor, batch: Batch) -> list[Score]
             )
             if inspect.isawaitable(scores):
                 scores = asyncio.run(_awaited(scores))
-        values = scores.tolist() if isinstance(scores, torch.Tensor) else list(scores)
+        values = scores.tolist() if isinstance(scores, Tensor) else list(scores)
         numbers = [None if v is None else float(v) for v in values]
     except Exception as error:  # whatever a reward raises must not end the server
         logger.exception("Reward %r failed.", reward.name)
         raise HTTPException(500, f"Reward {reward.name!r} raised {type(error).__name__}: {error}") from error
     if len(numbers) != len(images):
         raise HTTPException(
-            500, f"Reward {reward.name!r} returned {len(numbers)} scores for {len(images)} pictures: it must return one per picture."
+            500,
+            f"Reward {reward.name!r} returned {len(numbers)} scores for {len(images)} pictures: it must return one "
+            "per picture.",
         )
     return [v if v is None or math.isfinite(v) else str(v) for v in numbers]
 

@@ -1,8 +1,8 @@
-"""The two judges of the embedded default: a CLIP that saw correct captions, and a checker that learned nothing."""
+"""The two judges of the embedded default: a CLIP trained on correct captions, and a checker without training."""
 
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from ..shapes import WEIGHTS, check
 from .base import Reward
@@ -10,17 +10,23 @@ from .clip import CLIPScore
 
 
 class ShapesReward(CLIPScore):
-    """CLIP score under the shipped CLIP of the world of shapes: -1 to 1, differentiable. It tolerates rounded outlines."""
+    """CLIP score under the shipped CLIP of the world of shapes: -1 to 1. It tolerates rounded outlines.
+
+    Differentiable.
+    """
 
     def __init__(self) -> None:
         super().__init__(WEIGHTS / "clip", name="shapes")
 
 
 class CheckerReward(Reward):
-    """1 if the picture shows exactly the asked objects, else 0: colour segmentation and geometry, not differentiable."""
+    """1 if the picture shows exactly the objects of the prompt, else 0: colour segmentation and geometry.
+
+    Not differentiable.
+    """
 
     name = "checker"
     differentiable = False
 
-    def __call__(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> list[float]:
+    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> list[float]:
         return [float(right) for right in check(images, prompts)]

@@ -1,4 +1,4 @@
-"""The embedded default: a small trained Stable Diffusion 3 pipeline that draws coloured shapes, and what judges it."""
+"""The embedded default: a small trained Stable Diffusion 3 pipeline that draws coloured shapes, and its judges."""
 
 from .checker import check, objects_in
 from .models import WEIGHTS, load_clip, load_pipeline

@@ -1,20 +1,20 @@
-"""A judge that learned nothing: colour segmentation and geometry decide whether a picture shows what its prompt asks.
+"""A judge without training: colour segmentation and geometry decide whether a picture shows what its prompt asks.
 
-It shares no code and no weights with the CLIP reward; the outlines of the five shapes are those of `scenes`.
+It shares no code and no weights with the CLIP reward; it takes the outlines of the five shapes from `scenes`.
 """
 
 import colorsys
 from collections import Counter
 
 import numpy as np
-import torch
 from scipy import ndimage
+from torch import Tensor
 
 from .scenes import COLOURS, OUTLINES, SHAPES, coverage, parse
 
-FOREGROUND_DISTANCE = 0.22  # Euclidean distance to the background in RGB [0, 1]; shapes lie at 0.5 and more
+FOREGROUND_DISTANCE = 0.22  # Euclidean distance to the background in RGB [0, 1]; shapes have 0.5 and more
 MIN_AREA = 8.0  # pixels; smaller specks are not objects. The smallest drawn object covers about 50.
-MAX_OBJECTS = 4  # no prompt asks for more than two: what shows more is not looked at closely
+MAX_OBJECTS = 4  # prompts ask for at most two: the objects of a picture with more than four are not identified
 MIN_OVERLAP = 0.82  # soft intersection over union with the best template
 MAX_HUE_ERROR = 24.0  # degrees
 MIN_SATURATION = 0.4
@@ -57,7 +57,7 @@ def _shape_name(mask: np.ndarray) -> str | None:
 
 
 def objects_in(image: np.ndarray) -> list[tuple[str | None, str | None]]:
-    """The (colour, shape) of every object in a square picture `(H, H, 3)` with values in [0, 1]; None where undecided."""
+    """The (colour, shape) of every object in a square picture (H, H, 3) with values in [0, 1]; None where unclear."""
     border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     background = np.median(border, axis=0)
     distance = np.linalg.norm(image - background, axis=-1)
@@ -72,6 +72,15 @@ def objects_in(image: np.ndarray) -> list[tuple[str | None, str | None]]:
 def _object(
     image: np.ndarray, background: np.ndarray, distance: np.ndarray, labels: np.ndarray, region: np.ndarray
 ) -> tuple[str | None, str | None]:
+    """The colour and shape of one object; None where unclear.
+
+    Args:
+        image: The picture (H, H, 3) in [0, 1].
+        background: Its background colour (3,).
+        distance: The distance (H, H) of each pixel to the background.
+        labels: The number (H, H) of each pixel's region, 0 for the background.
+        region: The mask (H, H) of the object.
+    """
     core = np.median(image[region & (distance >= np.quantile(distance[region], 0.5))], axis=0)
     # The soft edge of an antialiased shape lies one pixel outside the threshold.
     reach = ndimage.binary_dilation(region) & ((labels == 0) | region)
@@ -80,10 +89,10 @@ def _object(
     return _colour_name(core), _shape_name(mask)
 
 
-def check(images: torch.Tensor, prompts: list[str]) -> list[bool]:
+def check(images: Tensor, prompts: list[str]) -> list[bool]:
     """Whether each picture shows exactly the objects of its prompt.
 
-    images: (B, 3, H, H), values in [0, 1]. prompts: B captions of the world of shapes (`ValueError` otherwise).
+    images: (B, 3, H, H) in [0, 1]. prompts: B captions of the world of shapes. Raises `ValueError` for another prompt.
     """
     pictures = images.detach().float().cpu().permute(0, 2, 3, 1).numpy().astype(np.float64)
     return [Counter(objects_in(p)) == Counter(parse(prompt)) for p, prompt in zip(pictures, prompts, strict=True)]

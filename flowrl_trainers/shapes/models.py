@@ -1,15 +1,16 @@
 """The networks of the embedded default: a CLIP, an autoencoder and an SD3 transformer, all small.
 
-The shipped weights are stored in half precision and loaded as float32; `examples/train_shapes.py` makes them.
+The shipped weights are stored in half precision and loaded as float32; `examples/train_shapes.py` trains them.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from tokenizers import pre_tokenizers
-from transformers import CLIPConfig, CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from .prompts import all_prompts
 from .scenes import IMAGE_SIZE
@@ -20,16 +21,17 @@ _EMBEDDING = 128
 
 
 def new_tokenizer() -> CLIPTokenizer:
-    """A byte-level CLIP tokenizer in which every word of the captions is one token and no text is unknown."""
+    """A byte-level CLIP tokenizer that has one token for every word of the captions and can encode any text."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     alphabet = [*letters, *(letter + "</w>" for letter in letters)]
     special = ["<|startoftext|>", "<|endoftext|>"]
 
     def tokenizer(merges: list[tuple[str, str]]) -> CLIPTokenizer:
         symbols = [*alphabet, *("".join(m) for m in merges), *special]
-        return CLIPTokenizer({s: i for i, s in enumerate(symbols)}, merges, model_max_length=MAX_TOKENS)
+        pairs: Any = merges  # transformers annotates merges as strings, but its tokenizer takes pairs
+        return CLIPTokenizer({s: i for i, s in enumerate(symbols)}, pairs, model_max_length=MAX_TOKENS)
 
-    # Training drops the letters that it did not see: keep its merges alone.
+    # Training drops letters that the captions lack, so only its merges are kept.
     trained = tokenizer([]).train_new_from_iterator(all_prompts(), vocab_size=len(alphabet) + 120, show_progress=False)
     merges = json.loads(trained.backend_tokenizer.to_str())["model"]["merges"]
     return tokenizer([(left, right) for left, right in merges])
@@ -37,7 +39,8 @@ def new_tokenizer() -> CLIPTokenizer:
 
 def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     """An untrained CLIP for 32 x 32 pictures, 1.0 million parameters."""
-    shared = {"num_attention_heads": 4, "hidden_size": _EMBEDDING, "intermediate_size": 256, "projection_dim": _EMBEDDING}
+    shared = {"num_attention_heads": 4, "hidden_size": _EMBEDDING, "intermediate_size": 256}
+    shared |= {"projection_dim": _EMBEDDING}
     text = {
         "vocab_size": len(tokenizer),
         "max_position_embeddings": MAX_TOKENS,
@@ -81,7 +84,7 @@ def new_transformer() -> SD3Transformer2DModel:
         joint_attention_dim=2 * _EMBEDDING,
         caption_projection_dim=128,
         pooled_projection_dim=2 * _EMBEDDING,
-        pos_embed_max_size=4,  # a larger one would squeeze the positions together, and learning would take several times as long
+        pos_embed_max_size=4,  # a larger grid would squeeze the positions together, which slows learning several times
         qk_norm="rms_norm",
     )
 
@@ -95,11 +98,13 @@ def load_clip(folder: str | Path = WEIGHTS) -> tuple[CLIPModel, CLIPTokenizer]:
 def load_pipeline(folder: str | Path = WEIGHTS) -> StableDiffusion3Pipeline:
     """The embedded default: a stock `StableDiffusion3Pipeline` in float32, loaded from the package, offline.
 
-    Both of its text encoders are the text half of `load_clip`'s CLIP, one module. It knows the captions of
-    `all_prompts()` and draws 32 x 32 pictures.
+    It knows the captions of `all_prompts()` and draws 32 x 32 pictures. Its two text encoders are one module, the text
+    half of `load_clip`'s CLIP.
     """
     clip, tokenizer = load_clip(folder)
-    text_encoder = CLIPTextModelWithProjection(clip.config.text_config)
+    text_config = clip.config.text_config
+    assert isinstance(text_config, CLIPTextConfig)
+    text_encoder = CLIPTextModelWithProjection(text_config)
     text_encoder.load_state_dict({k: v for k, v in clip.state_dict().items() if k.startswith("text_")})
     transformer = SD3Transformer2DModel.from_pretrained(Path(folder) / "transformer", dtype=torch.float32)
     vae = AutoencoderKL.from_pretrained(Path(folder) / "vae", dtype=torch.float32)

@@ -12,9 +12,10 @@ OBJECTS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 
 
 def _held_out(pair: list[tuple[str, str]]) -> bool:
-    """Our choice: a fifth of the unordered pairs, by a checksum, and two fifths of the single objects.
+    """Whether a scene is held out: a fifth of the unordered pairs and two fifths of the single objects. Our choice.
 
-    Single objects are split by a Latin square, so that each colour and each shape is held out equally often.
+    A checksum splits the pairs. A Latin square splits the single objects, so that each colour and each shape is held
+    out equally often.
     """
     if len(pair) == 1:
         ((colour, shape),) = pair
@@ -31,7 +32,7 @@ def all_prompts() -> list[str]:
 def prompts(split: Literal["train", "held_out"] = "train") -> Dataset:
     """The prompts of one split as a `datasets.Dataset` with the column `prompt`.
 
-    No held-out sentence describes the same objects as a training one. Raises `ValueError` for another split.
+    No held-out prompt describes the same objects as a training prompt. Raises `ValueError` for another split.
     """
     if split not in ("train", "held_out"):
         raise ValueError(f"`split` is {split!r}: choose 'train' or 'held_out'.")

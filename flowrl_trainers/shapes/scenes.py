@@ -1,7 +1,7 @@
 """Pictures of one or two coloured shapes, drawn by code, and the captions that describe them.
 
-A scene is a list of one or two objects on a plain light background. Its caption is a sentence such as
-"a red circle" or "a red circle and a blue square"; the order of the two objects carries no meaning.
+A scene is a list of one or two objects on a plain light background. Its caption is a sentence such as "a red circle"
+or "a red circle and a blue square"; the order of the two objects has no meaning.
 """
 
 import math
@@ -39,7 +39,7 @@ REACH = max(abs(c) for outline in OUTLINES.values() for point in outline for c i
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape: `x`, `y` its centre and `size` its half-width in pixels, `shade` a factor on its colour's brightness."""
+    """One shape: centre (`x`, `y`) and half-width `size` in pixels; `shade` multiplies the colour's brightness."""
 
     colour: str
     shape: str
@@ -70,10 +70,18 @@ def parse(prompt: str) -> list[tuple[str, str]]:
 
 
 def coverage(shape: str, x: float, y: float, size: float, image_size: int = IMAGE_SIZE) -> np.ndarray:
-    """The share of each pixel that a shape covers: `(image_size, image_size)` float32 in [0, 1]."""
+    """The share of each pixel that a shape covers: (image_size, image_size) float32 in [0, 1].
+
+    Args:
+        shape: One of `SHAPES`.
+        x: The centre in pixels from the left.
+        y: The centre in pixels from the top.
+        size: The half-width in pixels.
+        image_size: The side of the picture in pixels.
+    """
     k = _SUPERSAMPLING
     mask = Image.new("L", (image_size * k, image_size * k), 0)
-    # Pixel i spans [i, i + 1); Pillow paints the pixels whose centres lie inside, hence the half pixel.
+    # Pixel i spans [i, i + 1), but Pillow puts its centre at i: hence the 0.5.
     outline = [((x + size * px) * k - 0.5, (y + size * py) * k - 0.5) for px, py in OUTLINES[shape]]
     ImageDraw.Draw(mask).polygon(outline, fill=255)
     return np.asarray(mask.reduce(k), dtype=np.float32) / 255
@@ -89,10 +97,17 @@ def draw(objects: list[SceneObject], image_size: int = IMAGE_SIZE) -> np.ndarray
     return picture.round().astype(np.uint8)
 
 
-def random_scene(pairs: list[tuple[str, str]], rng: np.random.Generator, image_size: int = IMAGE_SIZE) -> list[SceneObject]:
+def random_scene(
+    pairs: list[tuple[str, str]], rng: np.random.Generator, image_size: int = IMAGE_SIZE
+) -> list[SceneObject]:
     """Objects of the given colours and shapes with random place, size and shade; two objects never touch.
 
-    Sizes scale with the picture: half-widths of 6 to 10 pixels for one object and 5.2 to 7 for two, at 32 pixels.
+    Half-widths scale with the picture: at 32 pixels, one object has 6 to 10 pixels and each of two has 5.2 to 7.
+
+    Args:
+        pairs: One or two pairs (colour, shape).
+        rng: The generator of all random draws.
+        image_size: The side of the picture in pixels.
     """
     unit = image_size / 32
     low, high = (6.0, 10.0) if len(pairs) == 1 else (5.2, 7.0)

@@ -1,7 +1,8 @@
-"""Checkpoints of SiT's original code (github.com/willisma/SiT) become a `SiTPipeline`.
+"""Converts checkpoints of SiT's original code (github.com/willisma/SiT) to a `SiTPipeline`.
 
-What the tensors do not say is assumed as the published models have it: the linear path, velocity prediction, and a last row of the class
-embedding that stands for no class. Tensors of other codes that share the names but not the layout are refused.
+The tensors do not show how the model was trained. The conversion assumes what holds for the published models: the
+linear path, velocity prediction, and a last row of the class embedding that stands for no class. It refuses tensors of
+other codes that have the same names but another layout.
 """
 
 import argparse
@@ -13,19 +14,20 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
+from torch import Tensor
 
 from .pipeline import SiTPipeline
 from .transformer import SiTTransformer2DModel
 
-Tensors = dict[str, torch.Tensor]
+Tensors = dict[str, Tensor]
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
-"""The heads of attention by the width D of the official sizes S, B, L and XL; tensors show the width alone."""
+"""Attention heads by the width D of the official sizes S, B, L and XL; the tensors show only the width."""
 
 VAE = "stabilityai/sd-vae-ft-mse"
 """The autoencoder with which the original code samples."""
 
-# Where the tensors of the original layout go; qkv and the final modulation are taken apart first.
+# Original names and the names in `SiTTransformer2DModel`; `_renamed` treats qkv and the final modulation separately.
 MODEL_NAMES = {
     "x_embedder.proj": "pos_embed.proj",
     "t_embedder.mlp.0": "time_embedder.linear_1",
@@ -50,13 +52,22 @@ def convert_checkpoint(
 ) -> SiTPipeline:
     """Write a checkpoint of the original code as the folder of a `SiTPipeline`, and return the pipeline.
 
-    checkpoint, num_attention_heads: as for `load_transformer`. out: the folder. vae: a folder or Hub id of the autoencoder.
-    class_names: one per class, by number; None for classes without names. Raises `ValueError` for what cannot be converted.
+    Args:
+        checkpoint: A `.safetensors` or `.pt` file, as for `load_transformer`.
+        out: The folder to write.
+        vae: A folder or Hub id of the autoencoder.
+        class_names: One name per class, in the order of their numbers. None: classes have no names.
+        num_attention_heads: The attention heads, as for `load_transformer`.
+
+    Raises:
+        ValueError: If the checkpoint cannot be converted, or the autoencoder or the names do not fit it.
     """
     transformer = load_transformer(checkpoint, num_attention_heads)
     classes = transformer.config.num_classes
     if class_names is not None and len(class_names) != classes:
-        raise ValueError(f"`class_names` has {len(class_names)} names, but {str(checkpoint)!r} has {classes} classes: name each.")
+        raise ValueError(
+            f"`class_names` has {len(class_names)} names, but {str(checkpoint)!r} has {classes} classes: name each."
+        )
     try:
         autoencoder = AutoencoderKL.from_pretrained(vae)
     except OSError as error:
@@ -65,8 +76,8 @@ def convert_checkpoint(
         ) from error
     if autoencoder.config.latent_channels != transformer.config.in_channels:
         raise ValueError(
-            f"The autoencoder {str(vae)!r} has latents of {autoencoder.config.latent_channels} channels, but the checkpoint reads "
-            f"{transformer.config.in_channels}: pass the one that it was trained with."
+            f"The autoencoder {str(vae)!r} has latents of {autoencoder.config.latent_channels} channels, but the "
+            f"checkpoint reads {transformer.config.in_channels}: pass the one that it was trained with."
         )
     names = dict(enumerate(class_names)) if class_names is not None else None
     pipeline = SiTPipeline(transformer, autoencoder, FlowMatchEulerDiscreteScheduler(shift=1.0), names)
@@ -77,9 +88,10 @@ def convert_checkpoint(
 def load_transformer(checkpoint: str | Path, num_attention_heads: int | None = None) -> SiTTransformer2DModel:
     """The network of a checkpoint of the original code, in float32 and evaluation mode.
 
-    checkpoint: a `.safetensors` file, or a `.pt` file of tensors: a state dict, or what training saved, of which the moving average
-    "ema" is taken, else "model". num_attention_heads: needed only where the width is none of the official sizes. Raises `ValueError`
-    for a file that is missing, holds more than tensors, or is not of SiT's layout.
+    checkpoint: a `.safetensors` file, or a `.pt` file of tensors. The file holds a state dict, or what training saved:
+    then the moving average "ema" is taken, or "model" if there is none. num_attention_heads: needed only if the width
+    is not that of an official size. Raises `ValueError` if the file is missing, holds more than tensors, or does not
+    have SiT's layout.
     """
     tensors, refusal = _read(Path(checkpoint)), f"{str(checkpoint)!r} is not a checkpoint of SiT"
     try:
@@ -93,7 +105,9 @@ def load_transformer(checkpoint: str | Path, num_attention_heads: int | None = N
         if name not in expected:
             raise ValueError(f"{refusal}: it has a tensor {name!r}, which SiT does not have.")
         if tuple(value.shape) != expected[name]:
-            raise ValueError(f"{refusal}: the tensor for {name!r} is {tuple(value.shape)} where SiT has {expected[name]}.")
+            raise ValueError(
+                f"{refusal}: the tensor for {name!r} is {tuple(value.shape)} where SiT has {expected[name]}."
+            )
     model.load_state_dict(renamed)
     return model.eval()
 
@@ -112,29 +126,33 @@ def _read(path: Path) -> Tensors:
                 stored = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{str(path)!r} is no file of tensors alone, and reading what else is in it could run code, so it is refused: where you trust "
-            "it, load it in the code that wrote it and save its tensors, `torch.save(model.state_dict(), path)`."
+            f"{str(path)!r} is no file of tensors alone, and reading what else is in it could run code, so it is "
+            "refused: if you trust it, load it in the code that wrote it and save its tensors, "
+            "`torch.save(model.state_dict(), path)`."
         ) from error
-    except Exception as error:  # what a damaged file makes an unpickler raise can be anything
+    except Exception as error:  # a damaged file can make an unpickler raise any exception
         raise ValueError(f"The checkpoint {str(path)!r} is damaged or no file of tensors ({error}).") from error
     if isinstance(stored, dict):
         stored = stored.get("ema", stored.get("model", stored))
-    if not isinstance(stored, dict) or not all(isinstance(value, torch.Tensor) for value in stored.values()):
+    if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
         raise ValueError(f"{str(path)!r} is not a checkpoint of SiT: it holds no dictionary of tensors.")
     return {name: value.float() for name, value in stored.items()}
 
 
 def _config(tensors: Tensors, num_attention_heads: int | None) -> dict[str, int]:
-    """The configuration that the shapes tell. Raises `KeyError` for a tensor that is missing."""
+    """The configuration that follows from the shapes of the tensors. Raises `KeyError` for a missing tensor."""
     patches = tensors["x_embedder.proj.weight"]
     if patches.dim() != 4:
-        raise ValueError(f"The checkpoint is not of SiT: 'x_embedder.proj.weight' is {tuple(patches.shape)}, but SiT has a convolution.")
+        raise ValueError(
+            f"The checkpoint is not of SiT: 'x_embedder.proj.weight' is {tuple(patches.shape)}, but SiT "
+            "has a convolution."
+        )
     dim, in_channels, patch_size, _ = patches.shape
     heads = num_attention_heads or HEADS.get(dim)
     if heads is None or dim % heads:
         raise ValueError(
-            f"`num_attention_heads` is {num_attention_heads}, but a network of width {dim} needs a divisor of it: pass the number of heads "
-            "that the model was trained with, as its tensors do not show it."
+            f"`num_attention_heads` is {num_attention_heads}, but a network of width {dim} needs a divisor of it: "
+            "pass the number of heads that the model was trained with; its tensors do not show it."
         )
     return {
         "sample_size": patch_size * math.isqrt(tensors["pos_embed"].shape[1]),
@@ -149,7 +167,7 @@ def _config(tensors: Tensors, num_attention_heads: int | None) -> dict[str, int]
 
 
 def _renamed(tensors: Tensors, config: dict[str, int]) -> Tensors:
-    """The tensors under the names of `SiTTransformer2DModel`; what has no counterpart keeps its name."""
+    """The tensors under the names of `SiTTransformer2DModel`; tensors without a counterpart keep their names."""
     tensors, renamed = dict(tensors), {}
     renamed["pos_embed.pos_embed"] = tensors.pop("pos_embed")
     renamed["class_embedder.weight"] = tensors.pop("y_embedder.embedding_table.weight")
@@ -169,8 +187,11 @@ def _renamed(tensors: Tensors, config: dict[str, int]) -> Tensors:
     return renamed | tensors
 
 
-def _without_learned_sigma(rows: torch.Tensor, config: dict[str, int]) -> torch.Tensor:
-    """The rows (p p C, ...) of the output layer. With `learn_sigma` there are 2 C channels a pixel, whose second half is never read."""
+def _without_learned_sigma(rows: Tensor, config: dict[str, int]) -> Tensor:
+    """The rows (p p C, ...) of the output layer that predict the velocity.
+
+    Models with `learn_sigma` have 2 C channels per pixel, and nothing reads the second half.
+    """
     pixels = config["patch_size"] ** 2
     if len(rows) != 2 * pixels * config["in_channels"]:
         return rows

@@ -1,4 +1,4 @@
-"""A diffusers pipeline for SiT (Scalable Interpolant Transformers, arXiv 2401.08740), of which diffusers has none."""
+"""A diffusers pipeline for SiT (Scalable Interpolant Transformers, arXiv 2401.08740); diffusers itself has none."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import SanaLoraLoaderMixin
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
+from torch import Tensor
 
 from .transformer import SiTTransformer2DModel
 
@@ -16,14 +17,19 @@ Generators = torch.Generator | list[torch.Generator] | None
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # Sana's loader is the plain one: a transformer and no text encoders
-    """Pictures of classes by the Euler ODE on a uniform grid of sigma, with classifier-free guidance against the class of no class.
+# Sana's loader serves a transformer without text encoders, which is what SiT is.
+class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
+    """Draws pictures of classes by the Euler ODE on a uniform grid of sigma, with classifier-free guidance.
 
-    transformer: the network. vae: the autoencoder of the latents, which have unit variance after its `scaling_factor`. scheduler: the
-    Euler sampler of flow matching, `shift` 1 for SiT. id2label: the names of the classes by their numbers, several names of one class
-    separated by commas as in ImageNet's lists; None where classes have numbers alone. It is kept in `model_index.json`.
+    Guidance compares a class with the row of the class embedding that stands for no class. The original sampler
+    guides only the first three of the four latent channels; this pipeline guides all of them.
 
-    The original sampler guides the first three of the four latent channels only; here guidance acts on all of them.
+    Args:
+        transformer: The network.
+        vae: The autoencoder of the latents, which have unit variance after its `scaling_factor`.
+        scheduler: The Euler sampler of flow matching, with `shift` 1 for SiT.
+        id2label: The names of the classes by their numbers, kept in `model_index.json`. Commas separate several names
+            of one class, as in ImageNet's lists. None: classes have numbers alone.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -41,7 +47,7 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # Sana's loader is t
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self.labels: dict[str, list[int]] = {}
-        """The numbers of the classes that have a name: more than one where a name is ambiguous, as ImageNet's 'crane' is."""
+        """The numbers of the classes of each name: more than one for an ambiguous name such as ImageNet's 'crane'."""
         for number, names in (id2label or {}).items():
             for name in names.split(","):
                 self.labels.setdefault(name.strip(), []).append(self._checked(int(number)))
@@ -50,8 +56,9 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # Sana's loader is t
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str:
         """Fetch a repository of the Hub and return its folder.
 
-        diffusers' own `download` refuses components whose class is not its own and comes with no code in the repository; here the code
-        is this package, and only configurations and safetensors are fetched. Of `kwargs`, those of `snapshot_download` count.
+        The `download` of diffusers refuses a component whose class neither diffusers nor the repository defines. Here
+        this package defines it, so the method fetches configurations and safetensors alone. It passes on those of
+        `kwargs` that `snapshot_download` takes.
         """
         understood = {"cache_dir", "force_download", "local_files_only", "token", "revision"}
         return snapshot_download(
@@ -60,8 +67,8 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # Sana's loader is t
             **{name: value for name, value in kwargs.items() if name in understood},
         )
 
-    def class_labels(self, prompt: Prompts) -> torch.Tensor:
-        """The numbers of classes that are given by name or number (also as a string), (B,) int64.
+    def class_labels(self, prompt: Prompts) -> Tensor:
+        """The numbers (B,) int64 of classes that are given by name, by number, or by number as a string.
 
         Raises `ValueError` for an unknown or ambiguous name and for a number out of range.
         """
@@ -73,7 +80,9 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # Sana's loader is t
             return self._checked(prompt)
         numbers = self.labels.get(prompt.strip(), [])
         if len(numbers) > 1:
-            raise ValueError(f"{prompt!r} is the name of the classes {', '.join(map(str, numbers))}: pass the number of one.")
+            raise ValueError(
+                f"{prompt!r} is the name of the classes {', '.join(map(str, numbers))}: pass the number of one."
+            )
         if numbers:
             return numbers[0]
         try:
@@ -81,7 +90,9 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # Sana's loader is t
         except ValueError as error:
             named = f"one of its {len(self.labels)} class names (`pipeline.labels`) or " if self.labels else ""
             highest = self.transformer.config.num_classes - 1
-            raise ValueError(f"{prompt!r} is no class of this model: pass {named}a number from 0 to {highest}.") from error
+            raise ValueError(
+                f"{prompt!r} is no class of this model: pass {named}a number from 0 to {highest}."
+            ) from error
         return self._checked(number)
 
     def _checked(self, number: int) -> int:
@@ -99,20 +110,41 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # Sana's loader is t
         dtype: torch.dtype,
         device: torch.device,
         generator: Generators = None,
-    ) -> torch.Tensor:
-        """Noise (B, C, h, w). height, width: of the picture, in pixels. generator: one for all, or a list with one per picture."""
+    ) -> Tensor:
+        """Draw noise (B, C, h, w) for the latents of a batch.
+
+        Args:
+            batch_size: The number of pictures B.
+            num_channels_latents: The number of channels C.
+            height: The height of the pictures in pixels.
+            width: The width of the pictures in pixels.
+            dtype: The precision of the noise.
+            device: The device of the noise.
+            generator: One for all pictures, or a list with one per picture.
+
+        Raises:
+            ValueError: If the list of generators has another length than the batch.
+        """
         if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"`generator` is a list of {len(generator)} for {batch_size} prompts: pass one for each, or a single one.")
+            raise ValueError(
+                f"`generator` is a list of {len(generator)} for {batch_size} prompts: pass one for each, or a single "
+                "one."
+            )
         shape = (batch_size, num_channels_latents, height // self.vae_scale_factor, width // self.vae_scale_factor)
         return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
 
     def check_size(self, height: int, width: int) -> None:
-        """Raises `ValueError` for a height or width, in pixels, for which the model has no patches or no position embeddings."""
+        """Check that patches fill a height and width in pixels and that position embeddings cover them.
+
+        Raises `ValueError` if they do not.
+        """
         config = self.transformer.config
         unit, largest = self.vae_scale_factor * config.patch_size, self.vae_scale_factor * config.sample_size
         for name, size in (("height", height), ("width", width)):
             if size % unit or not 0 < size <= largest:
-                raise ValueError(f"`{name}` ({size}) must be a multiple of {unit} pixels and at most {largest} for this model.")
+                raise ValueError(
+                    f"`{name}` ({size}) must be a multiple of {unit} pixels and at most {largest} for this model."
+                )
 
     @torch.no_grad()
     def __call__(
@@ -129,13 +161,21 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # Sana's loader is t
     ) -> ImagePipelineOutput | tuple:
         """Draw one picture per class.
 
-        prompt: class names or numbers. height, width: in pixels, by default those of training, and at most those.
-        num_inference_steps: Euler steps from sigma 1 to 0. guidance_scale: v_null + scale (v - v_null) on all channels, for a scale
-        above 1. generator: one for all, or a list with one per picture. output_type: "pil", "np", "pt" (B, 3, H, W) in [0, 1], or
-        "latent". sigmas: the levels of the steps, from 1 down, without the last 0; by default uniform. Raises `ValueError` for classes
-        and sizes that the model does not have.
+        Args:
+            prompt: Class names or numbers.
+            height: The height in pixels: at most that of training, which None takes.
+            width: The width in pixels: at most that of training, which None takes.
+            num_inference_steps: Euler steps from sigma 1 to 0.
+            guidance_scale: The scale in v_null + scale (v - v_null), on all channels. 1 and below: no guidance.
+            generator: One for all pictures, or a list with one per picture.
+            output_type: "pil", "np", "pt" (B, 3, H, W) in [0, 1], or "latent".
+            return_dict: Whether to return an `ImagePipelineOutput`, or else a tuple.
+            sigmas: The levels of the steps, from 1 down, without the last 0. None: a uniform grid.
+
+        Raises:
+            ValueError: If the model does not have a class or a size, or an argument is not one of its values.
         """
-        # 1. What was asked for
+        # 1. Arguments
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` is {output_type!r}: choose {', '.join(OUTPUT_TYPES)}.")
         config, device = self.transformer.config, self._execution_device
@@ -145,7 +185,8 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # Sana's loader is t
         labels = self.class_labels(prompt).to(device)
 
         # 2. Noise and the uniform grid; latents stay in float32 whatever the precision of the network
-        latents = self.prepare_latents(len(labels), config.in_channels, height, width, torch.float32, device, generator)
+        batch_size, channels = len(labels), config.in_channels
+        latents = self.prepare_latents(batch_size, channels, height, width, torch.float32, device, generator)
         grid = torch.linspace(1, 0, num_inference_steps + 1)[:-1].tolist() if sigmas is None else sigmas
         self.scheduler.set_timesteps(sigmas=grid, device=device)
 
@@ -163,7 +204,7 @@ class SiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):  # Sana's loader is t
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _velocity(self, latents: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+    def _velocity(self, latents: Tensor, timestep: Tensor, labels: Tensor, guidance_scale: float) -> Tensor:
         hidden_states = latents.to(self.transformer.dtype)
         v = self.transformer(hidden_states, timestep, labels, return_dict=False)[0].float()
         if guidance_scale > 1:
