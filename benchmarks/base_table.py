@@ -34,7 +34,8 @@ def sample(flow: FlowPipeline, sampler: str, latents: torch.Tensor, conditioning
         return flow.sample_latents(flow.transformer, conditioning, latents, sigmas)
     for sigma, sigma_next in itertools.pairwise(sigmas):
         levels = sigma.expand(len(latents)), sigma_next.expand(len(latents))
-        mean, std = renoise(latents, flow.velocity(flow.transformer, latents, levels[0], conditioning), *levels, eta=1.0)
+        velocity = flow.velocity(flow.transformer, latents, levels[0], conditioning, guidance=True)
+        mean, std = renoise(latents, velocity, *levels, eta=1.0)
         latents = mean + std * torch.randn(mean.shape, generator=generator)
     return latents
 

@@ -25,7 +25,7 @@ class Vectors(flowrl_trainers.FlowPipeline):
         generators = generator if isinstance(generator, list) else [generator] * batch_size
         return torch.cat([torch.randn(1, 2, generator=g) for g in generators])
 
-    def velocity(self, transformer, latents, sigma, conditioning, guidance=True):
+    def velocity(self, transformer, latents, sigma, conditioning, *, guidance):
         return transformer(torch.cat([latents, sigma[:, None]], dim=1))
 
     def decode(self, latents):

@@ -144,8 +144,8 @@ def test_an_image_whose_velocity_is_not_finite_is_left_out_and_does_not_spoil_th
     t = trainer(tmp_path, tiny_pipeline, reward_scale=None, max_bad_sample_share=0.5)
     velocity = t.flow.velocity
 
-    def poisoned(transformer, latents, sigma, conditioning, guidance=True):
-        v = velocity(transformer, latents, sigma, conditioning, guidance)
+    def poisoned(transformer, latents, sigma, conditioning, *, guidance):
+        v = velocity(transformer, latents, sigma, conditioning, guidance=guidance)
         if torch.is_grad_enabled() and t.sampler is not None and not transformer.training:  # the adjoint's calls
             v = torch.cat([v[:1] * math.nan, v[1:]])
         return v
@@ -662,7 +662,8 @@ def test_continuing_an_adapter_measures_against_the_base_model(tmp_path, tiny_pi
     (batch,) = t._make_rollout(examples)
     bare = tiny_sd3().transformer
     with torch.no_grad():
-        expected = t.flow.velocity(bare, batch.tensors["latents"][:, 0], t.window_sigmas[0].expand(2), t.condition(examples))
+        first, level = batch.tensors["latents"][:, 0], t.window_sigmas[0].expand(2)
+        expected = t.flow.velocity(bare, first, level, t.condition(examples), guidance=True)
     torch.testing.assert_close(batch.tensors["velocities"][:, 0], expected)
 
 

@@ -1,5 +1,6 @@
 """`FlowPipeline`: everything that the trainers need of a model, and nothing else."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
@@ -42,6 +43,22 @@ class FlowPipeline(ABC):
     example_prompt: ClassVar[str] = "your prompt"
     """What the code of a model card draws."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a `velocity` that could be called without saying whether guidance is meant.
+
+        Raises:
+            TypeError: The class defines `velocity` with a `guidance` that is missing, positional or has a default.
+        """
+        super().__init_subclass__(**kwargs)
+        if "velocity" not in cls.__dict__:
+            return
+        guidance = inspect.signature(cls.velocity).parameters.get("guidance")
+        if guidance is None or guidance.kind is not guidance.KEYWORD_ONLY or guidance.default is not guidance.empty:
+            raise TypeError(
+                f"`{cls.__name__}.velocity` must take `guidance` by keyword only and without a default: change its "
+                "signature to `velocity(self, transformer, latents, sigma, conditioning, *, guidance)`."
+            )
+
     # ---- what a model must say -------------------------------------------------------------------------------------------
 
     @property
@@ -68,13 +85,24 @@ class FlowPipeline(ABC):
         latents: torch.Tensor,
         sigma: torch.Tensor,
         conditioning: Conditioning,
-        guidance: bool = True,
+        *,
+        guidance: bool,
     ) -> torch.Tensor:
-        """The velocity `dx/dsigma` at `latents`, float32 and of their shape.
+        """The velocity `dx/dsigma` at `latents`.
 
-        transformer: passed in, because a trainer may have wrapped it. sigma: (B,), one level per sample. guidance: True for the
-        pipeline's own guidance formula at the settings' scale, False for the conditional branch alone. With guidance, weights learn
-        through the conditional branch: the negative one keeps its graph only where a gradient to the latents is asked for.
+        With guidance, weights learn through the conditional branch: the negative branch keeps its graph only where the
+        latents require a gradient.
+
+        Args:
+            transformer: The network to call; it is passed in, because a trainer may have wrapped it.
+            latents: (B, ...), float32.
+            sigma: (B,), the noise level of each sample.
+            conditioning: What `encode_prompts` returns for B prompts.
+            guidance: True for the pipeline's guidance formula at the scale of its settings, False for the conditional
+                branch alone. It has no default, so that every caller says which velocity it means.
+
+        Returns:
+            The velocity, float32 and of the shape of `latents`.
         """
 
     @abstractmethod
@@ -149,7 +177,7 @@ class FlowPipeline(ABC):
     ) -> torch.Tensor:
         """The Euler ODE from the first to the last of `sigmas` (on the latents' device), with guidance, without gradients."""
         for sigma, sigma_next in pairwise(sigmas):
-            v = self.velocity(transformer, latents, sigma.expand(len(latents)), conditioning)
+            v = self.velocity(transformer, latents, sigma.expand(len(latents)), conditioning, guidance=True)
             latents = euler_step(latents, v, sigma, sigma_next)
         return latents
 

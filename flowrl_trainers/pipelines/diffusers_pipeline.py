@@ -171,7 +171,8 @@ class DiffusersFlowPipeline(FlowPipeline):
         latents: torch.Tensor,
         sigma: torch.Tensor,
         conditioning: Conditioning,
-        guidance: bool = True,
+        *,
+        guidance: bool,
     ) -> torch.Tensor:
         own = {name: value for name, value in conditioning.items() if not name.startswith(NEGATIVE)}
         v = self._branch(transformer, latents, sigma, own)
