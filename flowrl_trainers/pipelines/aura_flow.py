@@ -9,24 +9,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from .base import Conditioning
-from .diffusers_pipeline import DiffusersFlowPipeline
+from .base import Conditioning, Settings
+from .diffusers_pipeline import JOINT_ATTENTION, DiffusersFlowPipeline
 
 
 class AuraFlowFlowPipeline(DiffusersFlowPipeline):
     """`AuraFlowPipeline` as a velocity field; settings and defaults are those of its `__call__`."""
 
-    lora_target_modules: ClassVar[list[str]] = [
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-    ]  # fmt: skip
-    default_settings: ClassVar[dict[str, Any]] = {
-        "height": None,
-        "width": None,
-        "guidance_scale": 3.5,
-        "negative_prompt": "",
-        "max_sequence_length": 256,
-    }
+    lora_target_modules: ClassVar[list[str]] = JOINT_ATTENTION
+    default_settings: ClassVar[Settings] = {"guidance_scale": 3.5, "negative_prompt": "", "max_sequence_length": 256}
 
     def default_size(self) -> int:
         return 1024

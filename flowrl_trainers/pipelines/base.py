@@ -14,6 +14,7 @@ from torch import nn
 from ..flow import euler_step, uniform_sigmas
 
 Conditioning = dict[str, torch.Tensor]
+Settings = dict[str, Any]
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -33,9 +34,6 @@ class FlowPipeline(ABC):
 
     lora_exclude_modules: Sequence[str] = ()
     """Layers among them that a LoRA must leave out, because they reach nothing."""
-
-    default_settings: ClassVar[dict[str, Any]] = {}
-    """The settings that a family understands, with its defaults."""
 
     task: ClassVar[str | None] = "text-to-image"
     """The `pipeline_tag` of a model card."""

@@ -15,21 +15,15 @@ import numpy as np
 import torch
 from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
 
-from .base import Conditioning
-from .diffusers_pipeline import DiffusersFlowPipeline, pad_prompts
+from .base import Conditioning, Settings
+from .diffusers_pipeline import ATTENTION, DiffusersFlowPipeline, pad_prompts
 
 
 class CogView4FlowPipeline(DiffusersFlowPipeline):
     """`CogView4Pipeline` as a velocity field; settings and defaults are those of its `__call__`."""
 
-    lora_target_modules: ClassVar[list[str]] = ["to_q", "to_k", "to_v", "to_out.0"]
-    default_settings: ClassVar[dict[str, Any]] = {
-        "height": None,
-        "width": None,
-        "guidance_scale": 5.0,
-        "negative_prompt": "",
-        "max_sequence_length": 1024,
-    }
+    lora_target_modules: ClassVar[list[str]] = ATTENTION
+    default_settings: ClassVar[Settings] = {"guidance_scale": 5.0, "negative_prompt": "", "max_sequence_length": 1024}
 
     def most_tokens(self) -> int:
         return 1024
@@ -50,7 +44,7 @@ class CogView4FlowPipeline(DiffusersFlowPipeline):
 
     def _mu(self, num_inference_steps: int) -> float:
         config = self.pipeline.scheduler.config
-        height, width = (self.settings[name] // self.pixels_per_token() for name in ("height", "width"))
+        height, width = self.size_in_tokens()
         return calculate_shift(height * width, config.base_image_seq_len, config.base_shift, config.max_shift)
 
     def unshifted(self, sigma: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import copy
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -11,10 +11,18 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import get_peft_model_state_dict
 from torch import nn
 
-from .base import Conditioning, FlowPipeline, Generators
+from .base import Conditioning, FlowPipeline, Generators, Settings
 from .checkpoints import CHECKPOINTS
 
 NEGATIVE = "negative_"
+
+# What a LoRA adapts by default: the projections of every attention layer, and in networks whose pictures and prompts
+# attend to each other jointly also those of the prompt.
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+JOINT_ATTENTION = [
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+]  # fmt: skip
 
 
 class DiffusersFlowPipeline(FlowPipeline):
@@ -24,10 +32,18 @@ class DiffusersFlowPipeline(FlowPipeline):
     the stock pipeline spaces its noise levels (`_spacing` and `_mu`).
     """
 
+    default_settings: ClassVar[Settings]
+    """The settings that a family understands beside `height` and `width`, with its defaults."""
+
+    @classmethod
+    def setting_names(cls) -> list[str]:
+        """The names of all settings that the family understands."""
+        return ["height", "width", *cls.default_settings]
+
     def __init__(self, pipeline: Any, **settings: Any) -> None:
         self.pipeline = pipeline
         size = self.default_size()
-        self.settings = self.default_settings | {"height": size, "width": size} | settings
+        self.settings = {"height": size, "width": size} | self.default_settings | settings
         self._check_settings()
         negative = self.settings.get("negative_prompt") or ""
         if negative.strip() and not self.guided:
@@ -69,7 +85,7 @@ class DiffusersFlowPipeline(FlowPipeline):
     def _mu(self, num_inference_steps: int) -> float | None:
         """The exponent of the dynamic shift."""
         config = self.scheduler().config
-        height, width = (self.settings[name] // self.pixels_per_token() for name in ("height", "width"))
+        height, width = self.size_in_tokens()
         return calculate_shift(height * width, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
 
     def default_size(self) -> int:
@@ -79,6 +95,11 @@ class DiffusersFlowPipeline(FlowPipeline):
     def pixels_per_token(self) -> int:
         """What height and width must be multiples of."""
         return 2 * self.pipeline.vae_scale_factor
+
+    def size_in_tokens(self) -> tuple[int, int]:
+        """Height and width of a picture, counted in tokens."""
+        unit = self.pixels_per_token()
+        return self.settings["height"] // unit, self.settings["width"] // unit
 
     def largest_size(self) -> int | None:
         """The largest height and width in pixels, None for any."""
@@ -140,7 +161,11 @@ class DiffusersFlowPipeline(FlowPipeline):
         return embeds, conditioning.get("prompt_embeds_mask", everywhere).bool()
 
     def initial_latents(self, batch_size: int, generator: Generators = None) -> torch.Tensor:
-        channels, height, width = self.transformer.config.in_channels, self.settings["height"], self.settings["width"]
+        return self._prepared(self.transformer.config.in_channels, batch_size, generator)
+
+    def _prepared(self, channels: int, batch_size: int, generator: Generators) -> Any:
+        """What the pipeline's `prepare_latents` returns: float32 noise, with position ids in some families."""
+        height, width = self.settings["height"], self.settings["width"]
         return self.pipeline.prepare_latents(batch_size, channels, height, width, torch.float32, self.device, generator)
 
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:

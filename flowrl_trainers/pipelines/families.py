@@ -76,12 +76,13 @@ def _is_sanas(scheduler: Any) -> bool:
 
 def _known(settings: dict[str, Any], class_name: str) -> dict[str, Any]:
     """The settings that are given; raises `ValueError` for one that the pipeline's family does not have."""
-    settings, defaults = {name: value for name, value in settings.items() if value is not None}, FAMILIES[class_name].default_settings
-    unknown = sorted(set(settings) - set(defaults))
+    settings = {name: value for name, value in settings.items() if value is not None}
+    known = FAMILIES[class_name].setting_names()
+    unknown = sorted(set(settings) - set(known))
     if unknown:
         raise ValueError(
             f"{class_name} has no setting {', '.join(f'`{name}`' for name in unknown)}: "
-            f"it takes {', '.join(f'`{name}`' for name in defaults)}."
+            f"it takes {', '.join(f'`{name}`' for name in known)}."
         )
     return settings
 

@@ -9,25 +9,16 @@ from typing import Any, ClassVar
 
 import torch
 
-from .base import Conditioning, Generators
-from .diffusers_pipeline import DiffusersFlowPipeline, rounded_sigma, without_guidance
+from .base import Conditioning, Settings
+from .diffusers_pipeline import JOINT_ATTENTION, rounded_sigma, without_guidance
+from .packed_pipeline import PackedFlowPipeline
 
 
-class FluxFlowPipeline(DiffusersFlowPipeline):
+class FluxFlowPipeline(PackedFlowPipeline):
     """`FluxPipeline` as a velocity field; settings and defaults are those of its `__call__`."""
 
-    lora_target_modules: ClassVar[list[str]] = [
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-    ]  # fmt: skip
-    default_settings: ClassVar[dict[str, Any]] = {
-        "height": None,
-        "width": None,
-        "guidance_scale": 3.5,
-        "true_cfg_scale": 1.0,
-        "negative_prompt": "",
-        "max_sequence_length": 512,
-    }
+    lora_target_modules: ClassVar[list[str]] = JOINT_ATTENTION
+    default_settings: ClassVar[Settings] = {"guidance_scale": 3.5, "true_cfg_scale": 1.0, "negative_prompt": "", "max_sequence_length": 512}
 
     def __init__(self, pipeline: Any, **settings: Any) -> None:
         if not pipeline.transformer.config.guidance_embeds:
@@ -50,20 +41,14 @@ class FluxFlowPipeline(DiffusersFlowPipeline):
         embeds, pooled, _ = self.pipeline.encode_prompt(prompts, prompts, device=self.text_encoders()[0].device, max_sequence_length=length)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
-    def initial_latents(self, batch_size: int, generator: Generators = None) -> torch.Tensor:
-        pipe, height, width = self.pipeline, self.settings["height"], self.settings["width"]
-        channels = self.transformer.config.in_channels // 4
-        packed, _ = pipe.prepare_latents(batch_size, channels, height, width, torch.float32, self.device, generator)
-        return pipe._unpack_latents(packed, height, width, pipe.vae_scale_factor)
-
     def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        # Packing and position ids are private helpers of the pipeline, but there are no others.
+        # Position ids too are made by a private method of the pipeline.
         pipe, dtype = self.pipeline, transformer.dtype
-        count, channels, height, width = latents.shape
+        count, _, height, width = latents.shape
         embeds = conditioning["prompt_embeds"].to(dtype)
         guidance = latents.new_full((count,), self.settings["guidance_scale"])
         packed = transformer(
-            hidden_states=pipe._pack_latents(latents, count, channels, height, width).to(dtype),
+            hidden_states=self._packed(latents).to(dtype),
             timestep=rounded_sigma(sigma, dtype),
             guidance=guidance if self.pipeline.transformer.config.guidance_embeds else None,
             pooled_projections=conditioning["pooled_prompt_embeds"].to(dtype),
@@ -72,4 +57,4 @@ class FluxFlowPipeline(DiffusersFlowPipeline):
             img_ids=pipe._prepare_latent_image_ids(count, height // 2, width // 2, latents.device, dtype),
             return_dict=False,
         )[0]
-        return pipe._unpack_latents(packed.float(), self.settings["height"], self.settings["width"], pipe.vae_scale_factor)
+        return self._unpacked(packed.float())

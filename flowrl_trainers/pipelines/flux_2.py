@@ -10,17 +10,18 @@ from typing import Any, ClassVar
 import torch
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
-from .base import Conditioning, Generators
-from .diffusers_pipeline import DiffusersFlowPipeline, rounded_sigma, without_guidance
+from .base import Conditioning, Settings
+from .diffusers_pipeline import rounded_sigma, without_guidance
+from .packed_pipeline import PackedFlowPipeline
 
 
-class Flux2FlowPipeline(DiffusersFlowPipeline):
+class Flux2FlowPipeline(PackedFlowPipeline):
     """`Flux2Pipeline` (FLUX.2-dev) as a velocity field; settings and defaults are those of its `__call__`."""
 
     lora_target_modules: ClassVar[list[str]] = [
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_qkv_mlp_proj",
     ]  # fmt: skip
-    default_settings: ClassVar[dict[str, Any]] = {"height": None, "width": None, "guidance_scale": 4.0, "max_sequence_length": 512}
+    default_settings: ClassVar[Settings] = {"guidance_scale": 4.0, "max_sequence_length": 512}
     embeds_guidance: ClassVar[bool] = True
 
     @property
@@ -33,25 +34,21 @@ class Flux2FlowPipeline(DiffusersFlowPipeline):
         return {"prompt_embeds": embeds}
 
     def _mu(self, num_inference_steps: int) -> float:
-        height, width = (self.settings[name] // self.pixels_per_token() for name in ("height", "width"))
+        height, width = self.size_in_tokens()
         return compute_empirical_mu(height * width, num_inference_steps)
 
-    def initial_latents(self, batch_size: int, generator: Generators = None) -> torch.Tensor:
-        height, width = self.settings["height"], self.settings["width"]
-        channels = self.transformer.config.in_channels // 4
-        packed, _ = self.pipeline.prepare_latents(batch_size, channels, height, width, torch.float32, self.device, generator)
-        return self._unpacked(packed)
+    def _packed(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.pipeline._pack_latents(latents)
 
     def _unpacked(self, packed: torch.Tensor) -> torch.Tensor:
-        height, width = (self.settings[name] // self.pixels_per_token() for name in ("height", "width"))
-        return packed.transpose(1, 2).unflatten(2, (height, width))
+        return packed.transpose(1, 2).unflatten(2, self.size_in_tokens())
 
     def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        # Packing and position ids are private helpers of the pipeline, but there are no others.
+        # Position ids too are made by private methods of the pipeline.
         pipe, dtype = self.pipeline, transformer.dtype
         embeds = conditioning["prompt_embeds"].to(dtype)
         packed = transformer(
-            hidden_states=pipe._pack_latents(latents).to(dtype),
+            hidden_states=self._packed(latents).to(dtype),
             timestep=rounded_sigma(sigma, dtype),
             guidance=latents.new_full((len(latents),), self.settings["guidance_scale"]) if self.embeds_guidance else None,
             encoder_hidden_states=embeds,

@@ -9,21 +9,15 @@ from typing import Any, ClassVar
 import torch
 from diffusers.pipelines.lumina2.pipeline_lumina2 import calculate_shift
 
-from .base import Conditioning
-from .diffusers_pipeline import DiffusersFlowPipeline
+from .base import Conditioning, Settings
+from .diffusers_pipeline import ATTENTION, DiffusersFlowPipeline
 
 
 class Lumina2FlowPipeline(DiffusersFlowPipeline):
     """`Lumina2Pipeline` as a velocity field; settings and defaults are those of its `__call__`, guidance is at every step."""
 
-    lora_target_modules: ClassVar[list[str]] = ["to_q", "to_k", "to_v", "to_out.0"]
-    default_settings: ClassVar[dict[str, Any]] = {
-        "height": None,
-        "width": None,
-        "guidance_scale": 4.0,
-        "negative_prompt": "",
-        "max_sequence_length": 256,
-    }
+    lora_target_modules: ClassVar[list[str]] = ATTENTION
+    default_settings: ClassVar[Settings] = {"guidance_scale": 4.0, "negative_prompt": "", "max_sequence_length": 256}
 
     def most_tokens(self) -> int:
         """The network has positions for one more, which is the picture's."""

@@ -8,27 +8,19 @@ from typing import Any, ClassVar
 
 import torch
 
-from .base import Conditioning, Generators
-from .diffusers_pipeline import DiffusersFlowPipeline, rounded_sigma
+from .base import Conditioning, Generators, Settings
+from .diffusers_pipeline import JOINT_ATTENTION, rounded_sigma
+from .packed_pipeline import PackedFlowPipeline
 
 
-class QwenImageFlowPipeline(DiffusersFlowPipeline):
+class QwenImageFlowPipeline(PackedFlowPipeline):
     """`QwenImagePipeline` as a velocity field. `guidance_scale` is what its `__call__` names `true_cfg_scale`.
 
     The stock pipeline guides only where it is given a negative prompt; the default here is the one that Qwen-Image's card gives, a space.
     """
 
-    lora_target_modules: ClassVar[list[str]] = [
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-    ]  # fmt: skip
-    default_settings: ClassVar[dict[str, Any]] = {
-        "height": None,
-        "width": None,
-        "guidance_scale": 4.0,
-        "negative_prompt": " ",
-        "max_sequence_length": 512,
-    }
+    lora_target_modules: ClassVar[list[str]] = JOINT_ATTENTION
+    default_settings: ClassVar[Settings] = {"guidance_scale": 4.0, "negative_prompt": " ", "max_sequence_length": 512}
 
     def __init__(self, pipeline: Any, **settings: Any) -> None:
         super().__init__(pipeline, **settings)
@@ -52,19 +44,10 @@ class QwenImageFlowPipeline(DiffusersFlowPipeline):
         return {"prompt_embeds": embeds, "prompt_embeds_mask": full if mask is None else mask.bool()}
 
     def initial_latents(self, batch_size: int, generator: Generators = None) -> torch.Tensor:
-        pipe, height, width = self.pipeline, self.settings["height"], self.settings["width"]
-        channels = self.transformer.config.in_channels // 4
-        packed = pipe.prepare_latents(batch_size, channels, height, width, torch.float32, self.device, generator)
-        return self._unpacked(packed)
-
-    def _packed(self, latents: torch.Tensor) -> torch.Tensor:
-        # A private helper of the pipeline, but there is no other.
-        return self.pipeline._pack_latents(latents, *latents.shape)
+        return self._unpacked(self._prepared(self.transformer.config.in_channels // 4, batch_size, generator))
 
     def _unpacked(self, packed: torch.Tensor) -> torch.Tensor:
-        return self.pipeline._unpack_latents(packed, self.settings["height"], self.settings["width"], self.pipeline.vae_scale_factor)[
-            :, :, 0
-        ]
+        return super()._unpacked(packed)[:, :, 0]  # the only frame
 
     def _guide(self, velocity: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
         own, guided = self._packed(velocity), self._packed(super()._guide(velocity, negative))

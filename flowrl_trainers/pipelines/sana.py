@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SanaPipeline
 
-from .base import Conditioning
-from .diffusers_pipeline import DiffusersFlowPipeline
+from .base import Conditioning, Settings
+from .diffusers_pipeline import ATTENTION, DiffusersFlowPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -23,14 +23,8 @@ INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human
 class SanaFlowPipeline(DiffusersFlowPipeline):
     """`SanaPipeline` as a velocity field, without its resolution binning: pictures have the size that is asked for."""
 
-    lora_target_modules: ClassVar[list[str]] = ["to_q", "to_k", "to_v", "to_out.0"]
-    default_settings: ClassVar[dict[str, Any]] = {
-        "height": None,
-        "width": None,
-        "guidance_scale": 4.5,
-        "negative_prompt": "",
-        "max_sequence_length": 300,
-    }
+    lora_target_modules: ClassVar[list[str]] = ATTENTION
+    default_settings: ClassVar[Settings] = {"guidance_scale": 4.5, "negative_prompt": "", "max_sequence_length": 300}
 
     def __init__(self, pipeline: Any, **settings: Any) -> None:
         super().__init__(pipeline, **settings)

@@ -10,15 +10,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from .base import Conditioning
-from .diffusers_pipeline import DiffusersFlowPipeline
+from .base import Conditioning, Settings
+from .diffusers_pipeline import ATTENTION, DiffusersFlowPipeline
 
 
 class SiTFlowPipeline(DiffusersFlowPipeline):
     """`SiTPipeline` as a velocity field; settings and defaults are those of its `__call__`."""
 
-    lora_target_modules: ClassVar[list[str]] = ["to_q", "to_k", "to_v", "to_out.0"]
-    default_settings: ClassVar[dict[str, Any]] = {"height": None, "width": None, "guidance_scale": 4.0}
+    lora_target_modules: ClassVar[list[str]] = ATTENTION
+    default_settings: ClassVar[Settings] = {"guidance_scale": 4.0}
     task = None  # the Hub has none for pictures of classes
     example_prompt = "0"
 

@@ -8,21 +8,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from .base import Conditioning
-from .diffusers_pipeline import DiffusersFlowPipeline, pad_prompts
+from .base import Conditioning, Settings
+from .diffusers_pipeline import ATTENTION, DiffusersFlowPipeline, pad_prompts
 
 
 class ZImageFlowPipeline(DiffusersFlowPipeline):
     """`ZImagePipeline` as a velocity field; settings and defaults are those of its `__call__`."""
 
-    lora_target_modules: ClassVar[list[str]] = ["to_q", "to_k", "to_v", "to_out.0"]
-    default_settings: ClassVar[dict[str, Any]] = {
-        "height": None,
-        "width": None,
-        "guidance_scale": 5.0,
-        "negative_prompt": "",
-        "max_sequence_length": 512,
-    }
+    lora_target_modules: ClassVar[list[str]] = ATTENTION
+    default_settings: ClassVar[Settings] = {"guidance_scale": 5.0, "negative_prompt": "", "max_sequence_length": 512}
 
     @property
     def guided(self) -> bool:
