@@ -1,13 +1,14 @@
 """Chroma.
 
-A FLUX.1 without embedded guidance and without CLIP. Latents are `(B, 16, h, w)`, packed into tokens of 2 x 2 for the network, which takes
-sigma and predicts the velocity as it is. The stock pipeline hands its mask of the prompt to attention as numbers, which are added to the
-scores: padding weighs less than words but is not hidden (huggingface/diffusers#13619). The same is done here.
+A FLUX.1 without embedded guidance and without CLIP. Latents are `(B, 16, h, w)`, packed into tokens of 2 x 2 for the
+network, which takes sigma and predicts the velocity. The stock pipeline hands its mask of the prompt to attention as
+numbers, which attention adds to its scores: padding weighs less than words but is not hidden
+(huggingface/diffusers#13619). The same is done here.
 """
 
 from typing import Any, ClassVar
 
-import torch
+from torch import Tensor
 
 from .base import Conditioning, Settings
 from .diffusers_pipeline import JOINT_ATTENTION, rounded_sigma
@@ -29,12 +30,14 @@ class ChromaFlowPipeline(PackedFlowPipeline):
         )
         return {"prompt_embeds": embeds, "prompt_embeds_mask": mask.bool()}
 
-    def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """Raises `ValueError` with gradient checkpointing."""
+    def _branch(self, transformer: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         if self.transformer.gradient_checkpointing:
-            # Its single blocks would run without the mask (diffusers 0.42), so training would see another network than sampling.
-            raise ValueError("`activation_checkpointing` is True, with which diffusers drops Chroma's attention mask: set it to False.")
-        # Position ids and mask too are made by private methods of the pipeline.
+            # Its single blocks would run without the mask (diffusers 0.42), in training but not in sampling.
+            raise ValueError(
+                "`activation_checkpointing` is True, with which diffusers drops Chroma's attention mask: set it to "
+                "False."
+            )
+        # Position ids and mask, too, come from private methods of the pipeline.
         pipe, dtype = self.pipeline, transformer.dtype
         count, _, height, width = latents.shape
         embeds, mask = conditioning["prompt_embeds"].to(dtype), conditioning["prompt_embeds_mask"].to(dtype)

@@ -1,14 +1,15 @@
 """FLUX.2: dev, and klein base and distilled.
 
-Latents are `(B, 128, h, w)`: 2 x 2 of the autoencoder's own, normalised by the running statistics of its batch norm. The network takes
-sigma and predicts the velocity as it is. dev has its guidance embedded. klein base has a negative branch of the empty prompt, klein
-distilled none. Unless told otherwise, a LoRA leaves the output layers of the single-stream blocks alone.
+Latents are `(B, 128, h, w)`: 2 x 2 latents of the autoencoder, normalised by the running statistics of its batch norm.
+The network takes sigma and predicts the velocity. dev has its guidance embedded, klein base has a negative branch of
+the empty prompt, klein distilled has no guidance. By default a LoRA leaves out the output layers of the single-stream
+blocks.
 """
 
 from typing import Any, ClassVar
 
-import torch
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from torch import Tensor
 
 from .base import Conditioning, Settings
 from .diffusers_pipeline import rounded_sigma, without_guidance
@@ -29,28 +30,29 @@ class Flux2FlowPipeline(PackedFlowPipeline):
         return False
 
     def _encode(self, prompts: list[str], negative: bool) -> Conditioning:
-        length = self.settings["max_sequence_length"]
-        embeds, _ = self.pipeline.encode_prompt(prompts, device=self.text_encoders()[0].device, max_sequence_length=length)
+        device, length = self.text_encoders()[0].device, self.settings["max_sequence_length"]
+        embeds, _ = self.pipeline.encode_prompt(prompts, device=device, max_sequence_length=length)
         return {"prompt_embeds": embeds}
 
     def _mu(self, num_inference_steps: int) -> float:
         height, width = self.size_in_tokens()
         return compute_empirical_mu(height * width, num_inference_steps)
 
-    def _packed(self, latents: torch.Tensor) -> torch.Tensor:
+    def _packed(self, latents: Tensor) -> Tensor:
         return self.pipeline._pack_latents(latents)
 
-    def _unpacked(self, packed: torch.Tensor) -> torch.Tensor:
+    def _unpacked(self, packed: Tensor) -> Tensor:
         return packed.transpose(1, 2).unflatten(2, self.size_in_tokens())
 
-    def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        # Position ids too are made by private methods of the pipeline.
+    def _branch(self, transformer: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        # Position ids, too, come from private methods of the pipeline.
         pipe, dtype = self.pipeline, transformer.dtype
         embeds = conditioning["prompt_embeds"].to(dtype)
+        guidance = latents.new_full((len(latents),), self.settings["guidance_scale"])
         packed = transformer(
             hidden_states=self._packed(latents).to(dtype),
             timestep=rounded_sigma(sigma, dtype),
-            guidance=latents.new_full((len(latents),), self.settings["guidance_scale"]) if self.embeds_guidance else None,
+            guidance=guidance if self.embeds_guidance else None,
             encoder_hidden_states=embeds,
             txt_ids=pipe._prepare_text_ids(embeds).to(latents.device),
             img_ids=pipe._prepare_latent_ids(latents).to(latents.device),
@@ -58,14 +60,18 @@ class Flux2FlowPipeline(PackedFlowPipeline):
         )[0]
         return self._unpacked(packed.float())
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
         mean, variance = (value.view(1, -1, 1, 1).to(latents) for value in (vae.bn.running_mean, vae.bn.running_var))
-        return self._decoded(self.pipeline._unpatchify_latents(latents * (variance + vae.config.batch_norm_eps).sqrt() + mean))
+        unnormalised = latents * (variance + vae.config.batch_norm_eps).sqrt() + mean
+        return self._decoded(self.pipeline._unpatchify_latents(unnormalised))
 
 
 class Flux2KleinFlowPipeline(Flux2FlowPipeline):
-    """`Flux2KleinPipeline` as a velocity field. The distilled checkpoints have no guidance: a scale above 1 is refused, not ignored."""
+    """`Flux2KleinPipeline` as a velocity field.
+
+    The distilled checkpoints have no guidance; a scale above 1, which the stock pipeline ignores, is refused for them.
+    """
 
     embeds_guidance: ClassVar[bool] = False
 

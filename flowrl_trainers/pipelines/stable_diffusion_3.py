@@ -1,12 +1,13 @@
 """Stable Diffusion 3 and 3.5.
 
-Latents are `(B, 16, h, w)`, the transformer takes `1000 sigma` as its timestep and predicts the velocity as it is, guidance is
-`v_negative + scale (v - v_negative)` for a scale above 1. Without T5, the stock pipeline appends `max_sequence_length` zero tokens.
+Latents are `(B, 16, h, w)`, the transformer takes `1000 sigma` as its timestep and predicts the velocity, guidance is
+`v_negative + scale (v - v_negative)` for a scale above 1. Without T5, the stock pipeline appends `max_sequence_length`
+zero tokens.
 """
 
 from typing import Any, ClassVar
 
-import torch
+from torch import Tensor
 
 from .base import Conditioning, Settings
 from .diffusers_pipeline import JOINT_ATTENTION, DiffusersFlowPipeline
@@ -38,7 +39,7 @@ class StableDiffusion3FlowPipeline(DiffusersFlowPipeline):
     def _spacing(self, num_inference_steps: int) -> None:
         return None
 
-    def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+    def _branch(self, transformer: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         dtype = transformer.dtype
         return transformer(
             hidden_states=latents.to(dtype),
