@@ -44,7 +44,7 @@ def sample(
         return flow.sample_latents(flow.transformer, conditioning, latents, sigmas)
     for sigma, sigma_next in itertools.pairwise(sigmas):
         levels = sigma.expand(len(latents)), sigma_next.expand(len(latents))
-        velocity = flow.velocity(flow.transformer, latents, levels[0], conditioning)
+        velocity = flow.velocity(flow.transformer, latents, levels[0], conditioning, guidance=True)
         mean, std = renoise(latents, velocity, *levels, eta=1.0)
         latents = mean + std * torch.randn(mean.shape, generator=generator)
     return latents

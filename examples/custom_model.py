@@ -1,4 +1,4 @@
-"""A plain network of 2-vectors, tuned by all four trainers: `python examples/custom_model.py`, about a minute on a CPU."""
+"""A plain network of 2-vectors, tuned by all four trainers in about a minute on a CPU."""
 
 from copy import deepcopy
 
@@ -25,7 +25,7 @@ class Vectors(flowrl_trainers.FlowPipeline):
         generators = generator if isinstance(generator, list) else [generator] * batch_size
         return torch.cat([torch.randn(1, 2, generator=g) for g in generators])
 
-    def velocity(self, transformer, latents, sigma, conditioning, guidance=True):
+    def velocity(self, transformer, latents, sigma, conditioning, *, guidance):
         return transformer(torch.cat([latents, sigma[:, None]], dim=1))
 
     def decode(self, latents):
@@ -48,7 +48,16 @@ for _ in range(1000):  # flow matching on a ring
     loss = (network(torch.cat([x, sigma[:, None]], dim=1)) - (noise - data)).square().mean()
     optimizer.zero_grad(), loss.backward(), optimizer.step()
 prompts = Dataset.from_dict({"prompt": [str(n) for n in range(256)]})
-shared = {"per_device_train_batch_size": 128, "max_steps": 40, "learning_rate": 3e-3, "save_strategy": "no", "report_to": "none"}
+shared = {
+    "per_device_train_batch_size": 128,
+    "max_steps": 40,
+    "learning_rate": 3e-3,
+    "save_strategy": "no",
+    "report_to": "none",
+    "log_images": 0,
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
 settings = {
     "AdjointMatching": {"adjoint_steps": 20, "control_to_velocity_ratio": 1.0},
     "VGGFlow": {"control_to_velocity_ratio": 1.0},
@@ -57,7 +66,7 @@ settings = {
 }
 for name, own in settings.items():
     trainer_class = getattr(flowrl_trainers, f"{name}Trainer")
-    config = trainer_class.config_class(output_dir=f"custom-model/{name}", log_images=0, use_cpu=True, disable_tqdm=True, **shared, **own)
+    config = trainer_class.config_class(output_dir=f"custom-model/{name}", **shared, **own)
     trainer = trainer_class(Vectors(deepcopy(network)), to_the_right, config, prompts, eval_dataset=prompts)
     trainer.train()
     trainer.evaluate()

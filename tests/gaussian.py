@@ -93,7 +93,7 @@ class GaussianFlow(FlowPipeline):
     def initial_latents(self, batch_size, generator=None):
         return torch.cat([torch.randn(1, self.dim, generator=g) for g in generator])
 
-    def velocity(self, transformer, latents, sigma, conditioning, guidance=True):
+    def velocity(self, transformer, latents, sigma, conditioning, *, guidance):
         return transformer(latents, sigma)
 
     def decode(self, latents):

@@ -34,7 +34,8 @@ def test_targets_are_base_velocities_minus_the_adjoint_of_the_next_state(tmp_pat
     states = [t.initial_latents([e.key for e in examples], "initial latents").requires_grad_()]
     velocities = []
     for k in range(4):
-        velocities.append(flow.velocity(flow.transformer, states[k], t.sigmas[k].expand(2), conditioning))
+        level = t.sigmas[k].expand(2)
+        velocities.append(flow.velocity(flow.transformer, states[k], level, conditioning, guidance=True))
         states.append(states[k] + (t.sigmas[k + 1] - t.sigmas[k]) * velocities[k])
     total = redness(images=flow.decode(states[-1]), prompts=None).sum()
     adjoints = torch.autograd.grad(total, states[2:])  # at x_2, x_3, x_4: of the controls at x_1, x_2, x_3
@@ -266,7 +267,7 @@ class Vectors(FlowPipeline):
     def initial_latents(self, batch_size, generator=None):
         return torch.cat([torch.randn(1, 3, generator=g) for g in generator])
 
-    def velocity(self, transformer, latents, sigma, conditioning, guidance=True):
+    def velocity(self, transformer, latents, sigma, conditioning, *, guidance):
         return transformer(latents)
 
     def decode(self, latents):
@@ -346,7 +347,7 @@ class NonlinearVectors(Vectors):
     def sigmas(self, num_inference_steps, spacing="pipeline"):
         return shift_sigmas(uniform_sigmas(num_inference_steps), self.shift)
 
-    def velocity(self, transformer, latents, sigma, conditioning, guidance=True):
+    def velocity(self, transformer, latents, sigma, conditioning, *, guidance):
         return transformer(latents, sigma)
 
 

@@ -58,15 +58,13 @@ def test_prompts_of_different_length_get_the_velocities_of_each_alone(family):
     """Also where they were encoded apart, as the cache of a run may do."""
     flow = FlowPipeline.from_pipeline(tiny(family), height=32, width=32, **FAMILIES[family][1], **GUIDANCE[family][-1])
     latents, sigma = flow.initial_latents(2, seeds(2)), torch.tensor([0.8, 0.3])
-    alone = [
-        flow.velocity(flow.transformer, latents[i : i + 1], sigma[i : i + 1], flow.encode_prompts([PROMPTS[i]]))
-        for i in range(2)
-    ]
+    rows = [(latents[i : i + 1], sigma[i : i + 1], flow.encode_prompts([PROMPTS[i]])) for i in range(2)]
+    alone = [flow.velocity(flow.transformer, *row, guidance=True) for row in rows]
     cache = ConditioningCache(flow, batch_size=1)
     cache.encode(PROMPTS, torch.device("cpu"), show_progress=False)
     assert any((first != second).any() for first, second in cache(PROMPTS, torch.device("cpu")).values())
     for conditioning in (flow.encode_prompts(PROMPTS), cache(PROMPTS, torch.device("cpu"))):
-        together = flow.velocity(flow.transformer, latents, sigma, conditioning)
+        together = flow.velocity(flow.transformer, latents, sigma, conditioning, guidance=True)
         torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
     features, mask = flow.prompt_features(conditioning)
     assert features.shape[:2] == mask.shape
@@ -312,10 +310,11 @@ def test_cogview_calls_its_network_once_per_length():
     )
     mixed = [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0]]
     latents, sigma = flow.initial_latents(4, seeds(4)), torch.tensor([0.8, 0.3, 0.5, 0.9])
-    together = flow.velocity(flow.transformer, latents, sigma, flow.encode_prompts(mixed))
+    together = flow.velocity(flow.transformer, latents, sigma, flow.encode_prompts(mixed), guidance=True)
     assert sorted(calls) == [1, 3]
     for i, prompt in enumerate(mixed):
-        alone = flow.velocity(flow.transformer, latents[i : i + 1], sigma[i : i + 1], flow.encode_prompts([prompt]))
+        row = latents[i : i + 1], sigma[i : i + 1], flow.encode_prompts([prompt])
+        alone = flow.velocity(flow.transformer, *row, guidance=True)
         torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-5)
 
 

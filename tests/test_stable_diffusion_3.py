@@ -84,7 +84,7 @@ def test_without_guidance_the_velocity_is_the_conditional_branch(tiny_pipeline):
     v, v_plain = (f.velocity(f.transformer, latents, sigma, conditioning, guidance=False) for f in (guided, plain))
     assert torch.equal(v, v_plain)
     assert "negative_prompt_embeds" not in plain.encode_prompts(PROMPTS)
-    assert not torch.allclose(guided.velocity(guided.transformer, latents, sigma, conditioning), v)
+    assert not torch.allclose(guided.velocity(guided.transformer, latents, sigma, conditioning, guidance=True), v)
 
 
 def test_gradients_reach_the_latents_through_decode_unclamped(tiny_pipeline):

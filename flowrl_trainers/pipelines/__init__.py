@@ -8,6 +8,7 @@ from .diffusers_pipeline import DiffusersFlowPipeline
 from .flux import FluxFlowPipeline
 from .flux_2 import Flux2FlowPipeline, Flux2KleinFlowPipeline
 from .lumina_2 import Lumina2FlowPipeline
+from .packed_pipeline import PackedFlowPipeline
 from .qwen_image import QwenImageFlowPipeline
 from .sana import SanaFlowPipeline
 from .sit import SiTFlowPipeline
@@ -25,6 +26,7 @@ __all__ = [
     "Flux2KleinFlowPipeline",
     "FluxFlowPipeline",
     "Lumina2FlowPipeline",
+    "PackedFlowPipeline",
     "QwenImageFlowPipeline",
     "SanaFlowPipeline",
     "SiTFlowPipeline",

@@ -1,38 +1,30 @@
 """AuraFlow.
 
-Latents are `(B, 4, h, w)`, not packed. The network takes sigma and predicts the velocity as it is. Embeddings of padding are zero, and the
-network reads them as it reads the others.
+Latents are `(B, 4, h, w)`, not packed. The network takes sigma and predicts the velocity. Embeddings of padding are
+zero, and the network reads them like all others.
 """
 
 import math
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
-from .base import Conditioning
-from .diffusers_pipeline import DiffusersFlowPipeline
+from .base import Conditioning, Settings
+from .diffusers_pipeline import JOINT_ATTENTION, DiffusersFlowPipeline
 
 
 class AuraFlowFlowPipeline(DiffusersFlowPipeline):
     """`AuraFlowPipeline` as a velocity field; settings and defaults are those of its `__call__`."""
 
-    lora_target_modules: ClassVar[list[str]] = [
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-    ]  # fmt: skip
-    default_settings: ClassVar[dict[str, Any]] = {
-        "height": None,
-        "width": None,
-        "guidance_scale": 3.5,
-        "negative_prompt": "",
-        "max_sequence_length": 256,
-    }
+    lora_target_modules: ClassVar[list[str]] = JOINT_ATTENTION
+    default_settings: ClassVar[Settings] = {"guidance_scale": 3.5, "negative_prompt": "", "max_sequence_length": 256}
 
     def default_size(self) -> int:
         return 1024
 
     def largest_size(self) -> int:
-        # Its position embeddings are a square.
+        # The position embeddings of the network form a square.
         return math.isqrt(self.transformer.config.pos_embed_max_size) * self.pixels_per_token()
 
     def _encode(self, prompts: list[str], negative: bool) -> Conditioning:
@@ -42,13 +34,13 @@ class AuraFlowFlowPipeline(DiffusersFlowPipeline):
             device=self.text_encoders()[0].device,
             max_sequence_length=self.settings["max_sequence_length"],
         )
-        # The mask comes once for every feature of a token, flattened.
+        # The pipeline repeats the mask for every feature of a token, and flattens it.
         return {"prompt_embeds": embeds, "prompt_embeds_mask": mask.reshape(embeds.shape)[..., 0].bool()}
 
     def _spacing(self, num_inference_steps: int) -> None:
         return None
 
-    def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+    def _branch(self, transformer: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         dtype = transformer.dtype
         return transformer(
             latents.to(dtype),
@@ -57,8 +49,8 @@ class AuraFlowFlowPipeline(DiffusersFlowPipeline):
             return_dict=False,
         )[0].float()
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
         if vae.dtype == torch.float16 and vae.config.force_upcast:
-            vae.to(torch.float32)  # as the stock pipeline does, since it overflows
+            vae.to(torch.float32)  # as the stock pipeline does, because float16 overflows
         return self._decoded(latents / vae.config.scaling_factor)

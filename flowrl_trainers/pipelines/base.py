@@ -1,5 +1,6 @@
 """`FlowPipeline`: everything that the trainers need of a model, and nothing else."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
@@ -8,41 +9,55 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors.torch import save_model
-from torch import nn
+from torch import Tensor, nn
 
 from ..flow import euler_step, uniform_sigmas
 
-Conditioning = dict[str, torch.Tensor]
+Conditioning = dict[str, Tensor]
+Settings = dict[str, Any]
 Generators = torch.Generator | list[torch.Generator] | None
 
 
 class FlowPipeline(ABC):
     """A flow-matching model seen as a velocity field.
 
-    Subclass it for a model of your own: implement `transformer`, `encode_prompts`, `initial_latents`, `velocity` and `decode`; the
-    rest has defaults. The pipelines of diffusers have subclasses here: `FlowPipeline.from_pretrained` and
-    `FlowPipeline.from_pipeline` pick one by the pipeline's class.
+    Subclass it for a model of your own: implement `transformer`, `encode_prompts`, `initial_latents`, `velocity` and
+    `decode`; everything else has a default. The pipelines of diffusers have subclasses here:
+    `FlowPipeline.from_pretrained` and `FlowPipeline.from_pipeline` pick one by the pipeline's class.
 
-    Time runs as in diffusers: sigma is 1 for noise and 0 for data, and the velocity is `dx/dsigma = noise - data`. Latents are
-    float32 and spatial, `(B, C, h, w)`, in every family (`(B, d)` for models of vectors).
+    Time runs as in diffusers: sigma is 1 for noise and 0 for data, and the velocity is `dx/dsigma = noise - data`.
+    Latents are float32 and spatial, `(B, C, h, w)`, in every family (`(B, d)` for models of vectors).
     """
 
     lora_target_modules: ClassVar[list[str]] = []
-    """The names of the layers that a LoRA adapts unless told otherwise."""
+    """The names of the layers that a LoRA adapts if its configuration names none."""
 
     lora_exclude_modules: Sequence[str] = ()
-    """Layers among them that a LoRA must leave out, because they reach nothing."""
-
-    default_settings: ClassVar[dict[str, Any]] = {}
-    """The settings that a family understands, with its defaults."""
+    """Layers among them that a LoRA must leave out, because their output is not used."""
 
     task: ClassVar[str | None] = "text-to-image"
-    """The `pipeline_tag` of a model card."""
+    """The `pipeline_tag` of a model card; None if the Hub has no tag for the model."""
 
     example_prompt: ClassVar[str] = "your prompt"
-    """What the code of a model card draws."""
+    """The prompt in the code of a model card."""
 
-    # ---- what a model must say -------------------------------------------------------------------------------------------
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse a `velocity` that could be called without saying whether guidance is meant.
+
+        Raises:
+            TypeError: The class defines `velocity` with a `guidance` that is missing, positional or has a default.
+        """
+        super().__init_subclass__(**kwargs)
+        if "velocity" not in cls.__dict__:
+            return
+        guidance = inspect.signature(cls.velocity).parameters.get("guidance")
+        if guidance is None or guidance.kind is not guidance.KEYWORD_ONLY or guidance.default is not guidance.empty:
+            raise TypeError(
+                f"`{cls.__name__}.velocity` must take `guidance` by keyword only and without a default: change its "
+                "signature to `velocity(self, transformer, latents, sigma, conditioning, *, guidance)`."
+            )
+
+    # ---- what a model must say --------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
@@ -51,52 +66,67 @@ class FlowPipeline(ABC):
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """What the network reads of the prompts, the negative prompt included where guidance needs it.
+        """What the network reads of the prompts, with the negative prompt where guidance needs one.
 
-        The text encoders may be on another device than the network: encode where they are. Every tensor has the prompt as its first
-        dimension, so that it can be indexed, repeated and kept.
+        The text encoders may be on another device than the network: encode where they are. The first dimension of
+        every tensor counts the prompts, so that trainers can index it, repeat it and keep it.
         """
 
     @abstractmethod
-    def initial_latents(self, batch_size: int, generator: Generators = None) -> torch.Tensor:
-        """Float32 noise of `batch_size` latents. `generator`: one for all, or a list with one per image."""
+    def initial_latents(self, batch_size: int, generator: Generators = None) -> Tensor:
+        """Float32 noise of `batch_size` latents; `generator` is one for all images, or a list with one per image."""
 
     @abstractmethod
     def velocity(
         self,
         transformer: nn.Module,
-        latents: torch.Tensor,
-        sigma: torch.Tensor,
+        latents: Tensor,
+        sigma: Tensor,
         conditioning: Conditioning,
-        guidance: bool = True,
-    ) -> torch.Tensor:
-        """The velocity `dx/dsigma` at `latents`, float32 and of their shape.
+        *,
+        guidance: bool,
+    ) -> Tensor:
+        """The velocity `dx/dsigma` at `latents`.
 
-        transformer: passed in, because a trainer may have wrapped it. sigma: (B,), one level per sample. guidance: True for the
-        pipeline's own guidance formula at the settings' scale, False for the conditional branch alone. With guidance, weights learn
-        through the conditional branch: the negative one keeps its graph only where a gradient to the latents is asked for.
+        With guidance, weights learn through the conditional branch: the negative branch keeps its graph only where the
+        latents require a gradient.
+
+        Args:
+            transformer: The network to call; it is passed in, because a trainer may have wrapped it.
+            latents: (B, ...), float32.
+            sigma: (B,), the noise level of each sample.
+            conditioning: What `encode_prompts` returns for B prompts.
+            guidance: True for the pipeline's guidance formula at the scale of its settings, False for the conditional
+                branch alone. It has no default, so that every caller says which velocity it means.
+
+        Returns:
+            The velocity, float32 and of the shape of `latents`.
         """
 
     @abstractmethod
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images `(B, 3, H, W)`, float32, nominally in [0, 1], differentiable and not clamped: a clamp kills reward gradients."""
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images `(B, 3, H, W)`, float32 and differentiable, nominally in [0, 1].
 
-    # ---- what follows from it --------------------------------------------------------------------------------------------
+        They are not clamped, because a clamp has no gradient outside of [0, 1].
+        """
+
+    # ---- what follows from it ---------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
-        """Where the network is, and hence where latents are made."""
+        """The device of the network, on which latents are made too."""
         return next(self.transformer.parameters()).device
 
     @property
     def name(self) -> str | None:
-        """The Hub id of the model, for cards; None if it has none."""
+        """The Hub id of the model, for cards; None for a model that is not from the Hub."""
         return None
 
     def call_arguments(self) -> dict[str, Any]:
-        """The settings that somebody who calls the stock pipeline has to pass: for cards, and what a resumed run must have as before.
+        """The arguments with which the stock pipeline draws as here.
 
-        Plain numbers, strings and lists of them, as they are part of a checkpoint.
+        Cards show them, and a run resumes only with the same ones. A checkpoint holds them, so they are plain numbers,
+        strings and lists of them.
         """
         return {}
 
@@ -105,59 +135,78 @@ class FlowPipeline(ABC):
         return "diffusers", "DiffusionPipeline"
 
     def scheduler_code(self, renoises: bool) -> str | None:
-        """The lines of Python that set the scheduler with which the stock pipeline `pipe` draws as here, for cards; None for its own.
+        """Python code for cards: the lines that give the stock pipeline `pipe` the scheduler that draws as here.
 
-        renoises: whether the sampler draws all noise afresh at every step.
+        None if the pipeline's scheduler already does. `renoises` says whether the sampler draws all noise afresh at
+        every step.
         """
         return None
 
     def advice(self, num_inference_steps: int) -> list[str]:
-        """Sentences about settings that do not suit the model, which a trainer logs as warnings."""
+        """Warnings about settings that do not suit the model; a trainer logs them."""
         return []
 
     def text_encoders(self) -> list[nn.Module]:
-        """The networks that `encode_prompts` needs and nothing else does; a trainer sends them away once prompts are encoded."""
+        """The networks that only `encode_prompts` needs; a trainer moves them away once prompts are encoded."""
         return []
 
     def decoders(self) -> list[nn.Module]:
         """The networks that `decode` needs."""
         return []
 
-    def images(self, latents: torch.Tensor) -> torch.Tensor:
+    def images(self, latents: Tensor) -> Tensor:
         """`decode(latents)` clamped to [0, 1]: what black-box rewards and pictures get."""
         return self.decode(latents).clamp(0, 1)
 
-    def prompt_features(self, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a critic or a value network reads of the prompts: features (B, L, D) and a mask (B, L), True where there is a token.
+    def prompt_features(self, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
+        """What a critic or a value network reads of the prompts: features (B, L, D) and a mask (B, L), True at tokens.
 
-        By default one feature that says nothing, so that such a network does not read the prompt.
+        The default is a single feature of zero, with which such a network knows nothing of the prompt.
         """
         rows = next(iter(conditioning.values()))
         return rows.new_zeros(len(rows), 1, 1, dtype=torch.float32), rows.new_ones(len(rows), 1, dtype=torch.bool)
 
-    def sigmas(self, num_inference_steps: int, spacing: Literal["pipeline", "uniform"] = "pipeline") -> torch.Tensor:
+    def sigmas(self, num_inference_steps: int, spacing: Literal["pipeline", "uniform"] = "pipeline") -> Tensor:
         """`num_inference_steps + 1` levels from 1 down to 0, float32.
 
-        spacing: "pipeline" for the schedule of the stock pipeline, "uniform" for a uniform grid through the pipeline's own shift,
-        without the level near zero with which some stock schedules end. Here, both are the plain uniform grid.
+        `spacing` is "pipeline" for the schedule of the stock pipeline, or "uniform" for a uniform grid through the
+        pipeline's shift, without the level near zero with which some stock schedules end. The default of this class is
+        the plain uniform grid for both.
         """
         return uniform_sigmas(num_inference_steps)
 
     @torch.no_grad()
     def sample_latents(
-        self, transformer: nn.Module, conditioning: Conditioning, latents: torch.Tensor, sigmas: torch.Tensor
-    ) -> torch.Tensor:
-        """The Euler ODE from the first to the last of `sigmas` (on the latents' device), with guidance, without gradients."""
+        self, transformer: nn.Module, conditioning: Conditioning, latents: Tensor, sigmas: Tensor
+    ) -> Tensor:
+        """Solve the ODE by Euler steps from the first to the last of `sigmas`, with guidance and without gradients.
+
+        Args:
+            transformer: The network to call.
+            conditioning: What `encode_prompts` returns for B prompts.
+            latents: (B, ...), float32, at the level `sigmas[0]`.
+            sigmas: (steps + 1,), on the device of the latents.
+
+        Returns:
+            The latents at the level `sigmas[-1]`.
+        """
         for sigma, sigma_next in pairwise(sigmas):
-            v = self.velocity(transformer, latents, sigma.expand(len(latents)), conditioning)
+            v = self.velocity(transformer, latents, sigma.expand(len(latents)), conditioning, guidance=True)
             latents = euler_step(latents, v, sigma, sigma_next)
         return latents
 
     @torch.no_grad()
-    def sample(self, prompts: list[str], num_inference_steps: int, generator: Generators = None) -> torch.Tensor:
-        """One picture per prompt by the Euler ODE on the pipeline's schedule, `(B, 3, H, W)` in [0, 1], without gradients.
+    def sample(self, prompts: list[str], num_inference_steps: int, generator: Generators = None) -> Tensor:
+        """Draw one picture per prompt by Euler steps on the pipeline's schedule, without gradients.
 
-        generator: one for all, or a list with one per prompt; then the picture of a (prompt, seed) does not depend on its batch.
+        Args:
+            prompts: B prompts.
+            num_inference_steps: The number of Euler steps.
+            generator: One for all, or a list with one per prompt; with a list, the picture of a prompt and a seed does
+                not depend on the other prompts of the batch.
+
+        Returns:
+            The pictures, `(B, 3, H, W)` in [0, 1].
         """
         latents = self.initial_latents(len(prompts), generator)
         sigmas = self.sigmas(num_inference_steps).to(latents.device)
@@ -166,22 +215,30 @@ class FlowPipeline(ABC):
 
     def save_lora(self, directory: str | Path) -> None:
         """Write the transformer's adapter in the form that this family's stock loader reads."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how its adapter is saved: override `save_lora`.")
+        name = type(self).__name__
+        raise NotImplementedError(f"{name} does not say how its adapter is saved: override `save_lora`.")
 
     def save_transformer(self, directory: str | Path) -> None:
-        """Write the whole transformer, after full fine-tuning; by default its tensors as `model.safetensors`."""
+        """Write the whole transformer after full fine-tuning; by default as one file, `model.safetensors`."""
         Path(directory).mkdir(parents=True, exist_ok=True)
         save_model(self.transformer, str(Path(directory) / "model.safetensors"))
 
-    # ---- finding the family of a diffusers pipeline ----------------------------------------------------------------------
+    # ---- finding the family of a diffusers pipeline -----------------------------------------------------------------
 
     @staticmethod
     def from_pipeline(pipeline: Any, **settings: Any) -> "FlowPipeline":
-        """The family of a loaded diffusers pipeline.
+        """Wrap a loaded diffusers pipeline in its family; the pipeline itself is not changed.
 
-        settings: `height`, `width` (pixels), `guidance_scale`, `negative_prompt`, and what the family's prompt encoding takes; None
-        and what is left out mean the family's own defaults. The pipeline itself is not changed. Raises `ValueError` for a pipeline
-        of no known family, a pipeline that is not flow matching, and settings that the family does not have.
+        Args:
+            pipeline: A flow-matching pipeline of a supported family.
+            **settings: `height` and `width` in pixels, `guidance_scale`, `negative_prompt`, and the arguments of the
+                family's prompt encoding. None means the default of the family.
+
+        Returns:
+            The pipeline as a velocity field.
+
+        Raises:
+            ValueError: The pipeline is of no supported family or not flow matching, or its family has no such setting.
         """
         from . import families
 
@@ -191,7 +248,16 @@ class FlowPipeline(ABC):
     def from_pretrained(id_or_folder: str | Path, dtype: torch.dtype | None = None, **settings: Any) -> "FlowPipeline":
         """Load a pipeline from the Hub or a folder and wrap it as `from_pipeline` does.
 
-        dtype: the precision of its networks; None for float32. Raises `ValueError` for a folder that is no pipeline.
+        Args:
+            id_or_folder: The id of a model on the Hub, or a folder that holds a pipeline.
+            dtype: The precision of the networks; None for float32.
+            **settings: See `from_pipeline`.
+
+        Returns:
+            The pipeline as a velocity field.
+
+        Raises:
+            ValueError: The Hub or the folder has no such pipeline, or `from_pipeline` refuses it.
         """
         from . import families
 

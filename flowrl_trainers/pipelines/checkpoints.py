@@ -1,14 +1,19 @@
-"""What is known of published checkpoints: the table that docs and warnings share."""
+"""Published checkpoints, and what their cards advise: the table behind docs and warnings."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The rules of one Hub checkpoint, after its model card.
+    """A checkpoint on the Hub and what its model card advises.
 
-    steps: the sampler steps that its card advises. guidance: the scale that its card advises; what is off is 1 (0 for Z-Image).
-    distilled: whether it was distilled to few steps, where a guidance scale has no use. gated: whether the Hub asks to accept a licence.
+    Attributes:
+        id: The id on the Hub.
+        distilled: Whether the checkpoint was distilled to few steps; a guidance scale is then of no use.
+        steps: The number of sampler steps that the card advises.
+        guidance: The guidance scale that the card advises; 1 is off (0 for Z-Image).
+        licence: The name of the licence.
+        gated: Whether the Hub asks the user to accept the licence.
     """
 
     id: str
@@ -19,17 +24,17 @@ class Checkpoint:
     gated: bool
 
     def advice(self, num_inference_steps: int, guidance_scale: float) -> list[str]:
-        """Sentences about settings that do not suit the checkpoint."""
+        """Warnings about settings that do not suit the checkpoint."""
         said = []
         if self.distilled and num_inference_steps > 2 * self.steps:
             said.append(
-                f"{self.id} is distilled to {self.steps} steps, but `num_inference_steps` is {num_inference_steps}: take about "
-                f"{self.steps}, or an undistilled checkpoint."
+                f"{self.id} is distilled to {self.steps} steps, but `num_inference_steps` is {num_inference_steps}: "
+                f"take about {self.steps}, or an undistilled checkpoint."
             )
         if not self.distilled and num_inference_steps < self.steps // 4:
             said.append(
-                f"{self.id} is not distilled, and its card advises {self.steps} steps: with {num_inference_steps} its pictures are blurred "
-                "before tuning."
+                f"{self.id} is not distilled, and its card advises {self.steps} steps: with {num_inference_steps} its "
+                "pictures are blurred before tuning."
             )
         if self.distilled and guidance_scale > self.guidance:
             said.append(f"{self.id} is distilled, but `guidance_scale` is {guidance_scale}: set {self.guidance:g}.")

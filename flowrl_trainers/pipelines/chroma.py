@@ -1,32 +1,25 @@
 """Chroma.
 
-A FLUX.1 without embedded guidance and without CLIP. Latents are `(B, 16, h, w)`, packed into tokens of 2 x 2 for the network, which takes
-sigma and predicts the velocity as it is. The stock pipeline hands its mask of the prompt to attention as numbers, which are added to the
-scores: padding weighs less than words but is not hidden (huggingface/diffusers#13619). The same is done here.
+A FLUX.1 without embedded guidance and without CLIP. Latents are `(B, 16, h, w)`, packed into tokens of 2 x 2 for the
+network, which takes sigma and predicts the velocity. The stock pipeline hands its mask of the prompt to attention as
+numbers, which attention adds to its scores: padding weighs less than words but is not hidden
+(huggingface/diffusers#13619). The same is done here.
 """
 
 from typing import Any, ClassVar
 
-import torch
+from torch import Tensor
 
-from .base import Conditioning, Generators
-from .diffusers_pipeline import DiffusersFlowPipeline, rounded_sigma
+from .base import Conditioning, Settings
+from .diffusers_pipeline import JOINT_ATTENTION, rounded_sigma
+from .packed_pipeline import PackedFlowPipeline
 
 
-class ChromaFlowPipeline(DiffusersFlowPipeline):
+class ChromaFlowPipeline(PackedFlowPipeline):
     """`ChromaPipeline` as a velocity field; settings and defaults are those of its `__call__`."""
 
-    lora_target_modules: ClassVar[list[str]] = [
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-    ]  # fmt: skip
-    default_settings: ClassVar[dict[str, Any]] = {
-        "height": None,
-        "width": None,
-        "guidance_scale": 5.0,
-        "negative_prompt": "",
-        "max_sequence_length": 512,
-    }
+    lora_target_modules: ClassVar[list[str]] = JOINT_ATTENTION
+    default_settings: ClassVar[Settings] = {"guidance_scale": 5.0, "negative_prompt": "", "max_sequence_length": 512}
 
     def _encode(self, prompts: list[str], negative: bool) -> Conditioning:
         embeds, _, mask, *_ = self.pipeline.encode_prompt(
@@ -37,23 +30,19 @@ class ChromaFlowPipeline(DiffusersFlowPipeline):
         )
         return {"prompt_embeds": embeds, "prompt_embeds_mask": mask.bool()}
 
-    def initial_latents(self, batch_size: int, generator: Generators = None) -> torch.Tensor:
-        pipe, height, width = self.pipeline, self.settings["height"], self.settings["width"]
-        channels = self.transformer.config.in_channels // 4
-        packed, _ = pipe.prepare_latents(batch_size, channels, height, width, torch.float32, self.device, generator)
-        return pipe._unpack_latents(packed, height, width, pipe.vae_scale_factor)
-
-    def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """Raises `ValueError` with gradient checkpointing."""
+    def _branch(self, transformer: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         if self.transformer.gradient_checkpointing:
-            # Its single blocks would run without the mask (diffusers 0.42), so training would see another network than sampling.
-            raise ValueError("`activation_checkpointing` is True, with which diffusers drops Chroma's attention mask: set it to False.")
-        # Packing, position ids and mask are private helpers of the pipeline, but there are no others.
+            # Its single blocks would run without the mask (diffusers 0.42), in training but not in sampling.
+            raise ValueError(
+                "`activation_checkpointing` is True, with which diffusers drops Chroma's attention mask: set it to "
+                "False."
+            )
+        # Position ids and mask, too, come from private methods of the pipeline.
         pipe, dtype = self.pipeline, transformer.dtype
-        count, channels, height, width = latents.shape
+        count, _, height, width = latents.shape
         embeds, mask = conditioning["prompt_embeds"].to(dtype), conditioning["prompt_embeds_mask"].to(dtype)
         packed = transformer(
-            hidden_states=pipe._pack_latents(latents, count, channels, height, width).to(dtype),
+            hidden_states=self._packed(latents).to(dtype),
             timestep=rounded_sigma(sigma, dtype),
             encoder_hidden_states=embeds,
             txt_ids=embeds.new_zeros(embeds.shape[1], 3),
@@ -61,4 +50,4 @@ class ChromaFlowPipeline(DiffusersFlowPipeline):
             attention_mask=pipe._prepare_attention_mask(count, (height // 2) * (width // 2), dtype, mask),
             return_dict=False,
         )[0]
-        return pipe._unpack_latents(packed.float(), self.settings["height"], self.settings["width"], pipe.vae_scale_factor)
+        return self._unpacked(packed.float())

@@ -1,40 +1,58 @@
-"""What the families of diffusers share around their own encoding, packing and decoding."""
+"""What all families of diffusers share; a family adds how it encodes, calls its network and decodes."""
 
 import copy
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from peft import get_peft_model_state_dict
-from torch import nn
+from torch import Tensor, nn
 
-from .base import Conditioning, FlowPipeline, Generators
+from .base import Conditioning, FlowPipeline, Generators, Settings
 from .checkpoints import CHECKPOINTS
 
 NEGATIVE = "negative_"
+
+# What a LoRA adapts by default: the projections of every attention layer, and in networks whose pictures and prompts
+# attend to each other jointly also those of the prompt.
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+JOINT_ATTENTION = [
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+]  # fmt: skip
 
 
 class DiffusersFlowPipeline(FlowPipeline):
     """A pipeline of diffusers as a velocity field; settings and defaults are those of its `__call__`.
 
-    A family says how prompts are encoded (`_encode`), how the network is called (`_branch`), how latents are drawn and decoded, and how
-    the stock pipeline spaces its noise levels (`_spacing` and `_mu`).
+    A family says how prompts are encoded (`_encode`), how the network is called (`_branch`), how latents are drawn and
+    decoded, and how the stock pipeline spaces its noise levels (`_spacing` and `_mu`).
     """
+
+    default_settings: ClassVar[Settings]
+    """The settings that a family understands beside `height` and `width`, with its defaults."""
+
+    @classmethod
+    def setting_names(cls) -> list[str]:
+        """The names of all settings that the family understands."""
+        return ["height", "width", *cls.default_settings]
 
     def __init__(self, pipeline: Any, **settings: Any) -> None:
         self.pipeline = pipeline
         size = self.default_size()
-        self.settings = self.default_settings | {"height": size, "width": size} | settings
+        self.settings = {"height": size, "width": size} | self.default_settings | settings
         self._check_settings()
         negative = self.settings.get("negative_prompt") or ""
         if negative.strip() and not self.guided:
-            raise ValueError(f"`negative_prompt` ({negative!r}) has no effect without guidance: leave it out, or turn guidance on.")
+            raise ValueError(
+                f"`negative_prompt` ({negative!r}) has no effect without guidance: leave it out, or turn guidance on."
+            )
 
     def _check_settings(self) -> None:
-        """Raises `ValueError` for a size or a length that the pipeline does not take."""
+        """Refuse a size or a length that the pipeline does not take, by a `ValueError`."""
         unit, largest = self.pixels_per_token(), self.largest_size()
         for name in ("height", "width"):
             value = self.settings[name]
@@ -45,47 +63,63 @@ class DiffusersFlowPipeline(FlowPipeline):
         if not 0 < length <= most:
             raise ValueError(f"`max_sequence_length` ({length}) must be between 1 and {most} tokens for this model.")
 
-    # ---- what a family says ----------------------------------------------------------------------------------------------
+    # ---- what a family says -----------------------------------------------------------------------------------------
 
     @abstractmethod
     def _encode(self, prompts: list[str], negative: bool) -> Conditioning:
         """The conditioning of prompts, or of negative prompts, under the names that `_branch` reads."""
 
     @abstractmethod
-    def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        """The float32 velocity of one branch: spatial latents in, spatial velocity out.
+    def _branch(self, transformer: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """The velocity of one branch: one call of the network.
 
-        The network's input has `transformer.dtype`, which is that of its computation also where weights are cast layer by layer.
+        The network gets its input in `transformer.dtype`, the precision of its computation, also where its weights are
+        stored in another one and cast layer by layer.
+
+        Args:
+            transformer: The network to call.
+            latents: (B, C, h, w), float32.
+            sigma: (B,), the noise level of each sample.
+            conditioning: What `_encode` returns, for B prompts.
+
+        Returns:
+            The velocity (B, C, h, w), float32.
         """
 
-    def _guide(self, velocity: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+    def _guide(self, velocity: Tensor, negative: Tensor) -> Tensor:
         """The pipeline's guidance formula."""
         return negative + self.settings["guidance_scale"] * (velocity - negative)
 
     def _spacing(self, num_inference_steps: int) -> list[float] | None:
-        """The levels that the stock pipeline gives its scheduler; None where the scheduler spaces them itself."""
+        """The levels that the stock pipeline gives its scheduler; None if the scheduler spaces them itself."""
         return torch.linspace(1, 1 / num_inference_steps, num_inference_steps).tolist()
 
     def _mu(self, num_inference_steps: int) -> float | None:
-        """The exponent of the dynamic shift."""
+        """The `mu` that the stock pipeline gives a scheduler with dynamic shift."""
         config = self.scheduler().config
-        height, width = (self.settings[name] // self.pixels_per_token() for name in ("height", "width"))
-        return calculate_shift(height * width, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
+        height, width = self.size_in_tokens()
+        lengths = config.base_image_seq_len, config.max_image_seq_len
+        return calculate_shift(height * width, *lengths, config.base_shift, config.max_shift)
 
     def default_size(self) -> int:
-        """The height and width in pixels unless told otherwise."""
+        """The default of height and width, in pixels."""
         return self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
 
     def pixels_per_token(self) -> int:
-        """What height and width must be multiples of."""
+        """Height and width must be multiples of this number of pixels."""
         return 2 * self.pipeline.vae_scale_factor
+
+    def size_in_tokens(self) -> tuple[int, int]:
+        """Height and width of a picture, counted in tokens."""
+        unit = self.pixels_per_token()
+        return self.settings["height"] // unit, self.settings["width"] // unit
 
     def largest_size(self) -> int | None:
         """The largest height and width in pixels, None for any."""
         return None
 
     def most_tokens(self) -> int:
-        """The largest `max_sequence_length`: that of the stock pipeline, and 512 where it has none."""
+        """The largest `max_sequence_length`: the limit of the stock pipeline, or 512 if it has none."""
         return 512
 
     @property
@@ -93,7 +127,7 @@ class DiffusersFlowPipeline(FlowPipeline):
         """Whether `velocity` needs a negative branch."""
         return self.settings["guidance_scale"] > 1
 
-    # ---- what follows ----------------------------------------------------------------------------------------------------
+    # ---- what follows -----------------------------------------------------------------------------------------------
 
     @property
     def transformer(self) -> Any:
@@ -112,9 +146,10 @@ class DiffusersFlowPipeline(FlowPipeline):
         return [] if known is None else known.advice(num_inference_steps, self.settings["guidance_scale"])
 
     def scheduler_code(self, renoises: bool) -> str | None:
-        # A stock grid may be pulled down to near zero at its end, which the sampler that re-noises is not.
-        changed = "type(pipe.scheduler).from_config(pipe.scheduler.config, stochastic_sampling=True, shift_terminal=None)"
-        scheduler, lines = self.pipeline.scheduler, [f"pipe.scheduler = {changed}"] if renoises else []
+        # `shift_terminal` would pull the last level down to near zero; the sampler that re-noises works without it.
+        changed = "pipe.scheduler.config, stochastic_sampling=True, shift_terminal=None"
+        scheduler = self.pipeline.scheduler
+        lines = [f"pipe.scheduler = type(pipe.scheduler).from_config({changed})"] if renoises else []
         if scheduler.shift != scheduler.config.shift:
             lines.append(f"pipe.scheduler.set_shift({scheduler.shift:g})")
         return "\n".join(lines) or None
@@ -131,23 +166,38 @@ class DiffusersFlowPipeline(FlowPipeline):
         conditioning = self._encode(list(prompts), negative=False)
         if self.guided:
             negative = self._encode([self.settings.get("negative_prompt", "")], negative=True)  # the same for all
-            conditioning |= {f"{NEGATIVE}{name}": value.expand(len(prompts), *value.shape[1:]) for name, value in negative.items()}
+            for name, value in negative.items():
+                conditioning[NEGATIVE + name] = value.expand(len(prompts), *value.shape[1:])
         return conditioning
 
-    def prompt_features(self, conditioning: Conditioning) -> tuple[torch.Tensor, torch.Tensor]:
+    def prompt_features(self, conditioning: Conditioning) -> tuple[Tensor, Tensor]:
         embeds = conditioning["prompt_embeds"]
         everywhere = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         return embeds, conditioning.get("prompt_embeds_mask", everywhere).bool()
 
-    def initial_latents(self, batch_size: int, generator: Generators = None) -> torch.Tensor:
-        channels, height, width = self.transformer.config.in_channels, self.settings["height"], self.settings["width"]
-        return self.pipeline.prepare_latents(batch_size, channels, height, width, torch.float32, self.device, generator)
+    def initial_latents(self, batch_size: int, generator: Generators = None) -> Tensor:
+        return self._prepared(self.transformer.config.in_channels, batch_size, generator)
+
+    def _prepared(self, channels: int, batch_size: int, generator: Generators) -> Any:
+        """Call the pipeline's `prepare_latents`.
+
+        Args:
+            channels: The number of channels of a spatial latent.
+            batch_size: The number of latents.
+            generator: One for all, or a list with one per image.
+
+        Returns:
+            Float32 noise, in some pipelines as the first of a pair with position ids.
+        """
+        height, width = self.settings["height"], self.settings["width"]
+        shape = batch_size, channels, height, width
+        return self.pipeline.prepare_latents(*shape, torch.float32, self.device, generator)
 
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        """A scheduler of its own, as the pipeline's must stay as it is."""
-        return copy.deepcopy(self.pipeline.scheduler)  # its configuration would not tell of `set_shift`
+        """A copy of the pipeline's scheduler, which itself must not change."""
+        return copy.deepcopy(self.pipeline.scheduler)  # not from its configuration, which does not record `set_shift`
 
-    def sigmas(self, num_inference_steps: int, spacing: Literal["pipeline", "uniform"] = "pipeline") -> torch.Tensor:
+    def sigmas(self, num_inference_steps: int, spacing: Literal["pipeline", "uniform"] = "pipeline") -> Tensor:
         scheduler = self.scheduler()
         mu = self._mu(num_inference_steps) if scheduler.config.use_dynamic_shifting else None
         uniform = torch.linspace(1, 0, num_inference_steps + 1)[:-1].tolist()
@@ -168,27 +218,31 @@ class DiffusersFlowPipeline(FlowPipeline):
     def velocity(
         self,
         transformer: nn.Module,
-        latents: torch.Tensor,
-        sigma: torch.Tensor,
+        latents: Tensor,
+        sigma: Tensor,
         conditioning: Conditioning,
-        guidance: bool = True,
-    ) -> torch.Tensor:
-        own = {name: value for name, value in conditioning.items() if not name.startswith(NEGATIVE)}
-        v = self._branch(transformer, latents, sigma, own)
+        *,
+        guidance: bool,
+    ) -> Tensor:
+        prompt: Conditioning = {}
+        negative_prompt: Conditioning = {}
+        for name, value in conditioning.items():
+            part = negative_prompt if name.startswith(NEGATIVE) else prompt
+            part[name.removeprefix(NEGATIVE)] = value
+        v = self._branch(transformer, latents, sigma, prompt)
         if guidance and self.guided:
-            other = {name.removeprefix(NEGATIVE): value for name, value in conditioning.items() if name.startswith(NEGATIVE)}
             with torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad):
-                negative = self._branch(transformer, latents, sigma, other)
+                negative = self._branch(transformer, latents, sigma, negative_prompt)
             v = self._guide(v, negative)
         return v
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
         shift = vae.config.shift_factor or 0.0
         return self._decoded(latents / vae.config.scaling_factor + shift)
 
-    def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
-        """The pictures of latents in the autoencoder's own units."""
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """The pictures of latents that are in the units of the autoencoder."""
         vae = self.pipeline.vae
         return vae.decode(latents.to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5
 
@@ -198,7 +252,7 @@ class DiffusersFlowPipeline(FlowPipeline):
         type(self.pipeline).save_lora_weights(
             str(directory),
             transformer_lora_layers=get_peft_model_state_dict(self.transformer, adapter_name=name),
-            # Without it the loader takes lora_alpha = r.
+            # Without this metadata the loader takes lora_alpha = r.
             transformer_lora_adapter_metadata={k: sorted(v) if isinstance(v, set) else v for k, v in config.items()},
         )
 
@@ -206,20 +260,25 @@ class DiffusersFlowPipeline(FlowPipeline):
         self.transformer.save_pretrained(directory)
 
 
-def rounded_sigma(sigma: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Levels as pipelines that round `1000 sigma` to the network's precision pass it on."""
+def rounded_sigma(sigma: Tensor, dtype: torch.dtype) -> Tensor:
+    """Levels for the networks of pipelines that round `1000 sigma` to the network's precision."""
     return (1000 * sigma).to(dtype) / 1000
 
 
-def without_guidance(settings: dict[str, Any], model: str) -> dict[str, Any]:
-    """Settings with guidance off, for a model that would ignore it. Raises `ValueError` for a scale above 1, naming the `model`."""
-    if settings.get("guidance_scale", 1.0) > 1:
-        raise ValueError(f"`guidance_scale` ({settings['guidance_scale']}) has no effect on {model}: leave it out or set 1.")
+def without_guidance(settings: Settings, model: str) -> Settings:
+    """Turn guidance off in the settings of a model that would ignore it; `model` names it in the error.
+
+    Raises:
+        ValueError: The settings ask for a guidance scale above 1.
+    """
+    scale = settings.get("guidance_scale", 1.0)
+    if scale > 1:
+        raise ValueError(f"`guidance_scale` ({scale}) has no effect on {model}: leave it out or set 1.")
     return {"guidance_scale": 1.0} | settings
 
 
-def pad_prompts(embeds: list[torch.Tensor]) -> Conditioning:
-    """Ragged prompt embeddings (L_i, D) as (B, L, D) with their mask (B, L), True where there is a token."""
+def pad_prompts(embeds: list[Tensor]) -> Conditioning:
+    """Ragged prompt embeddings (L_i, D) as (B, L, D), with a mask (B, L) that is True at tokens."""
     mask = [torch.ones(len(row), dtype=torch.bool, device=row.device) for row in embeds]
     pad = nn.utils.rnn.pad_sequence
     return {"prompt_embeds": pad(embeds, batch_first=True), "prompt_embeds_mask": pad(mask, batch_first=True)}

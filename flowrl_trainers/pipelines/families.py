@@ -1,4 +1,4 @@
-"""Which family a diffusers pipeline belongs to, and what is said of a pipeline that belongs to none."""
+"""Find the family of a diffusers pipeline, and refuse a pipeline that has none."""
 
 import json
 from pathlib import Path
@@ -52,42 +52,58 @@ def wrap(pipeline: Any, settings: dict[str, Any]) -> FlowPipeline:
     """The `FlowPipeline` of a loaded pipeline; see `FlowPipeline.from_pipeline`."""
     if not isinstance(pipeline, DiffusionPipeline):
         raise ValueError(
-            f"`model` is a {type(pipeline).__name__}: pass a Hub id, a folder, a diffusers pipeline, or a `FlowPipeline` of your own."
+            f"`model` is a {type(pipeline).__name__}: pass a Hub id, a folder, a diffusers pipeline, or a "
+            "`FlowPipeline` of your own."
         )
     family = FAMILIES.get(type(pipeline).__name__)
     if family is None:
         raise ValueError(
-            f"{type(pipeline).__name__} is not a supported family ({SUPPORTED}): for a flow-matching model of your own, "
-            "subclass `FlowPipeline`."
+            f"{type(pipeline).__name__} is not a supported family ({SUPPORTED}): for a flow-matching model of your "
+            "own, subclass `FlowPipeline`."
         )
     scheduler = pipeline.components["scheduler"]
-    if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not (family is SanaFlowPipeline and _is_sanas(scheduler)):
+    sana = family is SanaFlowPipeline and _is_sana_solver(scheduler)
+    if not (sana or isinstance(scheduler, FlowMatchEulerDiscreteScheduler)):
         raise ValueError(
-            f"The pipeline's scheduler is {type(scheduler).__name__}, which is not the Euler sampler of flow matching: set "
-            "`pipeline.scheduler` to a `FlowMatchEulerDiscreteScheduler` if the model was trained by flow matching."
+            f"The pipeline's scheduler is {type(scheduler).__name__}, which is not the Euler sampler of flow "
+            "matching: set `pipeline.scheduler` to a `FlowMatchEulerDiscreteScheduler` if the model was trained by "
+            "flow matching."
         )
     return family(pipeline, **_known(settings, type(pipeline).__name__))
 
 
-def _is_sanas(scheduler: Any) -> bool:
-    """The solver that Sana ships with: it integrates the same flow."""
+def _is_sana_solver(scheduler: Any) -> bool:
+    """Whether it is the solver that Sana ships with, which integrates the same flow."""
     return isinstance(scheduler, DPMSolverMultistepScheduler) and scheduler.config.prediction_type == "flow_prediction"
 
 
 def _known(settings: dict[str, Any], class_name: str) -> dict[str, Any]:
-    """The settings that are given; raises `ValueError` for one that the pipeline's family does not have."""
-    settings, defaults = {name: value for name, value in settings.items() if value is not None}, FAMILIES[class_name].default_settings
-    unknown = sorted(set(settings) - set(defaults))
+    """The settings that are not None; raises `ValueError` for a setting that the pipeline's family does not have."""
+    settings = {name: value for name, value in settings.items() if value is not None}
+    known = FAMILIES[class_name].setting_names()
+    unknown = sorted(set(settings) - set(known))
     if unknown:
         raise ValueError(
             f"{class_name} has no setting {', '.join(f'`{name}`' for name in unknown)}: "
-            f"it takes {', '.join(f'`{name}`' for name in defaults)}."
+            f"it takes {', '.join(f'`{name}`' for name in known)}."
         )
     return settings
 
 
 def load(id_or_folder: str | Path, dtype: torch.dtype, settings: dict[str, Any]) -> DiffusionPipeline:
-    """`DiffusionPipeline.from_pretrained`, with one sentence for what can go wrong before anything large is downloaded."""
+    """Load a pipeline by diffusers, but refuse what cannot work before anything large is downloaded.
+
+    Args:
+        id_or_folder: The id of a model on the Hub, or a folder that holds a pipeline.
+        dtype: The precision of the networks.
+        settings: The settings that `wrap` will get; only their names are checked.
+
+    Returns:
+        The pipeline.
+
+    Raises:
+        ValueError: There is no such pipeline, its family is not supported, or the family has no such setting.
+    """
     name = str(id_or_folder)
     index = Path(name) / "model_index.json"
     try:
@@ -97,17 +113,22 @@ def load(id_or_folder: str | Path, dtype: torch.dtype, settings: dict[str, Any])
     except (GatedRepoError, RepositoryNotFoundError) as error:
         licence = f"the {CHECKPOINTS[name].licence} licence" if name in CHECKPOINTS else "the licence"
         raise ValueError(
-            f"{name!r} is missing on the Hub or gated: check the name, accept {licence} on its page, and log in with `hf auth login`."
+            f"{name!r} is missing on the Hub or gated: check the name, accept {licence} on its page, and log in with "
+            "`hf auth login`."
         ) from error
     except LocalEntryNotFoundError as error:
-        raise ValueError(f"{name!r} is no folder, and the Hub cannot be reached: check the name and the connection.") from error
+        raise ValueError(
+            f"{name!r} is no folder, and the Hub cannot be reached: check the name and the connection."
+        ) from error
     except (FileNotFoundError, EntryNotFoundError, HFValidationError) as error:
-        raise ValueError(f"{name!r} is no diffusers pipeline: pass a Hub id or a folder that holds a `model_index.json`.") from error
+        raise ValueError(
+            f"{name!r} is no diffusers pipeline: pass a Hub id or a folder that holds a `model_index.json`."
+        ) from error
     if config["_class_name"] not in FAMILIES:
         raise ValueError(f"{name!r} holds a {config['_class_name']}, which is not a supported family ({SUPPORTED}).")
     _known(settings, config["_class_name"])
-    # A pipeline saved without one of its text encoders loads only if it is told so again.
+    # A pipeline saved without one of its text encoders loads only if that encoder is None in the call too.
     absent = {part: None for part, value in config.items() if value == [None, None]}
-    # diffusers looks a pipeline's class up among its own.
+    # `DiffusionPipeline` only finds classes that diffusers itself defines.
     loader = SiTPipeline if config["_class_name"] == "SiTPipeline" else DiffusionPipeline
     return loader.from_pretrained(name, dtype=dtype, **absent)

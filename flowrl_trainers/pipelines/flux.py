@@ -1,28 +1,24 @@
 """FLUX.1, dev and schnell.
 
-Latents are `(B, 16, h, w)`, packed into tokens of 2 x 2 for the network, which takes sigma and predicts the velocity as it is. dev has its
-guidance embedded: `guidance_scale` is an input of the network and costs nothing. schnell has none. `true_cfg_scale` above 1 adds a
-negative branch as the stock pipeline does.
+Latents are `(B, 16, h, w)`, packed into tokens of 2 x 2 for the network, which takes sigma and predicts the velocity.
+dev has its guidance embedded: `guidance_scale` is an input of the network and costs nothing. schnell has no guidance.
+`true_cfg_scale` above 1 adds a negative branch as the stock pipeline does.
 """
 
 from typing import Any, ClassVar
 
-import torch
+from torch import Tensor
 
-from .base import Conditioning, Generators
-from .diffusers_pipeline import DiffusersFlowPipeline, rounded_sigma, without_guidance
+from .base import Conditioning, Settings
+from .diffusers_pipeline import JOINT_ATTENTION, rounded_sigma, without_guidance
+from .packed_pipeline import PackedFlowPipeline
 
 
-class FluxFlowPipeline(DiffusersFlowPipeline):
+class FluxFlowPipeline(PackedFlowPipeline):
     """`FluxPipeline` as a velocity field; settings and defaults are those of its `__call__`."""
 
-    lora_target_modules: ClassVar[list[str]] = [
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-    ]  # fmt: skip
-    default_settings: ClassVar[dict[str, Any]] = {
-        "height": None,
-        "width": None,
+    lora_target_modules: ClassVar[list[str]] = JOINT_ATTENTION
+    default_settings: ClassVar[Settings] = {
         "guidance_scale": 3.5,
         "true_cfg_scale": 1.0,
         "negative_prompt": "",
@@ -42,28 +38,22 @@ class FluxFlowPipeline(DiffusersFlowPipeline):
         unused = () if self.guided else ("true_cfg_scale", "negative_prompt")
         return {name: value for name, value in self.settings.items() if name not in unused}
 
-    def _guide(self, velocity: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+    def _guide(self, velocity: Tensor, negative: Tensor) -> Tensor:
         return negative + self.settings["true_cfg_scale"] * (velocity - negative)
 
     def _encode(self, prompts: list[str], negative: bool) -> Conditioning:
-        length = self.settings["max_sequence_length"]
-        embeds, pooled, _ = self.pipeline.encode_prompt(prompts, prompts, device=self.text_encoders()[0].device, max_sequence_length=length)
+        device, length = self.text_encoders()[0].device, self.settings["max_sequence_length"]
+        embeds, pooled, _ = self.pipeline.encode_prompt(prompts, prompts, device=device, max_sequence_length=length)
         return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
-    def initial_latents(self, batch_size: int, generator: Generators = None) -> torch.Tensor:
-        pipe, height, width = self.pipeline, self.settings["height"], self.settings["width"]
-        channels = self.transformer.config.in_channels // 4
-        packed, _ = pipe.prepare_latents(batch_size, channels, height, width, torch.float32, self.device, generator)
-        return pipe._unpack_latents(packed, height, width, pipe.vae_scale_factor)
-
-    def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        # Packing and position ids are private helpers of the pipeline, but there are no others.
+    def _branch(self, transformer: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        # Position ids, too, come from a private method of the pipeline.
         pipe, dtype = self.pipeline, transformer.dtype
-        count, channels, height, width = latents.shape
+        count, _, height, width = latents.shape
         embeds = conditioning["prompt_embeds"].to(dtype)
         guidance = latents.new_full((count,), self.settings["guidance_scale"])
         packed = transformer(
-            hidden_states=pipe._pack_latents(latents, count, channels, height, width).to(dtype),
+            hidden_states=self._packed(latents).to(dtype),
             timestep=rounded_sigma(sigma, dtype),
             guidance=guidance if self.pipeline.transformer.config.guidance_embeds else None,
             pooled_projections=conditioning["pooled_prompt_embeds"].to(dtype),
@@ -72,4 +62,4 @@ class FluxFlowPipeline(DiffusersFlowPipeline):
             img_ids=pipe._prepare_latent_image_ids(count, height // 2, width // 2, latents.device, dtype),
             return_dict=False,
         )[0]
-        return pipe._unpack_latents(packed.float(), self.settings["height"], self.settings["width"], pipe.vae_scale_factor)
+        return self._unpacked(packed.float())

@@ -1,26 +1,28 @@
 """FLUX.2: dev, and klein base and distilled.
 
-Latents are `(B, 128, h, w)`: 2 x 2 of the autoencoder's own, normalised by the running statistics of its batch norm. The network takes
-sigma and predicts the velocity as it is. dev has its guidance embedded. klein base has a negative branch of the empty prompt, klein
-distilled none. Unless told otherwise, a LoRA leaves the output layers of the single-stream blocks alone.
+Latents are `(B, 128, h, w)`: 2 x 2 latents of the autoencoder, normalised by the running statistics of its batch norm.
+The network takes sigma and predicts the velocity. dev has its guidance embedded, klein base has a negative branch of
+the empty prompt, klein distilled has no guidance. By default a LoRA leaves out the output layers of the single-stream
+blocks.
 """
 
 from typing import Any, ClassVar
 
-import torch
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from torch import Tensor
 
-from .base import Conditioning, Generators
-from .diffusers_pipeline import DiffusersFlowPipeline, rounded_sigma, without_guidance
+from .base import Conditioning, Settings
+from .diffusers_pipeline import rounded_sigma, without_guidance
+from .packed_pipeline import PackedFlowPipeline
 
 
-class Flux2FlowPipeline(DiffusersFlowPipeline):
+class Flux2FlowPipeline(PackedFlowPipeline):
     """`Flux2Pipeline` (FLUX.2-dev) as a velocity field; settings and defaults are those of its `__call__`."""
 
     lora_target_modules: ClassVar[list[str]] = [
         "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_qkv_mlp_proj",
     ]  # fmt: skip
-    default_settings: ClassVar[dict[str, Any]] = {"height": None, "width": None, "guidance_scale": 4.0, "max_sequence_length": 512}
+    default_settings: ClassVar[Settings] = {"guidance_scale": 4.0, "max_sequence_length": 512}
     embeds_guidance: ClassVar[bool] = True
 
     @property
@@ -28,32 +30,29 @@ class Flux2FlowPipeline(DiffusersFlowPipeline):
         return False
 
     def _encode(self, prompts: list[str], negative: bool) -> Conditioning:
-        length = self.settings["max_sequence_length"]
-        embeds, _ = self.pipeline.encode_prompt(prompts, device=self.text_encoders()[0].device, max_sequence_length=length)
+        device, length = self.text_encoders()[0].device, self.settings["max_sequence_length"]
+        embeds, _ = self.pipeline.encode_prompt(prompts, device=device, max_sequence_length=length)
         return {"prompt_embeds": embeds}
 
     def _mu(self, num_inference_steps: int) -> float:
-        height, width = (self.settings[name] // self.pixels_per_token() for name in ("height", "width"))
+        height, width = self.size_in_tokens()
         return compute_empirical_mu(height * width, num_inference_steps)
 
-    def initial_latents(self, batch_size: int, generator: Generators = None) -> torch.Tensor:
-        height, width = self.settings["height"], self.settings["width"]
-        channels = self.transformer.config.in_channels // 4
-        packed, _ = self.pipeline.prepare_latents(batch_size, channels, height, width, torch.float32, self.device, generator)
-        return self._unpacked(packed)
+    def _packed(self, latents: Tensor) -> Tensor:
+        return self.pipeline._pack_latents(latents)
 
-    def _unpacked(self, packed: torch.Tensor) -> torch.Tensor:
-        height, width = (self.settings[name] // self.pixels_per_token() for name in ("height", "width"))
-        return packed.transpose(1, 2).unflatten(2, (height, width))
+    def _unpacked(self, packed: Tensor) -> Tensor:
+        return packed.transpose(1, 2).unflatten(2, self.size_in_tokens())
 
-    def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
-        # Packing and position ids are private helpers of the pipeline, but there are no others.
+    def _branch(self, transformer: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        # Position ids, too, come from private methods of the pipeline.
         pipe, dtype = self.pipeline, transformer.dtype
         embeds = conditioning["prompt_embeds"].to(dtype)
+        guidance = latents.new_full((len(latents),), self.settings["guidance_scale"])
         packed = transformer(
-            hidden_states=pipe._pack_latents(latents).to(dtype),
+            hidden_states=self._packed(latents).to(dtype),
             timestep=rounded_sigma(sigma, dtype),
-            guidance=latents.new_full((len(latents),), self.settings["guidance_scale"]) if self.embeds_guidance else None,
+            guidance=guidance if self.embeds_guidance else None,
             encoder_hidden_states=embeds,
             txt_ids=pipe._prepare_text_ids(embeds).to(latents.device),
             img_ids=pipe._prepare_latent_ids(latents).to(latents.device),
@@ -61,14 +60,18 @@ class Flux2FlowPipeline(DiffusersFlowPipeline):
         )[0]
         return self._unpacked(packed.float())
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
         mean, variance = (value.view(1, -1, 1, 1).to(latents) for value in (vae.bn.running_mean, vae.bn.running_var))
-        return self._decoded(self.pipeline._unpatchify_latents(latents * (variance + vae.config.batch_norm_eps).sqrt() + mean))
+        unnormalised = latents * (variance + vae.config.batch_norm_eps).sqrt() + mean
+        return self._decoded(self.pipeline._unpatchify_latents(unnormalised))
 
 
 class Flux2KleinFlowPipeline(Flux2FlowPipeline):
-    """`Flux2KleinPipeline` as a velocity field. The distilled checkpoints have no guidance: a scale above 1 is refused, not ignored."""
+    """`Flux2KleinPipeline` as a velocity field.
+
+    The distilled checkpoints have no guidance; a scale above 1, which the stock pipeline ignores, is refused for them.
+    """
 
     embeds_guidance: ClassVar[bool] = False
 

@@ -1,41 +1,39 @@
 """Lumina-Image 2.0.
 
-Latents are `(B, 16, h, w)`, not packed. The network takes `1 - sigma` as its time and predicts minus the velocity. The guided velocity has,
-in every row of every channel, the length of the unguided one. An instruction of the pipeline's precedes a prompt, but no negative prompt.
+Latents are `(B, 16, h, w)`, not packed. The network takes `1 - sigma` as its time and predicts minus the velocity. The
+guided velocity is rescaled: every row of every channel has the norm of the conditional velocity's. The pipeline puts
+an instruction before prompts, but not before negative prompts.
 """
 
 from typing import Any, ClassVar
 
-import torch
 from diffusers.pipelines.lumina2.pipeline_lumina2 import calculate_shift
+from torch import Tensor
 
-from .base import Conditioning
-from .diffusers_pipeline import DiffusersFlowPipeline
+from .base import Conditioning, Settings
+from .diffusers_pipeline import ATTENTION, DiffusersFlowPipeline
 
 
 class Lumina2FlowPipeline(DiffusersFlowPipeline):
-    """`Lumina2Pipeline` as a velocity field; settings and defaults are those of its `__call__`, guidance is at every step."""
+    """`Lumina2Pipeline` as a velocity field; settings and defaults are those of its `__call__`.
 
-    lora_target_modules: ClassVar[list[str]] = ["to_q", "to_k", "to_v", "to_out.0"]
-    default_settings: ClassVar[dict[str, Any]] = {
-        "height": None,
-        "width": None,
-        "guidance_scale": 4.0,
-        "negative_prompt": "",
-        "max_sequence_length": 256,
-    }
+    Every step is guided.
+    """
+
+    lora_target_modules: ClassVar[list[str]] = ATTENTION
+    default_settings: ClassVar[Settings] = {"guidance_scale": 4.0, "negative_prompt": "", "max_sequence_length": 256}
 
     def most_tokens(self) -> int:
-        """The network has positions for one more, which is the picture's."""
+        """The network has positions for one token more, which stands for the picture."""
         return self.transformer.config.axes_lens[0] - 1
 
     def _mu(self, num_inference_steps: int) -> float:
         config = self.scheduler().config
-        # The stock pipeline takes the channels of its latents for the number of their tokens.
-        tokens = self.transformer.config.in_channels
-        return calculate_shift(tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift)
+        # The stock pipeline passes the number of channels where the number of tokens is meant.
+        tokens, lengths = self.transformer.config.in_channels, (config.base_image_seq_len, config.max_image_seq_len)
+        return calculate_shift(tokens, *lengths, config.base_shift, config.max_shift)
 
-    def _guide(self, velocity: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+    def _guide(self, velocity: Tensor, negative: Tensor) -> Tensor:
         guided = super()._guide(velocity, negative)
         return guided * (velocity.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
@@ -51,7 +49,7 @@ class Lumina2FlowPipeline(DiffusersFlowPipeline):
             embeds, mask = negative_embeds, negative_mask
         return {"prompt_embeds": embeds, "prompt_embeds_mask": mask.bool()}
 
-    def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+    def _branch(self, transformer: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         dtype = transformer.dtype
         return -transformer(
             hidden_states=latents.to(dtype),

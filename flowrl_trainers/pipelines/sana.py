@@ -1,42 +1,39 @@
 """Sana.
 
-Latents are `(B, 32, h, w)`, not packed. The network takes `1000 sigma` times its own scale and predicts the velocity as it is. The
-checkpoints ship with a DPM-Solver on flow sigmas; here the Euler sampler takes its place, with the shift that the solver had.
+Latents are `(B, 32, h, w)`, not packed. The network takes `1000 sigma` times its `timestep_scale` and predicts the
+velocity. The checkpoints ship with a DPM-Solver on flow sigmas; here the Euler sampler takes its place, with the
+solver's shift.
 """
 
 import inspect
 import logging
 from typing import Any, ClassVar
 
-import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SanaPipeline
+from torch import Tensor
 
-from .base import Conditioning
-from .diffusers_pipeline import DiffusersFlowPipeline
+from .base import Conditioning, Settings
+from .diffusers_pipeline import ATTENTION, DiffusersFlowPipeline
 
 logger = logging.getLogger(__name__)
 
-# What the stock pipeline puts before every prompt unless told otherwise.
+# The stock pipeline puts this before every prompt by default.
 INSTRUCTION = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 
 
 class SanaFlowPipeline(DiffusersFlowPipeline):
     """`SanaPipeline` as a velocity field, without its resolution binning: pictures have the size that is asked for."""
 
-    lora_target_modules: ClassVar[list[str]] = ["to_q", "to_k", "to_v", "to_out.0"]
-    default_settings: ClassVar[dict[str, Any]] = {
-        "height": None,
-        "width": None,
-        "guidance_scale": 4.5,
-        "negative_prompt": "",
-        "max_sequence_length": 300,
-    }
+    lora_target_modules: ClassVar[list[str]] = ATTENTION
+    default_settings: ClassVar[Settings] = {"guidance_scale": 4.5, "negative_prompt": "", "max_sequence_length": 300}
 
     def __init__(self, pipeline: Any, **settings: Any) -> None:
         super().__init__(pipeline, **settings)
         if isinstance(pipeline.scheduler, DPMSolverMultistepScheduler):
             shift = pipeline.scheduler.config.flow_shift
-            logger.warning("Sana's DPM-Solver is replaced by the Euler sampler of flow matching with its shift, %g.", shift)
+            logger.warning(
+                "Sana's DPM-Solver is replaced by the Euler sampler of flow matching with its shift, %g.", shift
+            )
 
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         if isinstance(self.pipeline.scheduler, DPMSolverMultistepScheduler):
@@ -76,7 +73,7 @@ class SanaFlowPipeline(DiffusersFlowPipeline):
     def _spacing(self, num_inference_steps: int) -> None:
         return None
 
-    def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+    def _branch(self, transformer: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         dtype, config = transformer.dtype, self.transformer.config
         out = transformer(
             latents.to(dtype),
@@ -85,8 +82,8 @@ class SanaFlowPipeline(DiffusersFlowPipeline):
             timestep=1000 * sigma * config.timestep_scale,
             return_dict=False,
         )[0].float()
-        # Some checkpoints also predict a variance, which flow matching has no use for.
+        # Some checkpoints also predict a variance, which flow matching does not use.
         return out.chunk(2, dim=1)[0] if config.out_channels == 2 * config.in_channels else out
 
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         return self._decoded(latents / self.pipeline.vae.config.scaling_factor)

@@ -1,31 +1,23 @@
 """Stable Diffusion 3 and 3.5.
 
-Latents are `(B, 16, h, w)`, the transformer takes `1000 sigma` as its timestep and predicts the velocity as it is, guidance is
-`v_negative + scale (v - v_negative)` for a scale above 1. Without T5, the stock pipeline appends `max_sequence_length` zero tokens.
+Latents are `(B, 16, h, w)`, the transformer takes `1000 sigma` as its timestep and predicts the velocity, guidance is
+`v_negative + scale (v - v_negative)` for a scale above 1. Without T5, the stock pipeline appends `max_sequence_length`
+zero tokens.
 """
 
 from typing import Any, ClassVar
 
-import torch
+from torch import Tensor
 
-from .base import Conditioning
-from .diffusers_pipeline import DiffusersFlowPipeline
+from .base import Conditioning, Settings
+from .diffusers_pipeline import JOINT_ATTENTION, DiffusersFlowPipeline
 
 
 class StableDiffusion3FlowPipeline(DiffusersFlowPipeline):
     """`StableDiffusion3Pipeline` as a velocity field; settings and defaults are those of its `__call__`."""
 
-    lora_target_modules: ClassVar[list[str]] = [
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-    ]  # fmt: skip
-    default_settings: ClassVar[dict[str, Any]] = {
-        "height": None,
-        "width": None,
-        "guidance_scale": 7.0,
-        "negative_prompt": "",
-        "max_sequence_length": 256,
-    }
+    lora_target_modules: ClassVar[list[str]] = JOINT_ATTENTION
+    default_settings: ClassVar[Settings] = {"guidance_scale": 7.0, "negative_prompt": "", "max_sequence_length": 256}
 
     def pixels_per_token(self) -> int:
         return self.pipeline.vae_scale_factor * self.pipeline.patch_size
@@ -47,7 +39,7 @@ class StableDiffusion3FlowPipeline(DiffusersFlowPipeline):
     def _spacing(self, num_inference_steps: int) -> None:
         return None
 
-    def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+    def _branch(self, transformer: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         dtype = transformer.dtype
         return transformer(
             hidden_states=latents.to(dtype),

@@ -1,28 +1,24 @@
 """Z-Image and Z-Image-Turbo.
 
-Latents are `(B, 16, h, w)`. The network takes lists of latents and prompts, `1 - sigma` as its time, and predicts minus the velocity.
-Guidance is `v + scale (v - v_negative)`: 0 is off, also for Turbo, which has none. Prompts are ragged.
+Latents are `(B, 16, h, w)`. The network takes lists of latents and prompts and `1 - sigma` as its time, and predicts
+minus the velocity. Guidance is `v + scale (v - v_negative)`: 0 is off, also for Turbo, which has no guidance. Prompts
+are ragged.
 """
 
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
-from .base import Conditioning
-from .diffusers_pipeline import DiffusersFlowPipeline, pad_prompts
+from .base import Conditioning, Settings
+from .diffusers_pipeline import ATTENTION, DiffusersFlowPipeline, pad_prompts
 
 
 class ZImageFlowPipeline(DiffusersFlowPipeline):
     """`ZImagePipeline` as a velocity field; settings and defaults are those of its `__call__`."""
 
-    lora_target_modules: ClassVar[list[str]] = ["to_q", "to_k", "to_v", "to_out.0"]
-    default_settings: ClassVar[dict[str, Any]] = {
-        "height": None,
-        "width": None,
-        "guidance_scale": 5.0,
-        "negative_prompt": "",
-        "max_sequence_length": 512,
-    }
+    lora_target_modules: ClassVar[list[str]] = ATTENTION
+    default_settings: ClassVar[Settings] = {"guidance_scale": 5.0, "negative_prompt": "", "max_sequence_length": 512}
 
     @property
     def guided(self) -> bool:
@@ -31,19 +27,19 @@ class ZImageFlowPipeline(DiffusersFlowPipeline):
     def default_size(self) -> int:
         return 1024
 
-    def _guide(self, velocity: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+    def _guide(self, velocity: Tensor, negative: Tensor) -> Tensor:
         return velocity + self.settings["guidance_scale"] * (velocity - negative)
 
     def _encode(self, prompts: list[str], negative: bool) -> Conditioning:
         embeds, _ = self.pipeline.encode_prompt(
-            list(prompts),  # it writes into the list
+            list(prompts),  # a copy, because the pipeline writes into the list
             device=self.text_encoders()[0].device,
             do_classifier_free_guidance=False,
             max_sequence_length=self.settings["max_sequence_length"],
         )
         return pad_prompts(embeds)
 
-    def _branch(self, transformer: Any, latents: torch.Tensor, sigma: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+    def _branch(self, transformer: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         dtype = transformer.dtype
         embeds, mask = conditioning["prompt_embeds"].to(dtype), conditioning["prompt_embeds_mask"]
         out = transformer(
