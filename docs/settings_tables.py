@@ -9,7 +9,9 @@ from flowrl_trainers import trainers
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by mkdocs with the source of every page."""
-    return re.sub(r"^<!-- settings: (\w+) -->$", lambda match: table(getattr(trainers, match[1])), markdown, flags=re.MULTILINE)
+    return re.sub(
+        r"^<!-- settings: (\w+) -->$", lambda match: table(getattr(trainers, match[1])), markdown, flags=re.MULTILINE
+    )
 
 
 def table(config: type) -> str:

@@ -22,7 +22,9 @@ def sampler(num_processes: int = 1, **settings) -> PromptGroupSampler:
     return PromptGroupSampler(**(defaults | settings))
 
 
-def shares(images: list[ImageKey], num_processes: int, updates_per_rollout: int, repeats: int) -> list[list[list[ImageKey]]]:
+def shares(
+    images: list[ImageKey], num_processes: int, updates_per_rollout: int, repeats: int
+) -> list[list[list[ImageKey]]]:
     """[rollout][process] -> images, as a data loader of one process's share per batch deals them out in turn."""
     size = 8 * updates_per_rollout // num_processes
     batches = [images[i : i + size] for i in range(0, len(images), size)]

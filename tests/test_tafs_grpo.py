@@ -99,7 +99,8 @@ def test_images_of_a_prompt_start_together_and_their_first_velocity_is_computed_
     assert (states[:, :, 0] == states[:, :1, 0]).all()
     assert states[:, :, 1].std(dim=1).min() > 0.1
     torch.testing.assert_close(
-        states[:, :, 0].flatten(0, 1), t.initial_latents([ImageKey(i // 16, 0, 0) for i in range(64)], "initial latents")
+        states[:, :, 0].flatten(0, 1),
+        t.initial_latents([ImageKey(i // 16, 0, 0) for i in range(64)], "initial latents"),
     )
     apart = tafs(
         tmp_path,

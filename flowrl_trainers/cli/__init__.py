@@ -55,7 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _is_ours(error: Exception) -> bool:
     where = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(where.filename).is_relative_to(Path(__file__).parent.parent) and (where.line or "").startswith("raise ")
+    return Path(where.filename).is_relative_to(Path(__file__).parent.parent) and (where.line or "").startswith(
+        "raise "
+    )
 
 
 def _run(command: str, arguments: list[str]) -> int:

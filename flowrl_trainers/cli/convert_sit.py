@@ -23,14 +23,20 @@ def convert_sit(arguments: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("flowrl convert_sit", description=__doc__.split(": ", 1)[1], allow_abbrev=False)
     parser.add_argument(
-        "checkpoint", help="A `.pt` or `.safetensors` file of github.com/willisma/SiT: a state dict, or what training saved."
+        "checkpoint",
+        help="A `.pt` or `.safetensors` file of github.com/willisma/SiT: a state dict, or what training saved.",
     )
     parser.add_argument("out", help="The folder to write.")
     parser.add_argument("--vae", default=VAE, help="The autoencoder, a folder or a Hub id. Default: %(default)s.")
     parser.add_argument(
-        "--class_names", help="A text file with the name of a class on each line, by number. Default: classes have numbers."
+        "--class_names",
+        help="A text file with the name of a class on each line, by number. Default: classes have numbers.",
     )
-    parser.add_argument("--num_attention_heads", type=int, help="Needed only where the width is none of the official sizes S, B, L and XL.")
+    parser.add_argument(
+        "--num_attention_heads",
+        type=int,
+        help="Needed only where the width is none of the official sizes S, B, L and XL.",
+    )
     return parser
 
 

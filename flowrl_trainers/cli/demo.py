@@ -102,7 +102,9 @@ def _take_method(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def _table(trainer: FlowRLTrainer, pictures: int) -> str:
-    shown = [f"reward/{r.name}" for r in [*trainer.rewards, *trainer.eval_rewards] if r.name != "checker"]  # which has a column of its own
+    shown = [
+        f"reward/{r.name}" for r in [*trainer.rewards, *trainer.eval_rewards] if r.name != "checker"
+    ]  # which has a column of its own
     names = [name for name in trainer.rows["base"] if name in (*shown, "checker_accuracy", "diversity")]
     scale = trainer.args.guidance_scale
     sampling = "no guidance" if scale is not None and scale <= 1 else f"guidance scale {scale}"
@@ -110,8 +112,12 @@ def _table(trainer: FlowRLTrainer, pictures: int) -> str:
     widths = {name: max(20, len(name) + 2) for name in names}
     lines += [f"{'':12}" + "".join(f"{name:>{width}}" for name, width in widths.items())]
     for label, row in trainer.rows.items():
-        lines.append(f"{label:12}" + "".join(f"{row.get(name, float('nan')):{width}.3f}" for name, width in widths.items()))
-    return "\n".join([*lines, "", "seconds: " + ", ".join(f"{phase} {value:.0f}" for phase, value in trainer.seconds.items()), ""])
+        lines.append(
+            f"{label:12}" + "".join(f"{row.get(name, float('nan')):{width}.3f}" for name, width in widths.items())
+        )
+    return "\n".join(
+        [*lines, "", "seconds: " + ", ".join(f"{phase} {value:.0f}" for phase, value in trainer.seconds.items()), ""]
+    )
 
 
 def _draw_before_after(trainer: FlowRLTrainer, folder: Path) -> None:

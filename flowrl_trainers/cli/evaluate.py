@@ -1,7 +1,6 @@
 """`flowrl evaluate`: adapters beside their base model, on the same prompts and seeds."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ import torch
 from accelerate import Accelerator, PartialState
 from datasets import Dataset
 from diffusers.loaders import PeftAdapterMixin
-from transformers.hf_argparser import HfArg
 from trl import TrlParser
 
 from ..metrics import signs_of_over_optimisation, standard_error_of_change
@@ -22,53 +20,13 @@ from ..sampling.pictures import Pictures
 from ..trainers.base_trainer import SETTINGS
 from ..trainers.input_checks import check_dataset
 from .arguments import wrong_arguments
+from .evaluate_arguments import EvaluateArguments
 from .run import load_model, load_prompts, named_reward
 
 SHOWN = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONTEXT = {"trainer_state": None, "log_metric": lambda name, value: None, "log_extra": lambda name, values: None}
 ADAPTER = "measured"  # a row's label may hold a dot, an adapter's name may not
-
-
-@dataclass
-class EvaluateArguments:
-    """What `flowrl evaluate` is told."""
-
-    model: str = HfArg(
-        help="The base pipeline: a Hub id, a folder, or 'shapes' for the small one that ships with the package."
-    )
-    adapter: list[str] = HfArg(help="The adapters, one or more: folders or Hub ids that `load_lora_weights` reads.")
-    rewards: list[str] = HfArg(help="The rewards to measure, named as `reward_funcs` of a run.")
-    dataset: str = HfArg(default="shapes", help="The prompts: a data set of the Hub, a folder, or 'shapes'.")
-    dataset_config: str | None = HfArg(default=None, help="The configuration of the data set, where it has several.")
-    prompt_column: str = HfArg(default="prompt", help="The column that holds the prompts, such as 'caption'.")
-    split: str = HfArg(default="held_out", help="The split of the prompts.")
-    trained: list[str] = HfArg(
-        default_factory=list,
-        help="Those of the rewards that the adapters were trained on, to tell a hacked one. Default: none.",
-    )
-    pictures_per_prompt: int = HfArg(default=4, help="The pictures of each prompt; diversity needs two.")
-    num_inference_steps: int = HfArg(default=20, help="The number of sampler steps.")
-    guidance_scale: float | None = HfArg(
-        default=None, help="The guidance scale; 1 is off, 0 for Z-Image. Default: the pipeline's own."
-    )
-    negative_prompt: str | None = HfArg(
-        default=None, help="What guidance leads away from. Default: the pipeline's own."
-    )
-    height: int | None = HfArg(default=None, help="The height of pictures in pixels. Default: the pipeline's own.")
-    width: int | None = HfArg(default=None, help="The width of pictures in pixels. Default: the pipeline's own.")
-    max_sequence_length: int | None = HfArg(
-        default=None, help="The number of prompt tokens. Default: the pipeline's own."
-    )
-    dtype: str = HfArg(default="float32", help="The precision of the networks: float32, bfloat16 or float16.")
-    use_cpu: bool = HfArg(default=False, help="Whether to draw on the CPU where there is a GPU as well.")
-    batch_size: int = HfArg(default=16, help="The pictures drawn at a time.")
-    decode_batch_size: int | None = HfArg(
-        default=None,
-        help="The pictures decoded and scored at a time. Default: `batch_size`, decoded a megapixel at a time.",
-    )
-    seed: int = HfArg(default=42, help="The seed of all pictures; 42 is that of a run's own evaluation.")
-    out: str = HfArg(default="flowrl-evaluation", help="The folder for table.md, table.json and pictures.png.")
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -88,7 +46,9 @@ def evaluate(arguments: list[str]) -> None:
     if unknown:
         raise ValueError(f"`trained` names {', '.join(sorted(unknown))}, which `rewards` does not: add it there.")
     rewards = as_rewards([named_reward(name) for name in told.rewards], "rewards")
-    called = {name: reward.name for name, reward in zip(told.rewards, rewards, strict=True)}  # `module.function` is called `function`
+    called = {
+        name: reward.name for name, reward in zip(told.rewards, rewards, strict=True)
+    }  # `module.function` is called `function`
     rows, scores, pictures = _rows(told, labels, rewards)
     if not PartialState().is_main_process:
         return
@@ -103,7 +63,9 @@ def evaluate(arguments: list[str]) -> None:
     for label in labels:
         trained = {called[name]: 1.0 for name in told.trained}
         judges = [name for name in called.values() if name not in trained]
-        errors = {name: standard_error_of_change(before, scores[label][name]) for name, before in scores["base"].items()}
+        errors = {
+            name: standard_error_of_change(before, scores[label][name]) for name, before in scores["base"].items()
+        }
         signs = signs_of_over_optimisation(rows["base"], rows[label], trained, judges, errors)
         if signs:
             print(f"{label}: the trained reward rose, but {'; '.join(signs)}: it may have been hacked.")
@@ -183,6 +145,10 @@ def _table(rows: dict[str, dict[str, float]], told: EvaluateArguments) -> str:
     lines = ["| model | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     for label, row in rows.items():
         lines.append(f"| {label} | " + " | ".join(f"{row[name]:.3f}" if name in row else "" for name in names) + " |")
-    guidance = "the pipeline's own guidance scale" if told.guidance_scale is None else f"guidance scale {told.guidance_scale:g}"
+    guidance = (
+        "the pipeline's own guidance scale"
+        if told.guidance_scale is None
+        else f"guidance scale {told.guidance_scale:g}"
+    )
     drawn = f"{told.pictures_per_prompt} pictures of each prompt, the same seeds for all rows"
     return "\n".join([*lines, "", f"{drawn}, {told.num_inference_steps} steps of the ODE, {guidance}."])

@@ -24,9 +24,13 @@ def take_launch_arguments(arguments: list[str]) -> tuple[list[str] | None, list[
         return None, rest
     config = taken.get("--accelerate_config")
     if config is None:
-        raise ValueError("`--num_processes` needs `--accelerate_config ddp`, or the file that `accelerate config` wrote.")
+        raise ValueError(
+            "`--num_processes` needs `--accelerate_config ddp`, or the file that `accelerate config` wrote."
+        )
     if config != "ddp" and not Path(config).is_file():
-        raise ValueError(f"`--accelerate_config` ({config}) is neither 'ddp' nor a file: write one with `accelerate config`.")
+        raise ValueError(
+            f"`--accelerate_config` ({config}) is neither 'ddp' nor a file: write one with `accelerate config`."
+        )
     launcher = DDP if config == "ddp" else ["--config_file", config]
     processes = taken.get("--num_processes")
     return [*launcher, *(["--num_processes", processes] if processes is not None else [])], rest

@@ -11,5 +11,15 @@ def hush() -> None:
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for library in ("httpx2", "datasets", "diffusers", "accelerate", "torch", "filelock", "fsspec", "matplotlib", "PIL"):
+    for library in (
+        "httpx2",
+        "datasets",
+        "diffusers",
+        "accelerate",
+        "torch",
+        "filelock",
+        "fsspec",
+        "matplotlib",
+        "PIL",
+    ):
         logging.getLogger(library).setLevel(logging.WARNING)

@@ -37,13 +37,20 @@ def make_trainer(method: str, told: RunArguments, config: FlowRLConfig) -> FlowR
     if not told.reward_funcs:
         raise ValueError("`reward_funcs` is empty: name at least one reward.")
     rewards, judges = ([named_reward(name) for name in names] for names in (told.reward_funcs, told.eval_reward_funcs))
-    lora = LoraConfig(r=told.lora_r, lora_alpha=told.lora_alpha, lora_dropout=told.lora_dropout, target_modules=told.lora_target_modules)
+    lora = LoraConfig(
+        r=told.lora_r,
+        lora_alpha=told.lora_alpha,
+        lora_dropout=told.lora_dropout,
+        target_modules=told.lora_target_modules,
+    )
     trainer = TRAINERS[method](
         model=load_pipeline() if told.model in EMBEDDED else told.model,
         reward_funcs=rewards,
         args=config,
         train_dataset=load_prompts(told.dataset, told.dataset_config, told.train_split, told.prompt_column),
-        eval_dataset=load_prompts(told.dataset, told.dataset_config, told.eval_split, told.prompt_column) if told.eval_split else None,
+        eval_dataset=load_prompts(told.dataset, told.dataset_config, told.eval_split, told.prompt_column)
+        if told.eval_split
+        else None,
         eval_reward_funcs=judges or None,
         peft_config=lora if told.lora_r else None,
     )
@@ -86,7 +93,9 @@ def load_prompts(name: str, config: str | None, split: str, column: str) -> Data
             return dataset
         return dataset.remove_columns({"prompt"} & set(dataset.column_names)).rename_column(column, "prompt")
     if column != "prompt":
-        raise ValueError(f"`prompt_column` is {column!r}, but the prompts of shapes have one column, 'prompt': leave it out.")
+        raise ValueError(
+            f"`prompt_column` is {column!r}, but the prompts of shapes have one column, 'prompt': leave it out."
+        )
     if split not in ("train", "held_out"):
         raise ValueError(f"The prompts of shapes have no split {split!r}: choose 'train' or 'held_out'.")
     return prompts("train" if split == "train" else "held_out")

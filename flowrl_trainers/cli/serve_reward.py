@@ -20,16 +20,38 @@ def serve_reward(arguments: list[str]) -> None:
 
         from ..rewards.server import Limits, reward_app
     except ModuleNotFoundError as error:
-        raise RuntimeError(f"`flowrl serve_reward` needs {error.name}: install the package with its extra `rewards`.") from error
+        raise RuntimeError(
+            f"`flowrl serve_reward` needs {error.name}: install the package with its extra `rewards`."
+        ) from error
     defaults = Limits()
     parser = argparse.ArgumentParser("flowrl serve_reward", description=__doc__, allow_abbrev=False)
-    parser.add_argument("NAME", help="A known reward such as 'shapes', or a function as 'module.function', looked up in this folder too.")
-    parser.add_argument("--host", default="127.0.0.1", help="The address to listen on. There is no authentication: keep it on loopback.")
-    parser.add_argument("--port", type=int, default=8000, help="The port to listen on; 0 takes a free one. Default: 8000.")
-    parser.add_argument("--max_pixels", type=int, default=defaults.max_pixels, help="The most pixels of a picture. Default: 2048 x 2048.")
-    parser.add_argument("--max_batch", type=int, default=defaults.max_batch, help="The most pictures of a request. Default: 32.")
-    parser.add_argument("--max_bytes", type=int, default=defaults.max_bytes, help="The most bytes of a request. Default: 72 MiB.")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where the reward computes.")
+    parser.add_argument(
+        "NAME",
+        help="A known reward such as 'shapes', or a function as 'module.function', looked up in this folder too.",
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="The address to listen on. There is no authentication: keep it on loopback.",
+    )
+    parser.add_argument(
+        "--port", type=int, default=8000, help="The port to listen on; 0 takes a free one. Default: 8000."
+    )
+    parser.add_argument(
+        "--max_pixels",
+        type=int,
+        default=defaults.max_pixels,
+        help="The most pixels of a picture. Default: 2048 x 2048.",
+    )
+    parser.add_argument(
+        "--max_batch", type=int, default=defaults.max_batch, help="The most pictures of a request. Default: 32."
+    )
+    parser.add_argument(
+        "--max_bytes", type=int, default=defaults.max_bytes, help="The most bytes of a request. Default: 72 MiB."
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where the reward computes."
+    )
     told = parser.parse_args(arguments)
     limits = Limits(told.max_pixels, told.max_batch, told.max_bytes)
     if not 0 <= told.port <= 65535:

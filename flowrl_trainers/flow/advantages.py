@@ -7,11 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Weighting = Literal["exponential", "softplus", "positive", "indicator", "linear"]
-WEIGHTINGS: tuple[Weighting, ...] = ("exponential", "softplus", "positive", "indicator", "linear")
 Scale = Literal["batch", "group", "none"]
-SCALES: tuple[Scale, ...] = ("batch", "group", "none")
 CreditRule = Literal["mixed", "final", "level", "gain", "return"]
-CREDIT_RULES: tuple[CreditRule, ...] = ("mixed", "final", "level", "gain", "return")
 SMALLEST_SPREAD = 1e-4
 
 

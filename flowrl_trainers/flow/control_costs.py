@@ -21,7 +21,6 @@ from torch import Tensor
 from .conversions import expand_like
 
 ControlCostOrder = Literal["2", "4", "2+4"]
-ORDERS: tuple[ControlCostOrder, ...] = ("2", "4", "2+4")
 
 
 def root_mean_square(x: Tensor, batch_dims: int = 1) -> Tensor:

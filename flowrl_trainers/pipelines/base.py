@@ -3,7 +3,6 @@
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from ..flow import euler_step, uniform_sigmas
+from ..flow import euler_steps, uniform_sigmas
 
 Conditioning = dict[str, Tensor]
 Settings = dict[str, Any]
@@ -190,10 +189,12 @@ class FlowPipeline(ABC):
         Returns:
             The latents at the level `sigmas[-1]`.
         """
-        for sigma, sigma_next in pairwise(sigmas):
-            v = self.velocity(transformer, latents, sigma.expand(len(latents)), conditioning, guidance=True)
-            latents = euler_step(latents, v, sigma, sigma_next)
-        return latents
+
+        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+            return self.velocity(transformer, x, sigma, conditioning, guidance=True)
+
+        *_, (_, _, final) = euler_steps(velocity, latents, sigmas)
+        return final
 
     @torch.no_grad()
     def sample(self, prompts: list[str], num_inference_steps: int, generator: Generators = None) -> Tensor:

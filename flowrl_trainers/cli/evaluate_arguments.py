@@ -1,0 +1,46 @@
+"""What `flowrl evaluate` is told."""
+
+from dataclasses import dataclass
+
+from transformers.hf_argparser import HfArg
+
+
+@dataclass
+class EvaluateArguments:
+    """What `flowrl evaluate` is told."""
+
+    model: str = HfArg(
+        help="The base pipeline: a Hub id, a folder, or 'shapes' for the small one that ships with the package."
+    )
+    adapter: list[str] = HfArg(help="The adapters, one or more: folders or Hub ids that `load_lora_weights` reads.")
+    rewards: list[str] = HfArg(help="The rewards to measure, named as `reward_funcs` of a run.")
+    dataset: str = HfArg(default="shapes", help="The prompts: a data set of the Hub, a folder, or 'shapes'.")
+    dataset_config: str | None = HfArg(default=None, help="The configuration of the data set, where it has several.")
+    prompt_column: str = HfArg(default="prompt", help="The column that holds the prompts, such as 'caption'.")
+    split: str = HfArg(default="held_out", help="The split of the prompts.")
+    trained: list[str] = HfArg(
+        default_factory=list,
+        help="Those of the rewards that the adapters were trained on, to tell a hacked one. Default: none.",
+    )
+    pictures_per_prompt: int = HfArg(default=4, help="The pictures of each prompt; diversity needs two.")
+    num_inference_steps: int = HfArg(default=20, help="The number of sampler steps.")
+    guidance_scale: float | None = HfArg(
+        default=None, help="The guidance scale; 1 is off, 0 for Z-Image. Default: the pipeline's own."
+    )
+    negative_prompt: str | None = HfArg(
+        default=None, help="What guidance leads away from. Default: the pipeline's own."
+    )
+    height: int | None = HfArg(default=None, help="The height of pictures in pixels. Default: the pipeline's own.")
+    width: int | None = HfArg(default=None, help="The width of pictures in pixels. Default: the pipeline's own.")
+    max_sequence_length: int | None = HfArg(
+        default=None, help="The number of prompt tokens. Default: the pipeline's own."
+    )
+    dtype: str = HfArg(default="float32", help="The precision of the networks: float32, bfloat16 or float16.")
+    use_cpu: bool = HfArg(default=False, help="Whether to draw on the CPU where there is a GPU as well.")
+    batch_size: int = HfArg(default=16, help="The pictures drawn at a time.")
+    decode_batch_size: int | None = HfArg(
+        default=None,
+        help="The pictures decoded and scored at a time. Default: `batch_size`, decoded a megapixel at a time.",
+    )
+    seed: int = HfArg(default=42, help="The seed of all pictures; 42 is that of a run's own evaluation.")
+    out: str = HfArg(default="flowrl-evaluation", help="The folder for table.md, table.json and pictures.png.")
