@@ -113,7 +113,7 @@ class FlowModel(nn.Module):
 
     def activation_checkpointing_enable(
         self,
-        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        activation_checkpointing_kwargs: dict[str, Any] | str | None = None,
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState, enable_full_determinism, set_seed
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import is_in_notebook
 
 from ..metrics import signs_of_over_optimisation
@@ -82,6 +83,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
 
     args: FlowRLConfig
     model: FlowModel
+    train_dataset: PromptDataset
+    eval_dataset: Dataset | None
 
     def __init__(
         self,
@@ -107,8 +110,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             check_dataset(eval_dataset, "eval_dataset")
         elif args.eval_strategy != "no":
             raise ValueError(
-                f"`eval_strategy` is '{args.eval_strategy.value}', but there is no `eval_dataset`: pass held-out "
-                "prompts."
+                f"`eval_strategy` is '{IntervalStrategy(args.eval_strategy).value}', but there is no `eval_dataset`: "
+                "pass held-out prompts."
             )
 
         # The model, and what is trained of it.
@@ -180,7 +183,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             show_progress=not args.disable_tqdm,
         )
         self.comparison = Comparison(evaluator, flow_model, self.average.in_place, self.reward_context)
-        self.run_folder = RunFolder(Path(args.output_dir), self.flow, self.peft_config is not None)
+        self.run_folder = RunFolder(self.output_dir, self.flow, self.peft_config is not None)
         self.told_for_card: dict[str, Any] = {}
         if is_in_notebook() and not args.disable_tqdm:
             from .notebook_table import NotebookProgressCallback, NotebookTable  # these need IPython
@@ -418,7 +421,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         loader = DataLoader(self.train_dataset, batch_size=size, sampler=self.sampler, collate_fn=list)
         return self.accelerator.prepare(loader)
 
-    def training_step(
+    def training_step(  # type: ignore[override]  # batches are examples, not tensors under names
         self, model: nn.Module, inputs: list[Example], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Make a rollout where one is due, then accumulate the gradient of one micro-batch, one trained state at a
@@ -549,7 +552,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         self.conditioning.encode(list(dataset["prompt"]), self.args.device, show_progress=False)
         start = perf_counter()
         with self.judges_at_hand():
-            self.run_folder.rows, errors = self.comparison.rows(dataset, self.evaluation_samplers(), self.sigmas)
+            rows, errors = self.comparison.rows(dataset, self.evaluation_samplers(), self.sigmas)
+            self.run_folder.rows, self.run_folder.sheet = rows, None
             if self.args.log_images and self.is_world_process_zero():
                 self._show_pictures(*self.pictures(dataset, self.args.log_images))
         self._warn_of_over_optimisation(errors)
@@ -603,7 +607,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             self.run_folder.write_networks(folder, self.extra_networks())
         self.run_folder.write_facts(folder, self.settings, self.seconds_so_far(), self._card_facts())
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]  # the arguments are those of TRL
         self,
         model_name: str | None = None,
         dataset_name: str | None = None,
@@ -625,7 +629,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         if tags is not None:
             self.told_for_card["further_tags"] = [tags] if isinstance(tags, str) else list(tags)
         if self.is_world_process_zero():
-            self.run_folder.write_card(Path(self.args.output_dir), self._card_facts())
+            self.run_folder.write_card(self.output_dir, self._card_facts())
 
     def _card_facts(self) -> CardFacts:
         args, lora = self.args, self.peft_config
@@ -656,7 +660,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
     @property
     def _default_name(self) -> str:
         args = self.args
-        return args.hub_model_id.split("/")[-1] if args.hub_model_id else Path(args.output_dir).resolve().name
+        return args.hub_model_id.split("/")[-1] if args.hub_model_id else self.output_dir.resolve().name
 
     def training_state(self) -> TrainingState:
         """What training changes; and the run's identity, rollout, notes, seconds, average and algorithm."""

@@ -62,8 +62,8 @@ class CheckpointedTrainer(Trainer):
     methods under "the contract".
     """
 
+    model: nn.Module
     control: TrainerControl
-    push_in_progress: PushInProgress | None
 
     def __init__(self, *, metrics: MetricLog, callbacks: list[TrainerCallback], **kwargs: Any) -> None:
         self.metrics = metrics
@@ -128,10 +128,10 @@ class CheckpointedTrainer(Trainer):
             ValueError: for a checkpoint that is incomplete, damaged, or of another run.
         """
         if resume_from_checkpoint == "auto":
-            found = checkpoints(Path(self.args.output_dir))
+            found = checkpoints(self.output_dir)
             resume_from_checkpoint = any((folder / MANIFEST).exists() for folder in found)
             if found and not resume_from_checkpoint:
-                logger.warning("No checkpoint in %s is complete: the run starts anew.", self.args.output_dir)
+                logger.warning("No checkpoint in %s is complete: the run starts anew.", self.output_dir)
         folder = self._find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
         self.before_training()
         self.best_step, self._counter.updates = None, 0
@@ -145,7 +145,7 @@ class CheckpointedTrainer(Trainer):
                 logger.error(
                     "Training broke off after %d updates: what it has learned is in %s.",
                     self.state.global_step,
-                    self.args.output_dir,
+                    self.output_dir,
                 )
                 self.save_model(_internal_call=True)
             raise
@@ -157,6 +157,11 @@ class CheckpointedTrainer(Trainer):
         """Seconds of training and of evaluation, those before a resumption included."""
         running = 0.0 if self._training_since is None else time.perf_counter() - self._training_since
         return self.seconds | {"training": self.seconds.get("training", 0.0) + running}
+
+    @property
+    def output_dir(self) -> Path:
+        """The folder of the run."""
+        return Path(str(self.args.output_dir))
 
     @property
     def step_of_weights(self) -> int:
@@ -177,14 +182,14 @@ class CheckpointedTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model and what is said of it into `output_dir` or another folder; see `write_model`."""
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
+            folder = Path(output_dir or self.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             self.write_model(folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder = self.output_dir / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             (folder / MANIFEST).unlink(missing_ok=True)  # of an earlier run that got as far
         limit, self.args.save_total_limit = self.args.save_total_limit, None
@@ -201,7 +206,7 @@ class CheckpointedTrainer(Trainer):
         if self.args.should_save:
             write_manifest(folder)
             # Only now: until the manifest is there, older checkpoints are the newest good ones.
-            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+            rotate_checkpoints(str(self.output_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
         if self.args.push_to_hub and self.is_world_process_zero():
             self._push_checkpoint(folder)
 
@@ -213,15 +218,16 @@ class CheckpointedTrainer(Trainer):
 
     def _push_checkpoint(self, folder: Path) -> None:
         """Push as `hub_strategy` says, in the background; without `training_args.bin`, which holds the token."""
-        strategy, pending = self.args.hub_strategy, self.push_in_progress
+        strategy = self.args.hub_strategy
+        pending: Any = self.push_in_progress  # a `PushInProgress`, whose jobs transformers declares as one
         earlier = [] if pending is None or pending.is_done() else pending.jobs
         if strategy == HubStrategy.END or (earlier and not self.args.hub_always_push):
             return
         self.save_model(_internal_call=True)
 
-        def upload(path: str | Path, path_in_repo: str | None = None) -> Any:
+        def upload(path: Path, path_in_repo: str | None = None) -> Any:
             return HfApi().upload_folder(
-                repo_id=self.hub_model_id,
+                repo_id=str(self.hub_model_id),
                 folder_path=path,
                 path_in_repo=path_in_repo,
                 commit_message=f"Training in progress, step {self.state.global_step}",
@@ -231,18 +237,19 @@ class CheckpointedTrainer(Trainer):
                 ignore_patterns=["_*", "checkpoint-*"],
             )
 
-        jobs = [upload(self.args.output_dir)]
+        jobs = [upload(self.output_dir)]
         if strategy == HubStrategy.CHECKPOINT:
             jobs.append(upload(folder, "last-checkpoint"))
         elif strategy == HubStrategy.ALL_CHECKPOINTS:
             jobs.append(upload(folder, folder.name))
-        self.push_in_progress = PushInProgress([*earlier, *jobs])
+        all_jobs: Any = [*earlier, *jobs]
+        self.push_in_progress: Any = PushInProgress(all_jobs)
 
     # ---- resuming --------------------------------------------------------------------------------------------------
 
     def _find_checkpoint(self, wanted: str | Literal[True]) -> Path:
         """The checkpoint to resume from; says which incomplete ones were passed over. See `checkpoint_to_resume`."""
-        folder, passed_over = checkpoint_to_resume(Path(self.args.output_dir), wanted)
+        folder, passed_over = checkpoint_to_resume(self.output_dir, wanted)
         for incomplete in passed_over:
             logger.warning("Passed over %s, which is incomplete: it has no valid %s.", incomplete, MANIFEST)
         logger.info("Resuming from %s.", folder)

@@ -14,7 +14,7 @@ def check_output_dir(args: FlowRLConfig) -> None:
     if not args.should_save:
         return
     try:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        Path(str(args.output_dir)).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=args.output_dir) as file:
             file.write(b"0" * 4096)
     except OSError as error:

@@ -55,6 +55,6 @@ class NotebookTable(NotebookProgressCallback):
         table: list[list[Any]] = [[f"After {self.step_of_weights()} updates", *names]]
         table += [[label, *(row.get(name, "") for name in names)] for label, row in rows.items()]
         display(HTML(text_to_html_table(table)))
-        if args.log_images and self.run_folder.sheet is not None:
+        if self.run_folder.sheet is not None:
             display(Image(filename=self.run_folder.sheet))
         self._force_next_update = True
