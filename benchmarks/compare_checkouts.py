@@ -4,7 +4,7 @@
 
 Each case is a run of three updates on shapes with a fixed seed, evaluated, saved after the first update in the middle
 of a rollout, resumed from there, and saved again. Compared are the adapter, every tensor of every checkpoint, every
-logged number but the seconds, and the pictures. Tensors that the newer checkout calls otherwise are found by `RENAMED`.
+logged number but the seconds, and the pictures. `RENAMED` says what the newer checkout calls otherwise.
 A run takes about half a minute on one core.
 """
 
@@ -205,7 +205,8 @@ def main() -> None:
         for label, checkout in (("old", told.old), ("new", told.new)):
             folder = (work / label / case).resolve()
             folder.mkdir(parents=True)
-            env = os.environ | {"PYTHONPATH": str(checkout.resolve()), "COMPARE_CASE": case, "OMP_NUM_THREADS": "1"}
+            quiet = {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
+            env = os.environ | quiet | {"PYTHONPATH": str(checkout.resolve()), "COMPARE_CASE": case}
             command = [sys.executable, str(Path(__file__).resolve()), str(folder)]
             subprocess.run(command, env=env, cwd=checkout, check=True, stdout=subprocess.DEVNULL)
             left.append(torch.load(folder.with_suffix(".pt"), weights_only=False))
