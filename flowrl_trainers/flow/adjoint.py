@@ -15,7 +15,7 @@ def carry_adjoint(product: Product, states: Tensor, sigmas: Tensor, terminal: Te
         g_k = g_{k+1} - h_k product(x_k, sigma_k, sigma_{k+1}, g_{k+1}),    h_k = sigma_k - sigma_{k+1} > 0
 
     Args:
-        product: maps `(x (B, ...), sigma (B,), sigma_next (B,), g (B, ...))` to a (B, ...) tensor, such as J_v(x,
+        product: Maps `(x (B, ...), sigma (B,), sigma_next (B,), g (B, ...))` to a (B, ...) tensor, such as J_v(x,
             sigma)^T g, and the velocity (B, ...) that it met on the way. It is taken at the left end of each step, so
             nothing is evaluated at sigma = 0, and not at the first state, whose adjoint nobody needs: K - 1 times.
         states: (K, B, ...), those before each of the K steps.
@@ -42,10 +42,10 @@ def vector_jacobian_product(velocity: Velocity, x: Tensor, sigma: Tensor, vector
     """`J_v(x, sigma)^T vector` and `v(x, sigma)`, (B, ...) each: one forward and one backward pass to the input.
 
     Args:
-        velocity: maps `(x, sigma)` to a tensor like x.
+        velocity: Maps `(x, sigma)` to a tensor like x.
         x: (B, ...).
         sigma: (B,).
-        vector: of the shape of x.
+        vector: Of the shape of x.
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()

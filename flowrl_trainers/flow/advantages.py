@@ -20,7 +20,7 @@ def shape_rewards(rewards: Tensor, groups: Tensor, clip: float) -> Tensor:
     Args:
         rewards: (M,), NaN for images that have none, which get 0.
         groups: (M,), equal numbers for images of one prompt.
-        clip: above 0, in standard deviations.
+        clip: Above 0, in standard deviations.
     """
     present = ~rewards.isnan()
     _, number = groups.unique(return_inverse=True)
@@ -40,8 +40,8 @@ def advantage_weights(advantages: Tensor, weighting: Weighting, temperature: flo
     linear        A / tau, signed: without an anchor the loss has no minimum
 
     Args:
-        advantages: of any shape.
-        weighting: which f.
+        advantages: Of any shape.
+        weighting: Which f.
         temperature: tau, above 0.
     """
     match weighting:
@@ -115,10 +115,10 @@ def step_advantages(
     Args:
         rewards: (M, N), NaN where there are none.
         groups: (M,), equal numbers for images of one prompt.
-        rule: which of the above.
-        scale: as in `compare_within_groups`.
-        mix: in [0, 1].
-        discount: in [0, 1].
+        rule: Which of the above.
+        scale: As in `compare_within_groups`.
+        mix: In [0, 1].
+        discount: In [0, 1].
     """
     if rule == "gain":
         return compare_within_groups(rewards[:, 1:] - rewards[:, :-1], groups, scale)

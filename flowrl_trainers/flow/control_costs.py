@@ -33,7 +33,7 @@ def control_cost(control: Tensor, order: ControlCostOrder, weight: float) -> Ten
 
     Args:
         control: u, (B, ...).
-        order: the powers of its RMS that are paid for.
+        order: The powers of its RMS that are paid for.
         weight: c, at least 0.
     """
     square = control.flatten(1).square().mean(dim=1)  # no root: its gradient at a control of zero is not a number
@@ -53,7 +53,7 @@ def best_rms(adjoint_rms: Tensor, order: ControlCostOrder, weight: float) -> Ten
 
     Args:
         adjoint_rms: RMS(g), of any shape.
-        order: the powers of the control's RMS that are paid for.
+        order: The powers of the control's RMS that are paid for.
         weight: c, above 0.
     """
     y = adjoint_rms / weight
@@ -71,9 +71,9 @@ def best_control(adjoint: Tensor, order: ControlCostOrder, weight: float, batch_
 
     Args:
         adjoint: g, (B, ...), or (B, K, ...) with two batch dimensions.
-        order: the powers of the control's RMS that are paid for.
+        order: The powers of the control's RMS that are paid for.
         weight: c, above 0.
-        batch_dims: the number of leading dimensions of g that number latents.
+        batch_dims: The number of leading dimensions of g that number latents.
     """
     rms = root_mean_square(adjoint, batch_dims)
     return expand_like((best_rms(rms, order, weight) / rms).nan_to_num(0.0, posinf=0.0), adjoint) * adjoint

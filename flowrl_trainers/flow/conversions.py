@@ -17,7 +17,7 @@ def interpolate(data: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
     Args:
         data: (B, ...), or (B, K, ...).
-        noise: of the shape of `data`.
+        noise: Of the shape of `data`.
         sigma: (B,), or (B, K), in [0, 1].
     """
     sigma = expand_like(sigma, data)
@@ -33,8 +33,8 @@ def clean_estimate(x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
     """The data that a velocity points to, `x - sigma velocity`: exact if the path from `x` is straight.
 
     Args:
-        x: states (B, ...), or (B, K, ...).
-        velocity: of the shape of `x`.
+        x: States (B, ...), or (B, K, ...).
+        velocity: Of the shape of `x`.
         sigma: (B,), or (B, K), in [0, 1].
     """
     return x - expand_like(sigma, x) * velocity

@@ -41,9 +41,9 @@ class Dynamics(ABC):
 
         Args:
             x: (B, ...).
-            velocity: of the shape of x.
+            velocity: Of the shape of x.
             sigma: (B,) or ().
-            sigma_next: of the shape of sigma, below it.
+            sigma_next: Of the shape of sigma, below it.
         """
 
     @abstractmethod
@@ -64,7 +64,7 @@ class Dynamics(ABC):
         state.
 
         Args:
-            velocity: maps `(x (B, ...), sigma (B,))` to (B, ...).
+            velocity: Maps `(x (B, ...), sigma (B,))` to (B, ...).
             states: (K, B, ...), those before each step.
             sigmas: (K + 1,), decreasing.
             terminal: (B, ...), the gradient at the final state.

@@ -18,9 +18,9 @@ def euler_step(x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -
 
     Args:
         x: (B, ...) float32.
-        velocity: of the shape of x.
+        velocity: Of the shape of x.
         sigma: (B,) or (), in [0, 1].
-        sigma_next: of the shape of sigma.
+        sigma_next: Of the shape of sigma.
     """
     return x + expand_like(sigma_next - sigma, x) * velocity
 
@@ -31,8 +31,8 @@ def euler_steps(
     """The Euler ODE from the first to the last level: state, velocity and next state of every step, (B, ...) each.
 
     Args:
-        velocity: maps `(x (B, ...), sigma (B,))` to (B, ...).
-        x: the initial state (B, ...).
+        velocity: Maps `(x (B, ...), sigma (B,))` to (B, ...).
+        x: The initial state (B, ...).
         sigmas: (N + 1,), decreasing, at least two.
     """
     for sigma, sigma_next in pairwise(sigmas):
@@ -51,10 +51,10 @@ def renoise(x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, eta:
 
     Args:
         x: (B, ...) float32.
-        velocity: of the shape of x.
+        velocity: Of the shape of x.
         sigma: (B,) in [0, 1].
         sigma_next: (B,), below sigma.
-        eta: in [0, 1]: 0 is the Euler step of the ODE, 1 draws all noise afresh; the noise level is sigma' for every
+        eta: In [0, 1]: 0 is the Euler step of the ODE, 1 draws all noise afresh; the noise level is sigma' for every
             eta.
     """
     data, noise = clean_estimate(x, velocity, sigma), noise_estimate(x, velocity, sigma)
@@ -75,10 +75,10 @@ def flow_grpo_step(
 
     Args:
         x: (B, ...) float32.
-        velocity: of the shape of x.
+        velocity: Of the shape of x.
         sigma: (B,), above 0 and at most 1.
         sigma_next: (B,), below sigma.
-        eta: the noise level a of the paper, 0.7 there; 0 is the Euler step.
+        eta: The noise level a of the paper, 0.7 there; 0 is the Euler step.
     """
     level, step = expand_like(sigma, x), expand_like(sigma_next - sigma, x)
     room = 1 - expand_like(torch.where(sigma == 1, sigma_next, sigma), x)
@@ -100,13 +100,13 @@ def log_probability(
     the other.
 
     Args:
-        x_next: the state that was drawn, (B, ...).
-        mean: of the shape of x_next.
+        x_next: The state that was drawn, (B, ...).
+        mean: Of the shape of x_next.
         std: (B, 1, ...); above 0 for "gaussian".
-        form: which of the two.
+        form: Which of the two.
 
     Raises:
-        ValueError: for another form.
+        ValueError: For another form.
     """
     square = (x_next - mean) ** 2
     match form:

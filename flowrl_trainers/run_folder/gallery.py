@@ -27,10 +27,10 @@ def before_after(
 
     Args:
         prompts: B captions.
-        rows: name of a model -> pictures (B, 3, H, W) in [0, 1]; small ones are enlarged by a whole factor to about
+        rows: Name of a model -> pictures (B, 3, H, W) in [0, 1]; small ones are enlarged by a whole factor to about
             160 pixels, large ones reduced to 256.
-        right: for each model, whether each picture is right; those are framed in green and the others in red.
-        columns: prompts side by side.
+        right: For each model, whether each picture is right; those are framed in green and the others in red.
+        columns: Prompts side by side.
 
     Returns:
         The sheet and, for each model, the boxes (left, top, right, bottom) of its pictures on it.

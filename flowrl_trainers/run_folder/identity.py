@@ -42,8 +42,8 @@ def identity(args: TrainingArguments, **resolved: Any) -> dict[str, Any]:
     """What a resumed run must have as before: every field of its configuration that is not free.
 
     Args:
-        args: the configuration.
-        resolved: what fields that may be None mean, under their names, and what is no field.
+        args: The configuration.
+        resolved: What fields that may be None mean, under their names, and what is no field.
     """
     values = args.to_dict()
     names = [field.name for field in fields(args) if field.name not in FREE_FIELDS]
@@ -54,9 +54,9 @@ def refuse_another_run(saved: Mapping[str, Any], present: Mapping[str, Any], fol
     """Raises `ValueError` for the first thing that differs between a checkpoint and the run that is to go on from it.
 
     Args:
-        saved: the `identity` in the checkpoint.
-        present: that of this run.
-        folder: the checkpoint.
+        saved: The `identity` in the checkpoint.
+        present: That of this run.
+        folder: The checkpoint.
     """
     for name in [*saved, *(name for name in present if name not in saved)]:
         if saved.get(name) != present.get(name):

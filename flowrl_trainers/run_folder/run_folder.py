@@ -21,13 +21,13 @@ class RunFolder:
     """Writes what a run leaves, and knows its last evaluation.
 
     Args:
-        path: the `output_dir`.
-        flow: writes adapter or transformer.
-        has_adapter: which of the two.
+        path: The `output_dir`.
+        flow: Writes adapter or transformer.
+        has_adapter: Which of the two.
 
     Attributes:
-        rows: of the last evaluation, by label; empty before the first.
-        sheet: the picture of the last evaluation.
+        rows: Of the last evaluation, by label; empty before the first.
+        sheet: The picture of the last evaluation.
     """
 
     def __init__(self, path: Path, flow: FlowPipeline, has_adapter: bool) -> None:
@@ -39,8 +39,8 @@ class RunFolder:
         """Write the adapter as stock diffusers reads it, or `transformer/`, and the networks trained beside it.
 
         Args:
-            folder: that of the run, or a checkpoint.
-            beside: further networks, by the names of their folders.
+            folder: That of the run, or a checkpoint.
+            beside: Further networks, by the names of their folders.
         """
         if self.has_adapter:
             self.flow.save_lora(folder)
@@ -59,10 +59,10 @@ class RunFolder:
         """Write `config.yaml`, `metrics.json` and the card.
 
         Args:
-            folder: that of the run, or a checkpoint.
-            settings: every setting that differs from its default.
-            seconds: by phase.
-            facts: what the card says; rows and picture are added here.
+            folder: That of the run, or a checkpoint.
+            settings: Every setting that differs from its default.
+            seconds: By phase.
+            facts: What the card says; rows and picture are added here.
         """
         (folder / "config.yaml").write_text(yaml.safe_dump(dict(settings), sort_keys=False))
         report = self.rows | {"seconds": {phase: round(value, 1) for phase, value in seconds.items()}}
@@ -80,9 +80,9 @@ class RunFolder:
         """Write `samples/step-N.png`, base and tuned pictures under one another, and a JSON file of their facts.
 
         Args:
-            base: pictures of the base model.
-            tuned: those of the tuned model, of the same prompts and seeds.
-            step: the update that made the weights.
+            base: Pictures of the base model.
+            tuned: Those of the tuned model, of the same prompts and seeds.
+            step: The update that made the weights.
         """
         folder = self.path / "samples"
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,8 +97,8 @@ class RunFolder:
         """Take up the last evaluation before a checkpoint, of which its card tells, and its sheet of pictures.
 
         Args:
-            checkpoint: its folder.
-            step: its update.
+            checkpoint: Its folder.
+            step: Its update.
         """
         self.rows = json.loads((checkpoint / "metrics.json").read_text())
         self.rows.pop("seconds")

@@ -14,9 +14,9 @@ def run_settings(args: TrainingArguments, adapter: LoraConfig | None, **named: A
     """Every setting that differs from its default, under the names of the command line, in plain types.
 
     Args:
-        args: the configuration.
-        adapter: the LoRA that is trained, if any.
-        named: what else the command line calls by these names, such as `model` and `reward_funcs`; comes first.
+        args: The configuration.
+        adapter: The LoRA that is trained, if any.
+        named: What else the command line calls by these names, such as `model` and `reward_funcs`; comes first.
     """
     values = args.to_dict()
     defaults = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(args)}

@@ -70,7 +70,7 @@ class MicroBatch(Generic[RecordT]):
 
     Attributes:
         examples: B images.
-        record: of their tensors.
+        record: Of their tensors.
         good: (B,), False for images that are left out of the loss because something about them was not finite.
     """
 
@@ -101,9 +101,9 @@ class RolloutBuffer(Generic[RecordT]):
     """The micro-batches of the rollout in use, and how far they have been used.
 
     Args:
-        record_class: that of the micro-batches' records.
-        micro_steps: how many micro-batches one rollout fills.
-        passes: how many times each rollout is used.
+        record_class: That of the micro-batches' records.
+        micro_steps: How many micro-batches one rollout fills.
+        passes: How many times each rollout is used.
     """
 
     def __init__(self, record_class: type[RecordT], micro_steps: int, passes: int) -> None:

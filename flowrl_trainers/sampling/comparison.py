@@ -27,10 +27,10 @@ class Comparison:
     sampler.
 
     Args:
-        evaluator: draws and measures.
-        model: the tuned one, which knows its base.
-        tuned_weights: a context in which the model has the weights to be evaluated, such as their moving average.
-        context: what rewards are called with beside images, prompts and columns, given where their metrics go.
+        evaluator: Draws and measures.
+        model: The tuned one, which knows its base.
+        tuned_weights: A context in which the model has the weights to be evaluated, such as their moving average.
+        context: What rewards are called with beside images, prompts and columns, given where their metrics go.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class Comparison:
         """The rows `base` and `tuned`, and those with the name of every further sampler.
 
         Args:
-            dataset: held-out prompts.
-            samplers: by the names of their rows; the first has none.
-            sigmas: the grid on which `velocity_distance` is measured.
+            dataset: Held-out prompts.
+            samplers: By the names of their rows; the first has none.
+            sigmas: The grid on which `velocity_distance` is measured.
 
         Returns:
             The rows, and the standard error of every reward's change with the first sampler.

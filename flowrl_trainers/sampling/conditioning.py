@@ -18,9 +18,9 @@ class ConditioningCache:
         """Encode the prompts that are not yet known.
 
         Args:
-            prompts: strings.
-            device: where the text encoders are meanwhile; afterwards they are on the CPU.
-            show_progress: whether to show a bar.
+            prompts: Strings.
+            device: Where the text encoders are meanwhile; afterwards they are on the CPU.
+            show_progress: Whether to show a bar.
         """
         new = [p for p in dict.fromkeys(prompts) if p not in self.index]
         if not new:

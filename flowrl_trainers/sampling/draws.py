@@ -24,9 +24,9 @@ def keyed_seed(seed: int, key: ImageKey, purpose: str) -> int:
     draws it again. 32 bits, as torch's CPU generator reads no more.
 
     Args:
-        seed: that of the run.
-        key: of the image.
-        purpose: what is drawn, such as "initial latents".
+        seed: That of the run.
+        key: Of the image.
+        purpose: What is drawn, such as "initial latents".
     """
     text = f"{seed}/{key.row}/{key.image}/{key.rollout}/{purpose}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little")

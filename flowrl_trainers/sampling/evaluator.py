@@ -36,14 +36,14 @@ class Evaluator:
     """Draws one picture per row of a dataset, with seeds that are the row's own, and measures them.
 
     Args:
-        flow: draws and decodes.
-        conditioning: knows the prompts.
-        rewards: those that training sees, and those that it never does.
-        accelerator: of the run; the processes share the work.
-        seed: that of the run, from which those of the rows follow; see `picture_seed`.
-        batch_size: the pictures drawn at a time.
-        decode_batch_size: the pictures decoded and scored at a time; None for a batch.
-        show_progress: whether the main process shows a bar.
+        flow: Draws and decodes.
+        conditioning: Knows the prompts.
+        rewards: Those that training sees, and those that it never does.
+        accelerator: Of the run; the processes share the work.
+        seed: That of the run, from which those of the rows follow; see `picture_seed`.
+        batch_size: The pictures drawn at a time.
+        decode_batch_size: The pictures decoded and scored at a time; None for a batch.
+        show_progress: Whether the main process shows a bar.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class Evaluator:
         Every process draws the rows of a share of the prompts, prompt by prompt.
 
         Args:
-            transformer: draws.
-            dataset: with the column `prompt`.
-            sampler: how it is drawn.
-            label: of the progress bar.
-            context: what rewards are called with beside images, prompts and columns.
+            transformer: Draws.
+            dataset: With the column `prompt`.
+            sampler: How it is drawn.
+            label: Of the progress bar.
+            context: What rewards are called with beside images, prompts and columns.
 
         Returns:
             `reward/<name>`, `checker_accuracy`, `edge_density`, `colour_entropy` and `diversity`, see `meters`; and
@@ -150,9 +150,9 @@ def rewards_at_hand(judges: list[Reward], trained: list[Reward], device: torch.d
     """Inside, the rewards that training never sees are on the device; outside, their memory is free for training.
 
     Args:
-        judges: those that training never sees.
-        trained: those that it does; they may share a network with a judge, and are on the device afterwards.
-        device: where training is.
+        judges: Those that training never sees.
+        trained: Those that it does; they may share a network with a judge, and are on the device afterwards.
+        device: Where training is.
     """
     for judge in judges:
         judge.to(device)

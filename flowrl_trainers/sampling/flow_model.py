@@ -64,9 +64,9 @@ class FlowModel(nn.Module):
         Args:
             latents: (B, ...).
             sigma: (B,).
-            conditioning: of B prompts.
-            guidance: whether the velocity is the guided one; the head knows no guidance.
-            part: which of the two is asked for.
+            conditioning: Of B prompts.
+            guidance: Whether the velocity is the guided one; the head knows no guidance.
+            part: Which of the two is asked for.
         """
         if part == "velocity":
             return self.flow.velocity(self.active_transformer, latents, sigma, conditioning, guidance=guidance)
@@ -120,12 +120,12 @@ class FlowModel(nn.Module):
         """What Trainer calls for `activation_checkpointing=True`; diffusers checkpoints every block, in its own way.
 
         Args:
-            activation_checkpointing_kwargs: must be None or empty.
-            every_n_layers: must be 1.
-            offload: must be False.
+            activation_checkpointing_kwargs: Must be None or empty.
+            every_n_layers: Must be 1.
+            offload: Must be False.
 
         Raises:
-            ValueError: for other arguments, and for a network that is no `ModelMixin` of diffusers.
+            ValueError: For other arguments, and for a network that is no `ModelMixin` of diffusers.
         """
         if activation_checkpointing_kwargs or every_n_layers != 1 or offload:
             raise ValueError(

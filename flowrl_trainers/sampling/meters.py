@@ -73,8 +73,8 @@ class DiversityMeter:
     kept.
 
     Args:
-        rewards: of the scores.
-        rows: all examples of this process in their order, so that it is known when a prompt is done.
+        rewards: Of the scores.
+        rows: All examples of this process in their order, so that it is known when a prompt is done.
     """
 
     def __init__(self, rewards: list[Reward], rows: list[Example]) -> None:

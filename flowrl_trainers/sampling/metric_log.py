@@ -14,7 +14,7 @@ class MetricLog:
     """Numbers noted since the last log, under their names; what is logged is the mean over all notes of all processes.
 
     Args:
-        device: where work is timed; that of a GPU is waited for.
+        device: Where work is timed; that of a GPU is waited for.
     """
 
     def __init__(self, device: torch.device = torch.device("cpu")) -> None:  # noqa: B008 (a constant)

@@ -22,8 +22,8 @@ class Pictures:
         prompts: B of them.
         seeds: B of them, from which the initial latents were drawn.
         images: (B, 3, H, W) in [0, 1].
-        scores: name of a reward -> B scores, None where it returned None.
-        extra: what rewards noted by `log_extra`.
+        scores: Name of a reward -> B scores, None where it returned None.
+        extra: What rewards noted by `log_extra`.
     """
 
     prompts: list[str]

@@ -43,13 +43,13 @@ class PromptGroupSampler(Sampler[ImageKey]):
     that do not fill a rollout at the end of an epoch are left for other epochs.
 
     Args:
-        num_prompts: the rows of the dataset.
-        num_generations: the images per prompt.
-        images_per_update: over all processes and micro-steps.
-        updates_per_rollout: those of one pass over a rollout.
-        repeats: how many micro-steps use each rollout; the sampler repeats it for every one.
-        num_processes: among which every update is dealt.
-        seed: that of the run.
+        num_prompts: The rows of the dataset.
+        num_generations: The images per prompt.
+        images_per_update: Over all processes and micro-steps.
+        updates_per_rollout: Those of one pass over a rollout.
+        repeats: How many micro-steps use each rollout; the sampler repeats it for every one.
+        num_processes: Among which every update is dealt.
+        seed: That of the run.
     """
 
     def __init__(

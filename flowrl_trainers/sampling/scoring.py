@@ -27,13 +27,13 @@ def call_rewards(rewards: list[Reward], images: Tensor, examples: list[Example],
     together.
 
     Args:
-        rewards: called one after the other.
+        rewards: Called one after the other.
         images: (B, 3, H, W).
         examples: B of them, with prompts and columns.
-        context: passed on to every reward.
+        context: Passed on to every reward.
 
     Raises:
-        ValueError: for a wrong number of scores.
+        ValueError: For a wrong number of scores.
     """
     return ask_rewards(rewards, images, examples, **context)()
 
@@ -110,12 +110,12 @@ class Scorer:
     """Scores final latents by the rewards of a run.
 
     Args:
-        flow: decodes latents.
+        flow: Decodes latents.
         rewards: R of them.
         weights: (R,), those of their sum.
-        context: see `Context`.
-        batch_size: the images of a micro-batch.
-        decode_batch_size: the images decoded and scored at a time; None for a micro-batch, and where a gradient is
+        context: See `Context`.
+        batch_size: The images of a micro-batch.
+        decode_batch_size: The images decoded and scored at a time; None for a micro-batch, and where a gradient is
             taken for a megapixel.
     """
 
@@ -152,7 +152,7 @@ class Scorer:
         A score that is not finite contributes nothing to the gradient.
 
         Raises:
-            ValueError: for a reward whose scores carry no gradient.
+            ValueError: For a reward whose scores carry no gradient.
         """
         size = self.decode_batch_size or pictures_at_a_time(self.flow, self.batch_size)
         scores, gradients = [], []

@@ -49,7 +49,7 @@ class ACFlowRollout(Record):
     """What a rollout keeps.
 
     Attributes:
-        final: the images' latents x, (B, ...).
+        final: The images' latents x, (B, ...).
     """
 
     final: Tensor
@@ -74,7 +74,7 @@ class ACFlowRecord(Record):
 
     Attributes:
         states: z, (B, K, ...).
-        sigmas: their levels, (B, K).
+        sigmas: Their levels, (B, K).
         targets: e - x, (B, K, ...).
         weights: w of (3), (B, K).
         base_velocities: v_base at the states, (B, K, ...); None without an anchor.
@@ -92,7 +92,7 @@ class ACFlowTrainer(FlowRLTrainer[ACFlowRollout, ACFlowRecord]):
     advantage.
 
     Args:
-        critic: beside the arguments of `FlowRLTrainer`, a module called with latents (B, ...), sigma (B,), prompt
+        critic: Beside the arguments of `FlowRLTrainer`, a module called with latents (B, ...), sigma (B,), prompt
             features (B, L, D) and their mask (B, L), which returns values (B,); None for the one that `args.critic`
             names.
     """

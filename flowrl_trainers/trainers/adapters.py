@@ -19,14 +19,14 @@ def prepare_adapter(flow: FlowPipeline, config: LoraConfig | None) -> LoraConfig
     """Make the parameters that are to be trained trainable, in float32; all others are frozen.
 
     Args:
-        flow: the pipeline, whose transformer is changed.
-        config: of the LoRA to make; None to train the adapter that the pipeline carries or, without one, all weights.
+        flow: The pipeline, whose transformer is changed.
+        config: Of the LoRA to make; None to train the adapter that the pipeline carries or, without one, all weights.
 
     Returns:
         The configuration of the adapter that is trained, if any.
 
     Raises:
-        ValueError: for an adapter that training could not keep apart from the base model, or save.
+        ValueError: For an adapter that training could not keep apart from the base model, or save.
     """
     if any(_carries_adapter(encoder) for encoder in flow.text_encoders()):
         raise ValueError(

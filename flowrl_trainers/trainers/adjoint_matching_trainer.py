@@ -88,11 +88,11 @@ class AdjointMatchingRecord(Record):
 
     Attributes:
         states: x_k, (B, T, ...).
-        sigmas: their levels, (B, T).
+        sigmas: Their levels, (B, T).
         base_velocities: v_base at the states, (B, T, ...).
         adjoints: g_{k+1}, (B, T, ...).
-        gains: the factors on g_{k+1} in the target control, (B, T).
-        weights: of the squared errors, (B, T).
+        gains: The factors on g_{k+1} in the target control, (B, T).
+        weights: Of the squared errors, (B, T).
     """
 
     states: Tensor
@@ -229,7 +229,7 @@ class AdjointMatchingTrainer(RewardGradientTrainer[AdjointMatchingRollout, Adjoi
         Args:
             batch: B images.
             terminal: g_N, (B, ...).
-            kind: whose Jacobian carries the adjoint; see `args.adjoint`.
+            kind: Whose Jacobian carries the adjoint; see `args.adjoint`.
         """
         conditioning, states = self.condition(batch.examples), batch.record.states.transpose(0, 1)
 

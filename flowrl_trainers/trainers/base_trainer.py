@@ -3,7 +3,7 @@
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar, Generic, TypeVar
@@ -61,16 +61,16 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
     method's own.
 
     Args:
-        model: a Hub id or folder of a diffusers pipeline, a loaded pipeline, or a `FlowPipeline`.
-        reward_funcs: a name, a callable, a `Reward`, or a list of them; see `flowrl_trainers.rewards.Reward`.
-        args: the configuration; None for its defaults.
-        train_dataset: a `datasets.Dataset` with the column `prompt`; its other columns reach the rewards.
-        eval_dataset: held-out prompts, one image each; a row that is repeated gives another image of the same prompt.
-        eval_reward_funcs: rewards that evaluation adds to `reward_funcs` and training never sees.
-        callbacks: as in `transformers.Trainer`.
-        optimizers: as in `transformers.Trainer`, of all trained parameters; where these are made by the trainer (a
+        model: A Hub id or folder of a diffusers pipeline, a loaded pipeline, or a `FlowPipeline`.
+        reward_funcs: A name, a callable, a `Reward`, or a list of them; see `flowrl_trainers.rewards.Reward`.
+        args: The configuration; None for its defaults.
+        train_dataset: A `datasets.Dataset` with the column `prompt`; its other columns reach the rewards.
+        eval_dataset: Held-out prompts, one image each; a row that is repeated gives another image of the same prompt.
+        eval_reward_funcs: Rewards that evaluation adds to `reward_funcs` and training never sees.
+        callbacks: As in `transformers.Trainer`.
+        optimizers: As in `transformers.Trainer`, of all trained parameters; where these are made by the trainer (a
             LoRA from `peft_config`, a value network), set `trainer.optimizer` afterwards instead.
-        peft_config: the LoRA to train; None trains the adapter that the pipeline carries or, without one, all weights.
+        peft_config: The LoRA to train; None trains the adapter that the pipeline carries or, without one, all weights.
     """
 
     config_class: ClassVar[type[FlowRLConfig]] = FlowRLConfig
@@ -238,8 +238,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         """Sample with `self.model` from `self.initial_latents`, without gradients; returns what is kept of it.
 
         Args:
-            conditioning: of B prompts.
-            keys: of the images, from which all random draws are made; see `keyed_generators`.
+            conditioning: Of B prompts.
+            keys: Of the images, from which all random draws are made; see `keyed_generators`.
         """
 
     @abstractmethod
@@ -259,10 +259,10 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         so that memory does not grow with their number.
 
         Args:
-            model: the trained one, as Trainer wrapped it.
+            model: The trained one, as Trainer wrapped it.
             batch: B images.
-            conditioning: of their prompts.
-            state: its number, below `num_trained_states`.
+            conditioning: Of their prompts.
+            state: Its number, below `num_trained_states`.
         """
 
     def reason_to_stop(self) -> str | None:
@@ -409,7 +409,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
                 )
         self.metrics.clear()
 
-    def judges_at_hand(self) -> Any:
+    def judges_at_hand(self) -> AbstractContextManager[None]:
         """A context in which the rewards that training never sees are on the device."""
         return rewards_at_hand(self.eval_rewards, self.rewards, self.args.device)
 
@@ -428,9 +428,9 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         time.
 
         Args:
-            model: the trained one, as Trainer wrapped it.
-            inputs: this process's share of a rollout.
-            num_items_in_batch: what Trainer counts of language; not used.
+            model: The trained one, as Trainer wrapped it.
+            inputs: This process's share of a rollout.
+            num_items_in_batch: What Trainer counts of language; not used.
         """
         if self.buffer.is_used_up:
             self.buffer.batches = self.make_rollout(inputs)
@@ -530,9 +530,9 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         Writes a sheet of `log_images` pictures into `samples/`.
 
         Args:
-            eval_dataset: held-out prompts; None for those of the trainer.
-            ignore_keys: as in `transformers.Trainer`; not used.
-            metric_key_prefix: of the names.
+            eval_dataset: Held-out prompts; None for those of the trainer.
+            ignore_keys: As in `transformers.Trainer`; not used.
+            metric_key_prefix: Of the names.
 
         Returns:
             With the prefix, and logged: what `Evaluator.row` finds (`reward/<name>`, the mean over all rows,
@@ -543,7 +543,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             `base_ode_reward/<name>`.
 
         Raises:
-            ValueError: without a dataset.
+            ValueError: Without a dataset.
         """
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         if dataset is None:
@@ -617,10 +617,10 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         """Write the card of the run into `output_dir`; what is told once stands in later cards too.
 
         Args:
-            model_name: the heading.
-            dataset_name: the data set of the prompts on the Hub.
-            tags: added to those of the method.
-            license: of the adapter.
+            model_name: The heading.
+            dataset_name: The data set of the prompts on the Hub.
+            tags: Added to those of the method.
+            license: Of the adapter.
         """
         # `push_to_hub` passes the name that the card has anyway.
         name = None if model_name in ("", self._default_name) else model_name

@@ -35,8 +35,8 @@ class TrainingState:
     """What a checkpoint keeps beside the files of the model and of Trainer.
 
     Attributes:
-        tensors: those that training changes, the same on all processes; loading copies into them.
-        values: tensors, numbers, strings, lists and dictionaries of this process.
+        tensors: Those that training changes, the same on all processes; loading copies into them.
+        values: Tensors, numbers, strings, lists and dictionaries of this process.
     """
 
     tensors: dict[str, Tensor]
@@ -88,14 +88,14 @@ class CheckpointedTrainer(Trainer):
         """Take up what `training_state` said; its tensors are loaded afterwards.
 
         Args:
-            values: of this process; None where a checkpoint that is loaded as the best one has none
+            values: Of this process; None where a checkpoint that is loaded as the best one has none
                 (`save_only_model`).
-            folder: the checkpoint.
-            resume: whether training goes on from here. If not, the weights are all that is wanted, and what belongs to
+            folder: The checkpoint.
+            resume: Whether training goes on from here. If not, the weights are all that is wanted, and what belongs to
                 them.
 
         Raises:
-            ValueError: for a checkpoint of another run.
+            ValueError: For a checkpoint of another run.
         """
 
     @abstractmethod
@@ -114,18 +114,18 @@ class CheckpointedTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Probe model and rewards with two pictures, then train.
+        """Try what can be tried beforehand (see `before_training`), then train.
 
         The resumed run repeats what the uninterrupted one would have done, bit for bit.
 
         Args:
             resume_from_checkpoint: True for the newest complete checkpoint of `output_dir`, "auto" for that or, where
                 none is complete, a new run, or a checkpoint's folder.
-            trial: as in `transformers.Trainer`.
-            ignore_keys_for_eval: as in `transformers.Trainer`.
+            trial: As in `transformers.Trainer`.
+            ignore_keys_for_eval: As in `transformers.Trainer`.
 
         Raises:
-            ValueError: for a checkpoint that is incomplete, damaged, or of another run.
+            ValueError: For a checkpoint that is incomplete, damaged, or of another run.
         """
         if resume_from_checkpoint == "auto":
             found = checkpoints(self.output_dir)

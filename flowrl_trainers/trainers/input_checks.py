@@ -27,12 +27,12 @@ def check_rewards(rewards: list[Reward], args: FlowRLConfig, needs_gradient: str
     """Check that the rewards fit the trainer and their weights.
 
     Args:
-        rewards: those of training.
-        args: the configuration.
-        needs_gradient: the name of a trainer that differentiates rewards, or None.
+        rewards: Those of training.
+        args: The configuration.
+        needs_gradient: The name of a trainer that differentiates rewards, or None.
 
     Raises:
-        ValueError: for weights that do not fit, and for a black box where gradients are needed.
+        ValueError: For weights that do not fit, and for a black box where gradients are needed.
     """
     for reward in rewards:
         if needs_gradient is not None and not reward.differentiable:

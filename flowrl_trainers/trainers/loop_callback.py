@@ -21,11 +21,11 @@ class LoopCallback(TrainerCallback):
     reason.
 
     Args:
-        sampler: deals the prompts.
-        model: the trained one.
-        metrics: note skipped updates.
-        average: of the trained weights.
-        reason_to_stop: says after an update why training should end, if it should.
+        sampler: Deals the prompts.
+        model: The trained one.
+        metrics: Note skipped updates.
+        average: Of the trained weights.
+        reason_to_stop: Says after an update why training should end, if it should.
     """
 
     def __init__(

@@ -12,7 +12,7 @@ class MovingAverage:
     """diffusers' `EMAModel` of parameters that come to exist later, or nothing where no average is asked for.
 
     Args:
-        decay: of the average; None for none.
+        decay: Of the average; None for none.
     """
 
     def __init__(self, decay: float | None) -> None:

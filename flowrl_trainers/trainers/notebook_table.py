@@ -16,8 +16,8 @@ class NotebookTable(NotebookProgressCallback):
     That of Trainer shows losses alone.
 
     Args:
-        run_folder: knows rows and pictures.
-        step_of_weights: says which update made the weights.
+        run_folder: Knows rows and pictures.
+        step_of_weights: Says which update made the weights.
     """
 
     def __init__(self, run_folder: RunFolder, step_of_weights: Callable[[], int]) -> None:

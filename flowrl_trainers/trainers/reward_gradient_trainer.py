@@ -55,8 +55,8 @@ class RewardGradientTrainer(FlowRLTrainer[RolloutT, RecordT]):
 
         Args:
             gradient: (M, ...), or (B, K, ...) with two batch dimensions.
-            threshold: one, or K of them; None leaves all as they are.
-            batch_dims: the number of leading dimensions that number gradients.
+            threshold: One, or K of them; None leaves all as they are.
+            batch_dims: The number of leading dimensions that number gradients.
         """
         if threshold is None:
             return gradient
@@ -68,10 +68,10 @@ class RewardGradientTrainer(FlowRLTrainer[RolloutT, RecordT]):
 
         Args:
             parts: (M, ...) each, or (B, K, ...) with two batch dimensions.
-            batch_dims: the number of leading dimensions that number latents.
+            batch_dims: The number of leading dimensions that number latents.
 
         Raises:
-            ValueError: if none of them is finite.
+            ValueError: If none of them is finite.
         """
         rms = torch.cat([root_mean_square(part, batch_dims).flatten() for part in parts])
         squares = self.accelerator.gather(rms).double().square()

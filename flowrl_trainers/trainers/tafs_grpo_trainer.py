@@ -57,7 +57,7 @@ class TAFSGRPORollout(Record):
     Attributes:
         states: x_k, (B, N, ...).
         estimates: x0_k, (B, N, ...).
-        log_probabilities: of the draws, (B, N - 1).
+        log_probabilities: Of the draws, (B, N - 1).
     """
 
     states: Tensor
@@ -166,11 +166,11 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
         """The velocity (B, ...); computed once per prompt where its images still are at their common initial noise.
 
         Args:
-            model: the trained one, as Trainer wrapped it.
+            model: The trained one, as Trainer wrapped it.
             x: (B, ...).
             sigma: (B,).
-            conditioning: of B prompts.
-            step: the number of the step.
+            conditioning: Of B prompts.
+            step: The number of the step.
             keys: B of them.
         """
         if step > 0 or not self.args.share_initial_noise:

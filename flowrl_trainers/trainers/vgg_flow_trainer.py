@@ -45,7 +45,7 @@ class VGGFlowRollout(Record):
 
     Attributes:
         states: x, (B, K, ...).
-        sigmas: their levels, (B, K).
+        sigmas: Their levels, (B, K).
         velocities: v_theta at the states, as it was sampled with, (B, K, ...).
         final: x_N, (B, ...).
     """
@@ -83,10 +83,10 @@ class VGGFlowRecord(Record):
 
     Attributes:
         states: x, (B, K, ...).
-        sigmas: their levels, (B, K).
+        sigmas: Their levels, (B, K).
         base_velocities: v_base at the states, (B, K, ...).
         reward_terms: -beta eta R, the first term of G in (1), (B, K, ...).
-        consistency: what the value network learns from; None without one.
+        consistency: What the value network learns from; None without one.
     """
 
     states: Tensor
@@ -100,7 +100,7 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
     """Fine-tunes a flow model to raise a differentiable reward by value-gradient guidance.
 
     Args:
-        value_network: beside the arguments of `FlowRLTrainer`, a module called with latents (B, ...), sigma (B,),
+        value_network: Beside the arguments of `FlowRLTrainer`, a module called with latents (B, ...), sigma (B,),
             prompt features (B, L, D) and their mask (B, L), which returns what is added to the value gradient (B,
             ...), in units of the velocity; None for the one that `args.value_network` names.
     """
@@ -240,9 +240,9 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
         """The beta for which RMS(beta eta R) / RMS(v_base) is `control_to_velocity_ratio` on this rollout.
 
         Args:
-            rollout: its batches.
+            rollout: Its batches.
             gradients: R of each, (B, K, ...).
-            base_velocities: of each, (B, K, ...).
+            base_velocities: Of each, (B, K, ...).
         """
         self.refuse_zero_gradient([gradient.flatten(0, 1) for gradient in gradients])
         pairs = zip(rollout, gradients, strict=True)
@@ -257,7 +257,7 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
         Args:
             batch: B images.
             final: x_N, (B, ...).
-            threshold: of the norms of reward gradients.
+            threshold: Of the norms of reward gradients.
         """
         conditioning, record, good = self.condition(batch.examples), batch.record, batch.good
 
