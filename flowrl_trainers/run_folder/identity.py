@@ -1,11 +1,15 @@
-"""What a resumed run must have as the run before, derived from the fields of its configuration."""
+"""What a resumed run must have as the run before: most settings, its prompts, rewards, adapter and base model."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
 from transformers import TrainingArguments
 
 FREE = {
@@ -38,8 +42,11 @@ FREE = {
 FREE_FIELDS = frozenset(name for names in FREE.values() for name in names)
 
 
+SAMPLED = 256  # elements of every tensor: enough to tell two models apart, and read in no time
+
+
 def identity(args: TrainingArguments, **resolved: Any) -> dict[str, Any]:
-    """What a resumed run must have as before: every field of its configuration that is not free.
+    """What a resumed run must have as before: every field of its configuration that is not free, and what is no field.
 
     Args:
         args: The configuration.
@@ -48,6 +55,33 @@ def identity(args: TrainingArguments, **resolved: Any) -> dict[str, Any]:
     values = args.to_dict()
     names = [field.name for field in fields(args) if field.name not in FREE_FIELDS]
     return json.loads(json.dumps({name: values[name] for name in names} | resolved, default=str))  # plain types alone
+
+
+def adapter_identity(config: LoraConfig | None) -> dict[str, Any]:
+    """Every field of a LoRA's configuration, as `peft_config.NAME`; without one, that there is none."""
+    if config is None:
+        return {"peft_config": None}
+    kept = {name: value for name, value in config.to_dict().items() if name not in ("peft_version", "inference_mode")}
+    return {f"peft_config.{name}": sorted(v) if isinstance(v, set) else v for name, v in kept.items()}
+
+
+def texts_identity(texts: Iterable[str]) -> str:
+    """The number of texts and a hash of them in their order."""
+    texts = list(texts)
+    return f"{len(texts)} (sha256 {hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]})"
+
+
+@torch.no_grad()
+def weights_identity(network: nn.Module) -> str:
+    """A hash of the names and shapes of a network's frozen parameters, and of up to 256 elements of each."""
+    found = hashlib.sha256()
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad:
+            values: Tensor = parameter.detach().flatten()
+            sample = values[:: max(1, len(values) // SAMPLED)][:SAMPLED].contiguous().cpu()
+            found.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            found.update(sample.view(torch.uint8).numpy().tobytes())
+    return f"sha256 {found.hexdigest()[:12]}"
 
 
 def refuse_another_run(saved: Mapping[str, Any], present: Mapping[str, Any], folder: Path) -> None:

@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast
 from datasets import Dataset
 from diffusers import DiffusionPipeline, ModelMixin
@@ -25,7 +26,13 @@ from ..pipelines import Conditioning, FlowPipeline
 from ..rewards import as_rewards
 from ..rewards.named import RewardLike
 from ..run_folder import CardFacts, RunFolder
-from ..run_folder.identity import identity, refuse_another_run
+from ..run_folder.identity import (
+    adapter_identity,
+    identity,
+    refuse_another_run,
+    texts_identity,
+    weights_identity,
+)
 from ..run_folder.settings import run_settings
 from ..sampling.buffer import MicroBatch, Record, RolloutBuffer
 from ..sampling.comparison import Comparison
@@ -681,8 +688,25 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             self.args,
             steps_per_generation=self.args.micro_steps_per_rollout,
             reward_weights=self.reward_weights.tolist(),
-            **{"number of processes": self.args.world_size, "arguments of the pipeline": self.flow.call_arguments()},
+            reward_funcs=[reward.name for reward in self.rewards],
+            optimizer=self.optimizer_kind,
+            **adapter_identity(self.peft_config),
+            **{
+                "number of processes": self.args.world_size,
+                "arguments of the pipeline": self.flow.call_arguments(),
+                "columns of the prompts": sorted(self.train_dataset.dataset.column_names),
+                "prompts": texts_identity(self.train_dataset.dataset["prompt"]),
+                "base model": weights_identity(self.model.frozen or self.model.transformer),
+            },
         )
+
+    @property
+    def optimizer_kind(self) -> str:
+        """The class of the optimizer: that of `optim` until another is given or made."""
+        if self.optimizer is None:
+            return self.get_optimizer_cls_and_kwargs(self.args)[0].__name__
+        optimizer = self.optimizer
+        return type(optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer).__name__
 
     def load_training_state(self, values: dict[str, Any] | None, folder: Path, *, resume: bool) -> None:
         """See `CheckpointedTrainer.load_training_state`."""
