@@ -1,9 +1,9 @@
-"""One thread, no network, and the pipelines that many tests share."""
+"""No network, one thread or as many as `FLOWRL_TEST_THREADS` says, and the pipelines that many tests share."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_NUM_THREADS"] = os.environ.get("FLOWRL_TEST_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import json
@@ -27,9 +27,9 @@ from .tiny_rewards import JOINT, OpenCLIP, clip_config, vision_settings, write_c
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _threads():
     # Two threads of two jobs on two cores wait for each other: ten times slower.
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from flowrl_trainers import AdjointMatchingConfig, AdjointMatchingTrainer, FlowP
 from flowrl_trainers.rewards import differentiable
 from flowrl_trainers.sampling.buffer import MicroBatch
 from flowrl_trainers.sampling.prompt_groups import Example
+from flowrl_trainers.trainers.adjoint_matching_trainer import AdjointMatchingRecord
 
 from .tiny import tiny_sd3
 
@@ -95,15 +96,12 @@ def first_examples(t: FlowRLTrainer) -> list[Example]:
 
 def first_rollout(t: FlowRLTrainer) -> tuple[list[Example], list[MicroBatch]]:
     examples = first_examples(t)
-    return examples, t._make_rollout(examples)
+    return examples, t.make_rollout(examples)
 
 
-def rollout_with_targets(t: AdjointMatchingTrainer) -> tuple[list[Example], list[MicroBatch]]:
-    """The first rollout, with the target velocities of a quadratic cost of weight 1."""
-    examples, rollout = first_rollout(t)
-    for batch in rollout:
-        batch.tensors["targets"] = batch.tensors["velocities"] - batch.tensors["adjoints"]
-    return examples, rollout
+def targets(batch: MicroBatch[AdjointMatchingRecord]) -> Tensor:
+    """The target velocities (B, K, ...) of adjoint matching on the ODE, for a quadratic cost of weight 1."""
+    return batch.record.base_velocities - batch.record.adjoints
 
 
 def update_rows(t: FlowRLTrainer) -> list[dict[str, float]]:

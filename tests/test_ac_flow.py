@@ -26,6 +26,7 @@ from flowrl_trainers.networks import ConvCritic, MLPCritic, critic
 from flowrl_trainers.run_folder.gallery import to_pillow
 from flowrl_trainers.sampling.buffer import MicroBatch
 from flowrl_trainers.sampling.prompt_groups import Example, ImageKey
+from flowrl_trainers.trainers.ac_flow_trainer import ACFlowRecord, ACFlowReturns, ACFlowRollout
 
 from .gaussian import NUMBERED, GaussianFlow, closeness, height, settings
 from .helpers import first_rollout, make_trainer, update_rows
@@ -60,12 +61,16 @@ def ac_flow(folder, network=None, reward=height, given=None, **changes) -> ACFlo
     return t
 
 
-def exact_images(t: ACFlowTrainer, count: int, rollout: int = 0) -> MicroBatch:
-    """A micro-batch whose images are drawn from N(0, 1) itself, and scored by the trainer."""
+def drawn_images(t: ACFlowTrainer, count: int, rollout: int = 0) -> MicroBatch[ACFlowRollout]:
+    """A micro-batch whose images are drawn from N(0, 1) itself."""
     examples = [Example(ImageKey(i % 64, i // 64, rollout), str(i % 64), {}) for i in range(count)]
     x = torch.randn(count, 1, generator=torch.Generator().manual_seed(100 + rollout))
-    batch = MicroBatch(examples, {"final": x}, torch.ones(count, dtype=torch.bool))
-    t._shape([batch])
+    return MicroBatch(examples, ACFlowRollout(x), torch.ones(count, dtype=torch.bool))
+
+
+def exact_images(t: ACFlowTrainer, count: int, rollout: int = 0) -> MicroBatch[ACFlowReturns]:
+    """The same, scored by the trainer."""
+    (batch,) = t._shape([drawn_images(t, count, rollout)])
     return batch
 
 
@@ -109,9 +114,9 @@ def test_every_image_gets_one_state_of_each_bin_and_its_own_noise(tmp_path):
     batch = exact_images(t, 64)
     states, noise, sigma = t._renoised(batch, "actor")
     assert ((sigma * 5).floor() == torch.arange(5)).all()
-    expected = interpolate(batch.tensors["final"].repeat_interleave(5, 0), noise.flatten(0, 1), sigma.flatten())
+    expected = interpolate(batch.record.final.repeat_interleave(5, 0), noise.flatten(0, 1), sigma.flatten())
     torch.testing.assert_close(states.flatten(0, 1), expected)
-    part = MicroBatch(batch.examples[7:9], {"final": batch.tensors["final"][7:9]}, batch.good[7:9])
+    part = MicroBatch(batch.examples[7:9], batch.record.map(lambda value: value[7:9]), batch.good[7:9])
     assert torch.equal(t._renoised(part, "actor")[0], states[7:9])
     assert not torch.equal(t._renoised(batch, "critic step 0")[1], noise)
 
@@ -177,7 +182,7 @@ def test_the_advantage_of_a_perfect_critic_lives_at_noisy_states(tmp_path):
     t = ac_flow(tmp_path, given=Perfect(), timestep_bins=4)
     batch = exact_images(t, 20000)
     states, _, sigma = t._renoised(batch, "actor")
-    advantages = batch.tensors["returns"][:, None] - t._values(states, sigma, t.condition(batch.examples))
+    advantages = batch.record.returns[:, None] - t._values(states, sigma, t.condition(batch.examples))
     expected = (sigma**2 / ((1 - sigma) ** 2 + sigma**2)).mean(dim=0)
     # Five standard errors: of a mean 5 / sqrt(20000), of a variance 5 sqrt(2 / 20000) of it.
     assert advantages.mean(dim=0).abs().max() < 0.036
@@ -214,12 +219,12 @@ def test_the_warm_up_ends_where_the_explained_variance_no_longer_rises(tmp_path,
 
     def watched(*args, **kwargs):
         out = step(*args, **kwargs)
-        rows.append((t.warming_up, network.coefficients.grad is not None))
+        rows.append((t.warmup.running, network.coefficients.grad is not None))
         return out
 
     t.training_step = watched
     t.train()
-    assert t.warmup_rollouts == rollouts
+    assert t.warmup.rollouts == rollouts
     assert rows == [(True, False)] * rollouts + [(False, True)] * (7 - rollouts)
 
 
@@ -235,9 +240,9 @@ def test_an_image_that_is_not_finite_does_not_stop_the_critic(tmp_path):
         max_bad_sample_share=0.5,
         reward=lambda images, prompts, **columns: [1.0] * len(images),
     )
-    batch = exact_images(t, 64)
-    batch.tensors["final"][3] = math.nan
-    t._shape([batch])
+    drawn = drawn_images(t, 64)
+    drawn.record.final[3] = math.nan
+    (batch,) = t._shape([drawn])
     assert not batch.good[3]
     assert batch.good.sum() == 63
     before = [p.detach().clone() for p in t.critic.parameters()]
@@ -248,11 +253,9 @@ def test_an_image_that_is_not_finite_does_not_stop_the_critic(tmp_path):
 
 def test_images_without_a_reward_have_no_part_in_the_mean_weight(tmp_path):
     t = ac_flow(tmp_path, weighting="positive", normalize_weights=True, timestep_bins=1)
-    batch = exact_images(t, 64)
-    batch.good[::2] = False
-    batch.tensors["advantages"] = torch.where(batch.good, 2.0, 100.0)[:, None]
-    t._weigh([batch])
-    assert batch.tensors["weights"][1] == 1.0
+    good = torch.arange(64) % 2 == 1
+    weights = t._weights(torch.where(good, 2.0, 100.0)[:, None], good)
+    assert weights[1] == 1.0
 
 
 # ---- the actor ------------------------------------------------------------------------------------------------------
@@ -327,11 +330,9 @@ def test_the_actor_s_minimum_is_the_weighted_mean_pulled_to_the_base(tmp_path, c
     m = (1 - sigma) ** 2 + sigma**2
     x = (1 - sigma) / m * z + sigma / math.sqrt(m) * torch.randn(count, generator=torch.Generator().manual_seed(0))
     noise = (z - (1 - sigma) * x) / sigma
-    batch = exact_images(t, count)
-    batch.tensors |= {"final": x[:, None], "returns": x}
+    images = exact_images(t, count).with_record(ACFlowReturns(final=x[:, None], returns=x))
     t._renoised = lambda batch, purpose: (z[:, None, None], noise[:, None, None], torch.full((count, 1), sigma))
-    t._actor_states(batch)
-    t._weigh([batch])
+    (batch,) = t._actor_batches([images])
     alpha = t.args.wasserstein_coefficient
 
     def gradient(offset: float) -> torch.Tensor:
@@ -373,7 +374,7 @@ def test_without_critic_shaping_clipping_and_normalising_it_is_orw_cfm_w2(tmp_pa
     with torch.no_grad():
         for k in range(16):
             again = again + (t.sigmas[k + 1] - t.sigmas[k]) * t.flow.network(again, t.sigmas[k].expand(16))
-    z, noise, sigma = t._renoised(MicroBatch(examples, {"final": again}, batch.good), "actor")
+    z, noise, sigma = t._renoised(batch.with_record(ACFlowReturns(again, again[:, 0])), "actor")
     reference, total = Velocities(), 0.0
     for k in range(3):
         v = t.flow.network(z[:, k], sigma[:, k])
@@ -395,7 +396,7 @@ def spread_after(folder, rounds: int, alpha: float, seed: int = 0, weights=None)
         num_iterations=4,
     )  # fmt: skip
     if weights is not None:
-        t._weigh = weights(t, t._weigh)
+        t._weights = weights(t._weights)
     t.train()
     mean, variance = 0.0, 1.0
     with torch.no_grad():
@@ -409,22 +410,23 @@ def spread_after(folder, rounds: int, alpha: float, seed: int = 0, weights=None)
 def test_the_distance_to_the_base_is_relative_to_it(tmp_path):
     """As in evaluations and TAFS-GRPO: a velocity that is longer by a tenth is 0.1 away."""
     t, anchors = ac_flow(tmp_path, wasserstein_coefficient=0.5), torch.randn(8, 1, 1)
-    batch = exact_images(t, 8)
-    batch.tensors |= {
-        "latents": anchors,
-        "sigmas": torch.full((8, 1), 0.5),
-        "targets": anchors,
-        "weights": torch.ones(8, 1),
-        "anchors": anchors,
-    }
+    batch = drawn_images(t, 8).with_record(
+        ACFlowRecord(
+            states=anchors,
+            sigmas=torch.full((8, 1), 0.5),
+            targets=anchors,
+            weights=torch.ones(8, 1),
+            base_velocities=anchors,
+        )
+    )
     losses = t.micro_batch_losses(lambda z, sigma, conditioning, guidance: 1.1 * anchors[:, 0], batch, {}, 0)
     torch.testing.assert_close(losses, 1.5 * (0.1 * anchors[:, 0, 0]) ** 2)
-    assert t._metrics["velocity_distance"] == [pytest.approx(0.1)]
+    assert t.metrics.noted["velocity_distance"] == [pytest.approx(0.1)]
     batch.good[3], anchors[3] = False, 0.0  # left out, whatever the network says there
     t.micro_batch_losses(
         lambda z, sigma, conditioning, guidance: 1.1 * anchors[:, 0] + (anchors[:, 0] == 0), batch, {}, 0
     )
-    assert t._metrics["velocity_distance"][1] == pytest.approx(0.1)
+    assert t.metrics.noted["velocity_distance"][1] == pytest.approx(0.1)
 
 
 def test_advantages_are_taken_from_a_critic_that_does_not_learn(tmp_path):
@@ -438,7 +440,7 @@ def test_advantages_are_taken_from_a_critic_that_does_not_learn(tmp_path):
             return self.bias.expand(len(z))
 
     t = ac_flow(tmp_path, given=Moody(), critic="default", critic_steps=1, timestep_bins=1)
-    t.prepare([exact_images(t, 8)])
+    t.prepare([drawn_images(t, 8)])
     assert t.critic.modes == [False, True, False]  # judged, one step, advantages
 
 
@@ -453,13 +455,10 @@ def test_without_an_anchor_the_variance_collapses_and_with_it_it_does_not(tmp_pa
 def test_shuffled_weights_lose_the_gain(tmp_path):
     """Weights dealt to the wrong images: nothing is learned of the reward."""
 
-    def shuffled(t, weigh):
-        def run(rollout):
-            weigh(rollout)
-            for batch in rollout:
-                batch.tensors["weights"] = batch.tensors["weights"][
-                    torch.randperm(len(batch.examples), generator=torch.Generator().manual_seed(0))
-                ]
+    def shuffled(weights):
+        def run(advantages, good):
+            order = torch.randperm(len(advantages), generator=torch.Generator().manual_seed(0))
+            return weights(advantages, good)[order]
 
         return run
 

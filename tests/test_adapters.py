@@ -29,9 +29,9 @@ def test_continuing_an_adapter_measures_against_the_base_model(tmp_path, tiny_pi
     bare = tiny_sd3().transformer
     with torch.no_grad():
         expected = t.flow.velocity(
-            bare, batch.tensors["latents"][:, 0], t.window_sigmas[0].expand(2), t.condition(examples)
+            bare, batch.record.states[:, 0], t.window_sigmas[0].expand(2), t.condition(examples), guidance=True
         )
-    torch.testing.assert_close(batch.tensors["velocities"][:, 0], expected)
+    torch.testing.assert_close(batch.record.base_velocities[:, 0], expected)
 
 
 def test_an_adapter_that_was_loaded_is_trained_further_and_saved(tmp_path, tiny_pipeline):

@@ -18,7 +18,7 @@ from .helpers import (
     first_examples,
     first_rollout,
     redness,
-    rollout_with_targets,
+    targets,
     update_rows,
 )
 from .tiny import tiny_sd3
@@ -29,7 +29,7 @@ from .tiny import tiny_sd3
 def test_targets_are_base_velocities_minus_the_adjoint_of_the_next_state(tmp_path, tiny_pipeline):
     """Against autograd through the whole sampler: the adapter starts at zero, so base and current model are one."""
     t = adjoint_matching(tmp_path, tiny_pipeline)
-    examples, (batch,) = rollout_with_targets(t)
+    examples, (batch,) = first_rollout(t)
     conditioning, flow = t.condition(examples), t.flow
     states = [t.initial_latents([e.key for e in examples], "initial latents").requires_grad_()]
     velocities = []
@@ -40,41 +40,41 @@ def test_targets_are_base_velocities_minus_the_adjoint_of_the_next_state(tmp_pat
     total = redness(images=flow.decode(states[-1]), prompts=None).sum()
     adjoints = torch.autograd.grad(total, states[2:])  # at x_2, x_3, x_4: of the controls at x_1, x_2, x_3
     for k, adjoint in enumerate(adjoints):
-        torch.testing.assert_close(batch.tensors["latents"][:, k], states[k + 1], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(batch.record.states[:, k], states[k + 1], atol=1e-5, rtol=1e-4)
         expected = velocities[k + 1] - 50.0 * adjoint
-        torch.testing.assert_close(batch.tensors["targets"][:, k], expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(targets(batch)[:, k], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_loss_is_the_mean_square_control_while_the_adapter_is_zero(tmp_path, tiny_pipeline):
     t = adjoint_matching(tmp_path, tiny_pipeline, reward_scale=0.5)
-    examples, (batch,) = rollout_with_targets(t)
+    examples, (batch,) = first_rollout(t)
     t.model.eval()
     for state in range(3):
         losses = t.micro_batch_losses(t.model, batch, t.condition(examples), state)
-        velocity = t.model(batch.tensors["latents"][:, state], t.window_sigmas[state].expand(2), t.condition(examples))
-        torch.testing.assert_close(
-            losses, (velocity - batch.tensors["targets"][:, state]).square().mean(dim=(1, 2, 3))
+        velocity = t.model(
+            batch.record.states[:, state], t.window_sigmas[state].expand(2), t.condition(examples), guidance=False
         )
+        torch.testing.assert_close(losses, (velocity - targets(batch)[:, state]).square().mean(dim=(1, 2, 3)))
 
 
 def test_a_reward_without_any_gradient_is_refused_on_the_first_rollout(tmp_path, tiny_pipeline):
     t = adjoint_matching(tmp_path, tiny_pipeline, reward=differentiable(constant), reward_scale=None)
     with pytest.raises(ValueError, match="gradient is zero on the whole first rollout"):
-        rollout_with_targets(t)
+        first_rollout(t)
 
 
 def test_reward_scale_is_found_on_the_first_rollout(tmp_path, tiny_pipeline):
     t = adjoint_matching(tmp_path, tiny_pipeline, reward_scale=None, control_to_velocity_ratio=0.25, max_steps=1)
-    examples, (batch,) = rollout_with_targets(t)
+    examples, (batch,) = first_rollout(t)
     with torch.no_grad(), t.model.reference():
         velocities = torch.stack(
             [
-                t.model(batch.tensors["latents"][:, k], t.window_sigmas[k].expand(2), t.condition(examples))
+                t.model(batch.record.states[:, k], t.window_sigmas[k].expand(2), t.condition(examples), guidance=False)
                 for k in range(3)
             ],
             dim=1,
         )
-    control = velocities - batch.tensors["targets"]
+    control = velocities - targets(batch)
     assert float(control.square().mean().sqrt() / velocities.square().mean().sqrt()) == pytest.approx(0.25, rel=1e-4)
 
 
@@ -87,18 +87,18 @@ def test_reward_gradients_are_clipped_at_the_quantile_of_their_rollout(tmp_path,
         reward_scale=1.0,
         reward_gradient_clip_quantile=0.5,
     )
-    _, (batch,) = rollout_with_targets(t)
+    _, (batch,) = first_rollout(t)
     unclipped = adjoint_matching(
         tmp_path, tiny_sd3(), per_device_train_batch_size=4, adjoint_steps=2, reward_scale=1.0
     )
-    _, (reference,) = rollout_with_targets(unclipped)
+    _, (reference,) = first_rollout(unclipped)
     norms = []
     for b, owner in ((batch, t), (reference, unclipped)):
         with torch.no_grad(), owner.model.reference():
             velocity = owner.model(
-                b.tensors["latents"][:, 0], owner.window_sigmas[0].expand(4), owner.condition(b.examples)
+                b.record.states[:, 0], owner.window_sigmas[0].expand(4), owner.condition(b.examples), guidance=False
             )
-        norms.append((velocity - b.tensors["targets"][:, 0]).flatten(1).norm(dim=1))
+        norms.append((velocity - targets(b)[:, 0]).flatten(1).norm(dim=1))
     median = norms[1].quantile(0.5)
     torch.testing.assert_close(norms[0], norms[1].clamp(max=median), rtol=1e-3, atol=0)
 
@@ -106,9 +106,9 @@ def test_reward_gradients_are_clipped_at_the_quantile_of_their_rollout(tmp_path,
 def test_adjoints_are_clipped_at_the_quantile_of_every_step(tmp_path):
     settings = {"per_device_train_batch_size": 4, "adjoint_steps": 3, "reward_scale": 1.0}
     plain, clipped = (
-        rollout_with_targets(adjoint_matching(tmp_path, tiny_sd3(), adjoint_clip_quantile=quantile, **settings))[1][
+        first_rollout(adjoint_matching(tmp_path, tiny_sd3(), adjoint_clip_quantile=quantile, **settings))[1][
             0
-        ].tensors["adjoints"]
+        ].record.adjoints
         for quantile in (None, 0.5)
     )
     norms = plain.flatten(2).norm(dim=2)
@@ -120,7 +120,7 @@ def test_adjoints_are_clipped_at_the_quantile_of_every_step(tmp_path):
 def test_the_adapter_is_on_again_and_trainable_after_a_rollout(tmp_path, tiny_pipeline):
     """A leak of the reference mode would give silently zero control."""
     t = adjoint_matching(tmp_path, tiny_pipeline)
-    rollout_with_targets(t)
+    first_rollout(t)
     layers = [m for m in t.flow.transformer.modules() if isinstance(m, BaseTunerLayer)]
     assert layers
     assert not any(layer.disable_adapters for layer in layers)
@@ -132,18 +132,18 @@ def test_rollouts_are_guided_and_targets_are_not(tmp_path, tiny_pipeline):
     blowing up.
     """
     guided = adjoint_matching(tmp_path, tiny_pipeline, guidance_scale=6.0, adjoint_steps=2, reward_scale=1e-9)
-    examples, (batch,) = rollout_with_targets(guided)
+    examples, (batch,) = first_rollout(guided)
     conditional = guided.flow.velocity(
         guided.flow.transformer,
-        batch.tensors["latents"][:, 0],
+        batch.record.states[:, 0],
         guided.window_sigmas[0].expand(2),
         guided.condition(examples),
         guidance=False,
     )
-    torch.testing.assert_close(batch.tensors["targets"][:, 0], conditional.detach(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(targets(batch)[:, 0], conditional.detach(), atol=1e-6, rtol=0)
     plain = adjoint_matching(tmp_path, tiny_sd3(), guidance_scale=1.0, adjoint_steps=2, reward_scale=1e-9)
-    _, (other,) = rollout_with_targets(plain)
-    assert not torch.allclose(batch.tensors["latents"][:, 0], other.tensors["latents"][:, 0], atol=1e-3)
+    _, (other,) = first_rollout(plain)
+    assert not torch.allclose(batch.record.states[:, 0], other.record.states[:, 0], atol=1e-3)
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------------
@@ -392,9 +392,9 @@ def test_full_adjoint_with_hamiltonian_loss_is_the_gradient_of_the_regularised_o
     keys = [e.key for e in first_examples(t)]
     x, objective = t.initial_latents(keys, "initial latents"), 0.0
     for sigma, sigma_next in zip(t.sigmas[:-1], t.sigmas[1:], strict=True):
-        v = t.model(x, sigma.expand(4), {})
+        v = t.model(x, sigma.expand(4), {}, guidance=False)
         with t.model.reference():
-            base = t.model(x, sigma.expand(4), {})
+            base = t.model(x, sigma.expand(4), {}, guidance=False)
         objective = objective + (sigma - sigma_next) * 3 * control_cost(base - v, order, 0.6)
         x = x + (sigma_next - sigma) * v
     objective = (objective - 0.7 * bumps(images=x, prompts=None)).mean()
@@ -410,7 +410,7 @@ def test_without_a_cost_it_is_direct_backpropagation_through_the_last_steps(tmp_
     x = t.initial_latents(keys, "initial latents")
     for step, (sigma, sigma_next) in enumerate(zip(t.sigmas[:-1], t.sigmas[1:], strict=True)):
         with torch.set_grad_enabled(step >= 2):
-            x = x + (sigma_next - sigma) * t.model(x, sigma.expand(4), {})
+            x = x + (sigma_next - sigma) * t.model(x, sigma.expand(4), {}, guidance=False)
     expected = torch.autograd.grad(-0.7 * bumps(images=x, prompts=None).mean(), list(t.model.transformer.parameters()))
     for mine, theirs in zip(loss_gradient(t), expected, strict=True):
         torch.testing.assert_close(float(t.sigmas[2]) * 3 / 2 * mine, theirs, rtol=1e-3, atol=1e-6)
@@ -428,7 +428,7 @@ def test_the_three_adjoints_agree_without_control_and_differ_with_it(tmp_path):
         for kind in ("lean", "full", "current"):
             t = make(kind)
             _, (batch,) = first_rollout(t)
-            found.append(batch.tensors["adjoints"])
+            found.append(batch.record.adjoints)
         return found
 
     lean, full, current = adjoints(lambda kind: moved(tmp_path, adjoint=kind))
@@ -449,9 +449,9 @@ def test_the_wanted_control_ratio_is_reached_for_every_cost(tmp_path, tiny_pipel
         control_cost_order=order,
         control_cost_weight=0.5,
     )
-    _, (batch,) = rollout_with_targets(t)
-    control = t._target_control(batch.tensors["adjoints"], batch.tensors["gains"])
-    ratio = float(control.square().mean().sqrt() / batch.tensors["velocities"].square().mean().sqrt())
+    _, (batch,) = first_rollout(t)
+    control = t._target_control(batch.record.adjoints, batch.record.gains, 2)
+    ratio = float(control.square().mean().sqrt() / batch.record.base_velocities.square().mean().sqrt())
     assert ratio == pytest.approx(0.2, rel=1e-4)
 
 
@@ -462,7 +462,7 @@ def test_the_adjoint_in_bfloat16_is_close_to_the_one_in_float32(tmp_path):
         t = adjoint_matching(tmp_path, tiny_sd3(), bf16=bf16)
         t.accelerator.prepare_model(t.model, evaluation_mode=True)  # autocast comes with it
         _, (batch,) = first_rollout(t)
-        found.append(batch.tensors["adjoints"][:, 0])
+        found.append(batch.record.adjoints[:, 0])
     assert 0 < (found[0] - found[1]).norm() / found[0].norm() < 0.05
 
 

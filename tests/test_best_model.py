@@ -119,13 +119,13 @@ def test_the_card_names_the_update_of_the_best_checkpoint(tmp_path, tiny_pipelin
         metric_for_best_model="eval_score", greater_is_better=True,
     )  # fmt: skip
     scores = {1: 0.0, 2: 1.0, 3: 2.0, 4: -1.0}
-    evaluation_row = t._evaluation_row
+    row_of = t.comparison.row
 
     def with_score(*args):
-        row, found = evaluation_row(*args)
+        row, found = row_of(*args)
         return row | {"score": scores[t.state.global_step]}, found
 
-    monkeypatch.setattr(t, "_evaluation_row", with_score)
+    monkeypatch.setattr(t.comparison, "row", with_score)
     t.train()
     assert t.state.best_global_step == 3
     assert t.rows["tuned"]["score"] == 1.0
@@ -134,5 +134,5 @@ def test_the_card_names_the_update_of_the_best_checkpoint(tmp_path, tiny_pipelin
     last = tmp_path / "samples" / "step-000004.json"
     of_the_last = last.read_bytes()
     t.evaluate()
-    assert t.sheet.name == "step-000002.png"
+    assert t.run_folder.sheet.name == "step-000002.png"
     assert last.read_bytes() == of_the_last  # not of the weights as they are now

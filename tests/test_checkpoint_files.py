@@ -23,7 +23,7 @@ def test_a_finished_run_of_a_fraction_of_an_epoch_is_resumed_without_another_upd
     settings = {"max_steps": -1, "num_train_epochs": 0.5, "save_strategy": "steps", "save_steps": 1}
     t = adjoint_matching(tmp_path, tiny_sd3(), **settings)
     t.train()
-    assert t.state.global_step == t._updates_per_epoch / 2
+    assert t.state.global_step == t.updates_per_epoch / 2
     assert (
         adjoint_matching(tmp_path, tiny_sd3(), **settings).train(resume_from_checkpoint=True).global_step
         == t.state.global_step
@@ -34,7 +34,7 @@ def test_the_same_call_starts_a_run_and_resumes_it(tmp_path, caplog):
     for steps in (1, 2):
         t = adjoint_matching(tmp_path, tiny_sd3(), save_strategy="steps", save_steps=1, max_steps=steps)
         assert t.train(resume_from_checkpoint="auto").global_step == steps
-        assert t._updates == 1
+        assert t._counter.updates == 1
     for manifest in tmp_path.glob(f"checkpoint-*/{MANIFEST}"):
         manifest.unlink()
     again = adjoint_matching(tmp_path, tiny_sd3(), save_strategy="steps", save_steps=1, max_steps=1)

@@ -244,4 +244,4 @@ def test_two_processes_from_the_command_line(tmp_path):
         "out", "--accelerate_config", "ddp", "--num_processes", "2", "--ddp_backend", "gloo",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "out" / "checkpoint-1" / "loop_state_1.pt").exists()  # the second process was there
+    assert (tmp_path / "out" / "checkpoint-1" / "training_state_1.pt").exists()  # the second process was there

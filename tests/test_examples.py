@@ -3,12 +3,15 @@
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from flowrl_trainers import FlowRLConfig, FlowRLTrainer
 from flowrl_trainers.flow import euler_step
+from flowrl_trainers.sampling.buffer import Record
 
 from .gaussian import NUMBERED, GaussianFlow, Shifted, height
 
@@ -24,7 +27,18 @@ def test_a_model_of_ones_own_is_tuned_by_all_four_trainers(tmp_path):
     assert all(float(tuned) > float(base) + 0.3 for _, base, tuned in rows)
 
 
-class BestOfGroupTrainer(FlowRLTrainer):
+@dataclass(frozen=True)
+class Drawn(Record):
+    images: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Weighted(Record):
+    images: torch.Tensor
+    weights: torch.Tensor
+
+
+class BestOfGroupTrainer(FlowRLTrainer[Drawn, Weighted]):
     """An algorithm in three methods: flow matching on the best image of each prompt."""
 
     _name = "Best of group"
@@ -32,25 +46,31 @@ class BestOfGroupTrainer(FlowRLTrainer):
     _paper = {"title": "none", "id": "0000.00000"}  # noqa: RUF012
     num_trained_states = 2
 
-    def rollout(self, latents, conditioning, keys):
-        for sigma, sigma_next in zip(self.sigmas, self.sigmas[1:], strict=False):
+    record_class = Weighted
+
+    def rollout(self, conditioning, keys):
+        latents = self.initial_latents(keys)
+        for sigma, sigma_next in pairwise(self.sigmas):
             velocity = self.model(latents, sigma.expand(len(latents)), conditioning, guidance=True)
             latents = euler_step(latents, velocity, sigma, sigma_next)
-        return {"images": latents}
+        return Drawn(latents)
 
     def prepare(self, rollout):
-        for batch in rollout:
-            scores = self.score(batch.tensors["images"], batch.examples)
-            self.log_rewards(scores)
-            groups = scores.sum(dim=1).unflatten(0, (-1, self.args.num_generations))
-            batch.tensors["weights"] = (groups == groups.amax(dim=1, keepdim=True)).float().flatten()
+        return [self._weighted(batch) for batch in rollout]
+
+    def _weighted(self, batch):
+        scores = self.scorer.score(batch.record.images, batch.examples)
+        self.log_rewards(scores)
+        groups = scores.sum(dim=1).unflatten(0, (-1, self.args.num_generations))
+        weights = (groups == groups.amax(dim=1, keepdim=True)).float().flatten()
+        return batch.with_record(Weighted(batch.record.images, weights))
 
     def micro_batch_losses(self, model, batch, conditioning, state):
-        data = batch.tensors["images"]
+        data = batch.record.images
         noise, sigma = torch.randn_like(data), torch.rand(len(data))
         x = (1 - sigma[:, None]) * data + sigma[:, None] * noise
-        error = (model(x, sigma, conditioning) - (noise - data)).square().mean(dim=1)
-        return batch.tensors["weights"] * error
+        error = (model(x, sigma, conditioning, guidance=True) - (noise - data)).square().mean(dim=1)
+        return batch.record.weights * error
 
 
 def test_an_algorithm_of_ones_own_is_three_methods(tmp_path):

@@ -6,26 +6,31 @@ import math
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
 
 from flowrl_trainers.flow import (
+    MemorylessDynamics,
+    OdeDynamics,
     best_control,
+    carry_adjoint,
     clean_estimate,
     control_cost,
     control_cost_gradient,
     euler_step,
+    expand_like,
     interpolate,
-    lean_adjoint,
     log_probability,
     noise_estimate,
     renoise,
     shift_sigmas,
     uniform_sigmas,
+    vector_jacobian_product,
     velocity_between,
 )
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def test_a_state_and_its_velocity_give_back_data_and_noise():
@@ -33,6 +38,18 @@ def test_a_state_and_its_velocity_give_back_data_and_noise():
     x, v = interpolate(data, noise, sigma), velocity_between(data, noise)
     torch.testing.assert_close(clean_estimate(x, v, sigma), data)
     torch.testing.assert_close(noise_estimate(x, v, sigma), noise)
+
+
+@pytest.mark.parametrize("leading", [(), (4,), (4, 2)], ids=["one value", "one per latent", "one per state"])
+def test_values_meet_the_leading_dimensions_of_latents(leading):
+    """Every latent of (B, K, C, h, w) is multiplied by the value of its own index, or by the only one."""
+    x, values = random(4, 2, 3, 5, 6), random(*leading, seed=1)
+    expanded = expand_like(values, x)
+    assert expanded.shape == (*leading, *[1] * (5 - len(leading)))
+    product = expanded * x
+    assert product.shape == x.shape
+    for b, k in itertools.product(range(4), range(2)):
+        assert torch.equal(product[b, k], float(values[(b, k)[: len(leading)]]) * x[b, k])
 
 
 def test_uniform_grid_runs_from_noise_to_data():
@@ -131,14 +148,14 @@ def test_adjoint_is_the_gradient_of_the_end_with_respect_to_every_later_state():
     states = trajectory(random(2, 3).requires_grad_(), sigmas)
     reward = (states[-1] ** 3).sum()
     expected = torch.autograd.grad(reward, states[1:])  # the gradients at x_1 .. x_N: adjoint k is the one at x_{k+1}
-    adjoints = lean_adjoint(nonlinear_velocity, torch.stack(states[:-1]).detach(), sigmas, expected[-1])
+    adjoints, _ = OdeDynamics().carry(nonlinear_velocity, torch.stack(states[:-1]).detach(), sigmas, expected[-1])
     torch.testing.assert_close(adjoints, torch.stack(expected), rtol=1e-12, atol=1e-12)
 
 
 def test_adjoint_of_a_linear_velocity_is_a_product():
     """v = a x: every step multiplies by 1 - h a, and so does the adjoint on its way back."""
     a, sigmas = 0.7, torch.tensor([0.9, 0.5, 0.2, 0.0])
-    adjoints = lean_adjoint(lambda x, sigma: a * x, torch.ones(3, 1, 1), sigmas, torch.full((1, 1), 2.0))
+    adjoints, _ = OdeDynamics().carry(lambda x, sigma: a * x, torch.ones(3, 1, 1), sigmas, torch.full((1, 1), 2.0))
     expected = [2 * (1 - 0.3 * a) * (1 - 0.2 * a), 2 * (1 - 0.2 * a), 2.0]
     torch.testing.assert_close(adjoints.flatten(), torch.tensor(expected))
 
@@ -147,15 +164,57 @@ def test_one_step_needs_no_jacobian():
     def velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
         raise AssertionError("called")
 
-    adjoints = lean_adjoint(velocity, torch.ones(1, 2, 3), torch.tensor([0.4, 0.0]), torch.full((2, 3), 5.0))
+    adjoints, _ = OdeDynamics().carry(velocity, torch.ones(1, 2, 3), torch.tensor([0.4, 0.0]), torch.full((2, 3), 5.0))
     assert torch.equal(adjoints, torch.full((1, 2, 3), 5.0))
+
+
+@pytest.mark.parametrize("dynamics", [OdeDynamics(), MemorylessDynamics()], ids=["ode", "memoryless"])
+def test_the_velocities_that_come_with_the_adjoint_are_those_at_all_states_but_the_first(dynamics):
+    """Bit for bit, and without a graph: whoever asks for the adjoint need not ask the network again."""
+    sigmas = shift_sigmas(uniform_sigmas(4), 3.0).double()
+    states = torch.stack(trajectory(random(2, 3), sigmas)[:-1])
+    _, velocities = dynamics.carry(nonlinear_velocity, states, sigmas, random(2, 3, seed=1))
+    expected = [nonlinear_velocity(x, sigma.expand(2)) for x, sigma in zip(states[1:], sigmas[1:-1], strict=True)]
+    assert torch.equal(velocities, torch.stack(expected))
+    assert not velocities.requires_grad
+
+
+def test_the_adjoint_hands_on_what_its_product_returns_as_velocity():
+    """A product that differs from the Jacobian's, as in the full adjoint: each velocity stands where its state does."""
+    sigmas, states = torch.tensor([0.9, 0.5, 0.2, 0.0]), random(3, 2, 4).float()
+
+    def product(x: Tensor, sigma: Tensor, sigma_next: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(g), 10 * x + (sigma - sigma_next)[:, None]
+
+    adjoints, velocities = carry_adjoint(product, states, sigmas, torch.ones(2, 4))
+    assert torch.equal(adjoints, torch.ones(3, 2, 4))
+    steps = (sigmas[1:3] - sigmas[2:])[:, None, None]
+    torch.testing.assert_close(velocities, 10 * states[1:] + steps)
+
+
+def test_a_vector_jacobian_product_comes_with_the_velocity():
+    """v = x A: the product is g A^T, and the velocity is that of the call that was differentiated, without a graph."""
+    a, x, g = random(3, 3), random(2, 3, seed=1), random(2, 3, seed=2)
+    calls = []
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        calls.append(x.requires_grad)
+        return sigma[:, None] * x @ a
+
+    product, v = vector_jacobian_product(velocity, x, torch.tensor([0.5, 2.0]).double(), g)
+    scale = torch.tensor([[0.5], [2.0]]).double()
+    torch.testing.assert_close(product, scale * g @ a.T)
+    torch.testing.assert_close(v, scale * x @ a)
+    assert not v.requires_grad
+    assert not product.requires_grad
+    assert calls == [True]
 
 
 def test_a_velocity_moved_against_the_adjoint_raises_the_reward():
     """The control enters as v_base - g: a first-order step along it must gain |g|^2 h."""
     sigmas = shift_sigmas(uniform_sigmas(6), 3.0).double()
     states = trajectory(random(2, 3), sigmas)
-    adjoints = lean_adjoint(nonlinear_velocity, torch.stack(states[:-1]), sigmas, 3 * states[-1] ** 2)
+    adjoints, _ = OdeDynamics().carry(nonlinear_velocity, torch.stack(states[:-1]), sigmas, 3 * states[-1] ** 2)
     small, x = 1e-6, states[0]
     for k in range(6):
         x = euler_step(x, nonlinear_velocity(x, sigmas[k].expand(2)) - small * adjoints[k], sigmas[k], sigmas[k + 1])

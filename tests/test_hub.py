@@ -73,7 +73,7 @@ def test_a_run_is_pushed_and_loads_from_there(tmp_path):
         } <= set(files)
         assert {
             "last-checkpoint/manifest.json",
-            "last-checkpoint/loop_state_0.pt",
+            "last-checkpoint/training_state_0.pt",
             "last-checkpoint/optimizer.pt",
         } <= set(files)
         assert not any(b"hf_of_a_test" in content for content in files.values())

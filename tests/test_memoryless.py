@@ -3,16 +3,17 @@ that tends to.
 """
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from datasets import Dataset
 
 from flowrl_trainers import AdjointMatchingConfig, AdjointMatchingTrainer
-from flowrl_trainers.flow import memoryless_adjoint, memoryless_step, memoryless_variance, uniform_sigmas
+from flowrl_trainers.flow import MemorylessDynamics, uniform_sigmas
 
 from .gaussian import NUMBERED, STD, GaussianFlow, StepControl, base_coefficients, closeness, settings
-from .helpers import first_rollout
+from .helpers import first_examples, first_rollout
 
 MEAN, SCALE, TARGET = 0.5, 2.0, 1.0
 TILTED_VARIANCE = 1 / (1 / STD**2 + SCALE)
@@ -113,12 +114,11 @@ def test_a_step_is_that_of_the_paper_in_its_own_time():
     """t = 1 - sigma, v_paper = -v: x + h (2 v_paper - x / (t + h)) with the variance 2 h (1 - t + h) / (t + h)."""
     x, v = torch.tensor([[0.3, -1.2]]), torch.tensor([[0.7, 0.4]])
     t, h = 0.4, 0.05
-    mean, std = memoryless_step(x, v, torch.tensor([1 - t]), torch.tensor([1 - t - h]))
+    mean, std = MemorylessDynamics().step(x, v, torch.tensor([1 - t]), torch.tensor([1 - t - h]))
     torch.testing.assert_close(mean, x + h * (-2 * v - x / (t + h)))
     torch.testing.assert_close(std, torch.tensor([[2 * h * (1 - t + h) / (t + h)]]).sqrt())
-    torch.testing.assert_close(
-        memoryless_variance(torch.tensor(1 - t), torch.tensor(1 - t - h)), torch.tensor(2 * (1 - t + h) / (t + h))
-    )
+    variance = MemorylessDynamics().variance(torch.tensor(1 - t), torch.tensor(1 - t - h))
+    torch.testing.assert_close(variance, torch.tensor(2 * (1 - t + h) / (t + h)))
 
 
 def test_the_adjoint_is_the_gradient_of_the_end_through_the_means():
@@ -137,10 +137,10 @@ def test_the_adjoint_is_the_gradient_of_the_end_through_the_means():
         if sigma_next == 0:
             states.append(x - sigma * v)
         else:
-            mean, std = memoryless_step(x, v, sigma, sigma_next)
+            mean, std = MemorylessDynamics().step(x, v, sigma, sigma_next)
             states.append(mean + std * torch.randn(2, 3, generator=generator, dtype=torch.float64))
     expected = torch.autograd.grad((states[-1] ** 3).sum(), states[1:])
-    adjoints = memoryless_adjoint(velocity, torch.stack(states[:-1]).detach(), sigmas, expected[-1])
+    adjoints, _ = MemorylessDynamics().carry(velocity, torch.stack(states[:-1]).detach(), sigmas, expected[-1])
     torch.testing.assert_close(adjoints, torch.stack(expected), rtol=1e-12, atol=1e-12)
 
 
@@ -154,12 +154,21 @@ def memoryless(folder, **changes) -> AdjointMatchingTrainer:
     )
 
 
+def trained_steps(t: AdjointMatchingTrainer, rollout: int) -> list[int]:
+    """The steps that a rollout trains, the same for both of its images, as the levels of its record tell."""
+    examples = [replace(example, key=replace(example.key, rollout=rollout)) for example in first_examples(t)]
+    (batch,) = t.make_rollout(examples)
+    first, second = batch.record.sigmas
+    assert torch.equal(first, second)
+    return [int((t.window_sigmas == sigma).nonzero()) for sigma in first]
+
+
 def test_the_last_quarter_of_the_steps_and_as_many_earlier_ones_are_trained(tmp_path):
     t = memoryless(tmp_path)
-    drawn = [t._trained_steps(rollout) for rollout in range(20)]
+    drawn = [trained_steps(t, rollout) for rollout in range(20)]
     assert all(steps[2:] == [6, 7] and len(steps) == 4 for steps in drawn)
     assert {step for steps in drawn for step in steps[:2]} == set(range(6))
-    assert t._trained_steps(3) == drawn[3]
+    assert trained_steps(t, 3) == drawn[3]
 
 
 def test_a_state_with_too_large_an_error_teaches_nothing(tmp_path):
@@ -170,7 +179,7 @@ def test_a_state_with_too_large_an_error_teaches_nothing(tmp_path):
         examples, (batch,) = first_rollout(t)
         loss = sum(t.micro_batch_losses(t.model, batch, t.condition(examples), state).sum() for state in range(4))
         if clip == 1e9:
-            s2, g = 2 * batch.tensors["gains"][:, 0], batch.tensors["adjoints"][:, 0, 0]
+            s2, g = 2 * batch.record.gains[:, 0], batch.record.adjoints[:, 0, 0]
             first = t.micro_batch_losses(t.model, batch, t.condition(examples), 0)
             torch.testing.assert_close(first, s2 * g**2)  # the control is still zero
         loss.backward()

@@ -43,8 +43,8 @@ def test_an_image_whose_velocity_is_not_finite_is_left_out_and_does_not_spoil_th
     t = adjoint_matching(tmp_path, tiny_pipeline, reward_scale=None, max_bad_sample_share=0.5)
     velocity = t.flow.velocity
 
-    def poisoned(transformer, latents, sigma, conditioning, guidance=True):
-        v = velocity(transformer, latents, sigma, conditioning, guidance)
+    def poisoned(transformer, latents, sigma, conditioning, *, guidance):
+        v = velocity(transformer, latents, sigma, conditioning, guidance=guidance)
         if torch.is_grad_enabled() and t.sampler is not None and not transformer.training:  # the adjoint's calls
             v = torch.cat([v[:1] * math.nan, v[1:]])
         return v
@@ -52,7 +52,7 @@ def test_an_image_whose_velocity_is_not_finite_is_left_out_and_does_not_spoil_th
     t.flow.velocity = poisoned
     _, (batch,) = first_rollout(t)
     assert batch.good.tolist() == [False, True]
-    assert all(value.isfinite().all() for value in batch.tensors.values())
+    assert all(value.isfinite().all() for value in batch.record.tensors())
     assert 0 < t.reward_scale < 1e6
 
 
@@ -92,10 +92,10 @@ def test_what_has_no_score_has_no_part_in_the_reward(tmp_path, tiny_pipeline):
     t = adjoint_matching(tmp_path, tiny_pipeline)
     t.log_rewards(torch.tensor([[-2.0], [math.nan], [-4.0], [math.inf]]))
     assert t.rollout_reward == -3.0
-    assert t._metrics["reward/redness"] == [-3.0]
+    assert t.metrics.noted["reward/redness"] == [-3.0]
     t.log_rewards(torch.tensor([[math.nan], [math.nan]]))
     assert t.rollout_reward is None  # not 0, which may be more than any reward is
-    assert t._metrics["reward"] == [-3.0]
+    assert t.metrics.noted["reward"] == [-3.0]
 
 
 def test_constant_rewards_are_named(tmp_path, tiny_pipeline):

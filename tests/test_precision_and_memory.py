@@ -11,7 +11,7 @@ from peft import LoraConfig
 from flowrl_trainers import AdjointMatchingConfig, FlowPipeline
 from flowrl_trainers.sampling.flow_model import FlowModel
 
-from .helpers import adjoint_matching, rollout_with_targets, update_rows
+from .helpers import adjoint_matching, first_rollout, update_rows
 from .tiny import tiny_sd3
 
 
@@ -70,8 +70,8 @@ def test_bfloat16_autocast_trains_float32_weights(tmp_path, tiny_pipeline):
     t.train()
     assert {p.dtype for p in t.trained_parameters()} == {torch.float32}
     assert all(math.isfinite(r["loss"]) for r in update_rows(t))
-    _, (batch,) = rollout_with_targets(t)
-    assert {v.dtype for v in batch.tensors.values()} == {torch.float32}
+    _, (batch,) = first_rollout(t)
+    assert {v.dtype for v in batch.record.tensors()} == {torch.float32}
 
 
 @pytest.mark.parametrize("lora", [LoraConfig(r=2), None], ids=["lora", "all weights"])

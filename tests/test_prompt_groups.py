@@ -76,12 +76,12 @@ def test_a_rollout_is_repeated_for_every_micro_step_in_which_it_is_used():
 
 def test_keyed_draws_differ_in_every_part_of_their_key_and_repeat():
     keys = [
-        (0, 0, 0, 0, "a"),
-        (1, 0, 0, 0, "a"),
-        (0, 1, 0, 0, "a"),
-        (0, 0, 1, 0, "a"),
-        (0, 0, 0, 1, "a"),
-        (0, 0, 0, 0, "b"),
+        (0, ImageKey(0, 0, 0), "a"),
+        (1, ImageKey(0, 0, 0), "a"),
+        (0, ImageKey(1, 0, 0), "a"),
+        (0, ImageKey(0, 1, 0), "a"),
+        (0, ImageKey(0, 0, 1), "a"),
+        (0, ImageKey(0, 0, 0), "b"),
     ]
     draws = [torch.randn(4, generator=keyed_generator(*key)) for key in keys]
     for i, draw in enumerate(draws):

@@ -127,5 +127,5 @@ def test_asynchronous_rewards_look_at_pictures_while_the_next_are_decoded(tmp_pa
     expected = t.flow.images(latents).mean(dim=(1, 2, 3))
     images = t.flow.images
     monkeypatch.setattr(t.flow, "images", lambda part: (decoded.append(len(part)), images(part))[1])
-    torch.testing.assert_close(t.score(latents, examples)[:, 0], expected)
+    torch.testing.assert_close(t.scorer.score(latents, examples)[:, 0], expected)
     assert (decoded, len(asked)) == ([1] * 4, 4)

@@ -4,6 +4,7 @@ computations.
 
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from flowrl_trainers.flow import compare_within_groups, step_advantages
 from flowrl_trainers.metrics import colour_entropy, edge_density
 from flowrl_trainers.sampling.buffer import MicroBatch
 from flowrl_trainers.sampling.prompt_groups import Example, ImageKey
+from flowrl_trainers.trainers.tafs_grpo_trainer import TAFSGRPORecord
 
 from .gaussian import NUMBERED, GaussianFlow, Shifted, height, unit_slope
 from .helpers import make_trainer
@@ -37,10 +39,10 @@ def tafs(folder, dim: int = 1, network=None, reward=height, **changes) -> TAFSGR
 def rolled_out(t: TAFSGRPOTrainer, rollout: int = 0) -> MicroBatch:
     """A prepared micro-batch of one rollout: groups of the config's size."""
     size, group = t.args.per_device_train_batch_size, t.args.num_generations
-    (batch,) = t._make_rollout(
+    (batch,) = t.make_rollout(
         [Example(ImageKey(i // group, i % group, rollout), str(i // group), {}) for i in range(size)]
     )
-    t._micro_step = 1
+    t.buffer.step = 1
     return batch
 
 
@@ -77,7 +79,7 @@ def test_every_rule_credits_a_draw_with_what_came_after_it(rule, expected):
 def test_the_sampler_is_that_of_the_stochastic_scheduler_of_diffusers(tmp_path, monkeypatch):
     t = tafs(tmp_path, dim=4, num_inference_steps=4)
     latents = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    ours = t._own_sampler(t.model.transformer, latents, {}, [torch.Generator().manual_seed(n) for n in range(3)])
+    ours = t._trained_sampler(t.model.transformer, latents, {}, [torch.Generator().manual_seed(n) for n in range(3)])
     scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
     scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
     generators = [torch.Generator().manual_seed(n) for n in range(3)]
@@ -95,7 +97,7 @@ def test_images_of_a_prompt_start_together_and_their_first_velocity_is_computed_
     network.sizes.clear()
     batch = rolled_out(t)
     assert network.sizes == [4, 64, 64, 64]
-    states = batch.tensors["states"].unflatten(0, (4, 16))
+    states = batch.record.states.unflatten(0, (4, 16))
     assert (states[:, :, 0] == states[:, :1, 0]).all()
     assert states[:, :, 1].std(dim=1).min() > 0.1
     torch.testing.assert_close(
@@ -110,7 +112,7 @@ def test_images_of_a_prompt_start_together_and_their_first_velocity_is_computed_
         share_initial_noise=False,
     )
     network.sizes.clear()
-    assert rolled_out(apart).tensors["states"][:, 0].unique(dim=0).shape[0] == 64
+    assert rolled_out(apart).record.states[:, 0].unique(dim=0).shape[0] == 64
     assert network.sizes == [64] * 4
 
 
@@ -128,7 +130,7 @@ def test_stored_probabilities_are_those_of_torch(tmp_path, kernel, form):
     batch = rolled_out(t)
     for k in range(3):
         s, s_next = t.sigmas[k], t.sigmas[k + 1]
-        x, x_next = batch.tensors["states"][:, k].double(), batch.tensors["states"][:, k + 1].double()
+        x, x_next = batch.record.states[:, k].double(), batch.record.states[:, k + 1].double()
         v = unit_slope(s.double()) * x
         if kernel == "renoise":
             std = s_next * math.sin(math.pi * 0.4)
@@ -142,7 +144,7 @@ def test_stored_probabilities_are_those_of_torch(tmp_path, kernel, form):
             expected = torch.distributions.Normal(mean, std).log_prob(x_next).mean(dim=1)
         else:
             expected = -(x_next - mean).square().mean(dim=1)
-        torch.testing.assert_close(batch.tensors["log_probabilities"][:, k].double(), expected, atol=2e-6, rtol=2e-6)
+        torch.testing.assert_close(batch.record.log_probabilities[:, k].double(), expected, atol=2e-6, rtol=2e-6)
 
 
 # ---- the gradient ---------------------------------------------------------------------------------------------------
@@ -183,15 +185,16 @@ def test_the_policy_gradient_is_the_analytic_one_and_vanishes_one_step_off(tmp_p
         examples = [Example(ImageKey(number % 64, i, number), str(number % 64), {}) for i in range(group)]
         conditioning, keys = t.condition(examples), [e.key for e in examples]
         with torch.no_grad():
-            tensors = t.rollout(t.initial_latents(keys, "initial latents"), conditioning, keys)
-        rewards = tensors.pop("estimates")[:, :, 0]
+            drawn = t.rollout(conditioning, keys)
+        rewards = drawn.estimates[:, :, 0]
         rows = torch.tensor([e.key.row for e in examples])
         for results, advantages in (
             (found, step_advantages(rewards, rows, rule, "none", discount=discount)),
             (shifted, compare_within_groups(rewards[:, :-1], rows, "none")),  # draw k with the reward of step k
         ):
-            batch = MicroBatch(examples, tensors | {"advantages": advantages}, torch.ones(group, dtype=torch.bool))
-            t._micro_step = 2  # the ratio is 1 here too, but this is no run
+            record = TAFSGRPORecord(drawn.states, drawn.log_probabilities, advantages, base_velocities=None)
+            batch = MicroBatch(examples, record, torch.ones(group, dtype=torch.bool))
+            t.buffer.step = 2  # the ratio is 1 here too, but this is no run
             losses = torch.stack([t.micro_batch_losses(t.model, batch, conditioning, k).mean() for k in range(3)])
             results.append(float(torch.autograd.grad(losses.sum(), t.model.transformer.theta)[0]))
     for results, expected in ((found, analytic), (shifted, 0.0)):
@@ -212,7 +215,7 @@ def test_flow_grpo_is_a_configuration(tmp_path):
         reward=lambda images, prompts, **columns: images.square().sum(dim=1),
     )  # fmt: skip
     batch = rolled_out(t)
-    x = batch.tensors["states"]
+    x = batch.record.states
     with torch.no_grad():
         final = x[:, 3] - t.sigmas[3] * unit_slope(t.sigmas[3]) * x[:, 3]
         t.model.transformer.theta.fill_(0.05)
@@ -220,7 +223,7 @@ def test_flow_grpo_is_a_configuration(tmp_path):
     advantages = (
         (rewards - rewards.mean(dim=1, keepdim=True)) / (rewards.std(dim=1, correction=0, keepdim=True) + 1e-4)
     ).flatten()
-    t._micro_step = 2
+    t.buffer.step = 2
     clipped = []
     for k in range(3):
         s, dt = t.sigmas[k], t.sigmas[k + 1] - t.sigmas[k]
@@ -250,13 +253,13 @@ def test_flow_grpo_is_a_configuration(tmp_path):
 def test_the_divergence_is_that_of_torch(tmp_path):
     t = tafs(tmp_path, dim=3, beta=1.0, num_iterations=2, reward=lambda images, prompts, **columns: images.mean(dim=1))
     batch = rolled_out(t)
-    batch.tensors["advantages"] = torch.zeros(64, 3)
+    batch = batch.with_record(replace(batch.record, advantages=torch.zeros(64, 3)))
     with torch.no_grad():
         t.model.transformer.theta.fill_(0.2)
-    t._micro_step = 2
+    t.buffer.step = 2
     for k in range(3):
         s, s_next = t.sigmas[k], t.sigmas[k + 1]
-        x = batch.tensors["states"][:, k]
+        x = batch.record.states[:, k]
         means = [(1 - s_next) * (x - s * (unit_slope(s) * x + theta)) for theta in (0.2, 0.0)]
         expected = torch.distributions.kl_divergence(*(torch.distributions.Normal(m, s_next) for m in means)).mean(
             dim=1
@@ -378,9 +381,9 @@ def test_several_rewards_are_compared_one_by_one(tmp_path):
 
     both = rolled_out(tafs(tmp_path, dim=2, reward=[tall, wide], reward_weights=[1.0, 0.5]))
     alone = [rolled_out(tafs(tmp_path, dim=2, reward=reward)) for reward in (height, wide)]
-    expected = alone[0].tensors["advantages"] + 0.5 * alone[1].tensors["advantages"]
+    expected = alone[0].record.advantages + 0.5 * alone[1].record.advantages
     torch.testing.assert_close(
-        both.tensors["advantages"], expected, atol=2e-3, rtol=2e-3
+        both.record.advantages, expected, atol=2e-3, rtol=2e-3
     )  # 1e-4 is added to either spread
 
 

@@ -18,7 +18,7 @@ def test_a_second_training_starts_with_a_rollout_of_its_own(tmp_path, tiny_pipel
     t = adjoint_matching(tmp_path, tiny_pipeline, num_iterations=2, max_steps=1)
     for _ in range(2):
         t.train()
-        assert t._micro_step == 1
+        assert t.buffer.step == 1
         assert [name for name in t.state.log_history[0] if name.startswith("reward/")] == ["reward/redness"]
 
 
@@ -26,7 +26,7 @@ def test_the_moving_average_is_what_is_saved_and_evaluated(tmp_path, tiny_pipeli
     t = adjoint_matching(tmp_path, tiny_pipeline, ema_decay=0.5, max_steps=3, learning_rate=0.1)
     t.train()
     raw = [p.detach().clone() for p in t.trained_parameters()]
-    with t.averaged_weights():
+    with t.average.in_place():
         averaged = [p.detach().clone() for p in t.trained_parameters()]
     assert any(not torch.equal(a, b) for a, b in zip(raw, averaged, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(raw, t.trained_parameters(), strict=True))

@@ -31,13 +31,14 @@ def test_two_processes_equal_one(tmp_path, trainer):
     results = [torch.load(tmp_path / name / "result.pt") for name in ("one", "two")]
     assert [r["world_size"] for r in results] == [1, 2]
     assert [r["wrapper"] for r in results] == ["FlowModel", "DistributedDataParallel"]
-    (alone,), halves = (
-        [torch.load(tmp_path / name / f"rollout_{rank}.pt") for rank in range(n)]
-        for name, n in (("one", 1), ("two", 2))
+    # The first rollout and its scores, before anything was summed in another order, are equal to the last bit.
+    whole, first, second = (
+        [torch.load(tmp_path / folder / f"{what}_{rank}.pt")[0] for what in ("rollout", "scores")]
+        for folder, rank in (("one", 0), ("two", 0), ("two", 1))
     )
-    # The first rollout, before anything was summed in another order, is equal to the last bit.
-    assert_same(alone[0], halves[0][0] + halves[1][0])
-    assert len(alone[0]) == 4
+    assert_same(whole[0], first[0] + second[0])
+    assert_same(whole[1], torch.cat([first[1], second[1]]))
+    assert len(whole[0]) == len(whole[1]) == 4
     for name, weight in results[0]["weights"].items():
         torch.testing.assert_close(results[1]["weights"][name], weight, atol=2e-6, rtol=1e-5)
     for name in ("reward/redness", "brightness"):  # the latter is logged by the reward itself

@@ -49,16 +49,16 @@ def test_what_is_kept_of_a_rollout_is_what_the_sampler_saw(tmp_path, tiny_pipeli
     examples = first_examples(t)
     keys, conditioning = [e.key for e in examples], t.condition(examples)
     with torch.no_grad():
-        kept = t.rollout(t.initial_latents(keys, "initial latents"), conditioning, keys)
+        kept = t.rollout(conditioning, keys)
         x, steps = t.initial_latents(keys, "initial latents"), t.drawn_steps(keys)
         for step in range(6):
-            v = t.model(x, t.sigmas[step].expand(2), conditioning)
+            v = t.model(x, t.sigmas[step].expand(2), conditioning, guidance=True)
             for image, number in (steps == step).nonzero().tolist():
-                assert torch.equal(kept["latents"][image, number], x[image])
-                assert torch.equal(kept["sampled"][image, number], v[image])
-                assert kept["sigmas"][image, number] == t.sigmas[step]
+                assert torch.equal(kept.states[image, number], x[image])
+                assert torch.equal(kept.velocities[image, number], v[image])
+                assert kept.sigmas[image, number] == t.sigmas[step]
             x = x + (t.sigmas[step + 1] - t.sigmas[step]) * v
-    assert torch.equal(kept["final"], x)
+    assert torch.equal(kept.final, x)
 
 
 # ---- targets --------------------------------------------------------------------------------------------------------
@@ -69,15 +69,16 @@ def test_the_reward_gradient_is_that_of_the_clean_estimate_and_does_not_pass_the
     t = vgg_flow(tmp_path, tiny_pipeline, eta_schedule="constant", reward_gradient_clip_quantile=None)
     examples, (batch,) = first_rollout(t)
     conditioning = t.condition(examples)
-    for prefix in ("", "shifted_"):
-        level = batch.tensors[f"{prefix}sigmas"]
+    for record in (batch.record, batch.record.consistency):
+        level = record.sigmas
         for state in range(2):
-            x = batch.tensors[f"{prefix}latents"][:, state]
+            x = record.states[:, state]
             with torch.no_grad():
-                estimate = clean_estimate(x, t.model(x, level[:, state], conditioning), level[:, state])
+                v = t.model(x, level[:, state], conditioning, guidance=True)
+                estimate = clean_estimate(x, v, level[:, state])
             y = estimate.detach().requires_grad_()
             (expected,) = torch.autograd.grad(redness(images=t.flow.decode(y), prompts=None).sum(), y)
-            assert torch.equal(batch.tensors[f"{prefix}pulls"][:, state], -50.0 * expected)
+            assert torch.equal(record.reward_terms[:, state], -50.0 * expected)
 
 
 def test_the_target_is_the_base_velocity_plus_the_scheduled_pull(tmp_path):
@@ -88,11 +89,11 @@ def test_the_target_is_the_base_velocity_plus_the_scheduled_pull(tmp_path):
     t = vgg_flow(tmp_path, tiny_sd3(), **changes)
     examples, (batch,) = first_rollout(t)
     _, (linear,) = first_rollout(vgg_flow(tmp_path, tiny_sd3(), eta_schedule="linear", **changes))
-    sigma = batch.tensors["sigmas"][:, 0, None, None, None]
-    torch.testing.assert_close(batch.tensors["pulls"][:, 0], (1 - sigma) * linear.tensors["pulls"][:, 0])
+    sigma = batch.record.sigmas[:, 0, None, None, None]
+    torch.testing.assert_close(batch.record.reward_terms[:, 0], (1 - sigma) * linear.record.reward_terms[:, 0])
     t.model.eval()
     losses = t.micro_batch_losses(t.model, batch, t.condition(examples), 0)
-    torch.testing.assert_close(losses, batch.tensors["pulls"][:, 0].square().mean(dim=(1, 2, 3)), rtol=1e-4, atol=0)
+    torch.testing.assert_close(losses, batch.record.reward_terms[:, 0].square().mean(dim=(1, 2, 3)), rtol=1e-4, atol=0)
 
 
 def test_four_fifths_of_the_gradients_keep_their_norm(tmp_path):
@@ -103,7 +104,7 @@ def test_four_fifths_of_the_gradients_keep_their_norm(tmp_path):
             eta_schedule="constant", reward_gradient_clip_quantile=quantile,
         )  # fmt: skip
         _, (batch,) = first_rollout(t)
-        norms.append(batch.tensors["pulls"].flatten(0, 1).flatten(1).norm(dim=1))
+        norms.append(batch.record.reward_terms.flatten(0, 1).flatten(1).norm(dim=1))
     assert torch.isclose(norms[0], norms[1], rtol=1e-5).sum() == 16  # of 20; the quantile lies between two norms
     torch.testing.assert_close(norms[1].max(), norms[0].quantile(0.8))
 
@@ -113,7 +114,7 @@ def test_the_scale_is_found_on_the_first_rollout(tmp_path, tiny_pipeline):
         tmp_path, tiny_pipeline, reward_scale=None, control_to_velocity_ratio=0.25, reward_gradient_clip_quantile=None
     )
     _, (batch,) = first_rollout(t)
-    ratio = batch.tensors["pulls"].square().mean().sqrt() / batch.tensors["velocities"].square().mean().sqrt()
+    ratio = batch.record.reward_terms.square().mean().sqrt() / batch.record.base_velocities.square().mean().sqrt()
     assert float(ratio) == pytest.approx(0.25, rel=1e-4)
 
 
@@ -122,8 +123,8 @@ def test_training_moves_the_reward_the_way_the_sign_says(tmp_path, sign):
     """On vectors; a trainer whose pull is turned round lowers the reward."""
 
     class Turned(VGGFlowTrainer):
-        def _pull(self, gradient, sigma):
-            return sign * super()._pull(gradient, sigma)
+        def _reward_term(self, gradient, sigma):
+            return sign * super()._reward_term(gradient, sigma)
 
     config = VGGFlowConfig(
         **settings(
@@ -144,10 +145,10 @@ def test_with_guidance_the_target_is_guided_and_weights_learn_through_the_condit
     t = vgg_flow(tmp_path, tiny_pipeline, guidance_scale=4.0, value_network="none")
     examples, (batch,) = first_rollout(t)
     conditioning = t.condition(examples)
-    x, sigma = batch.tensors["latents"][:, 0], batch.tensors["sigmas"][:, 0]
+    x, sigma = batch.record.states[:, 0], batch.record.sigmas[:, 0]
     with torch.no_grad(), t.model.reference():
         both = [t.model(x, sigma, conditioning, guidance=guided) for guided in (True, False)]
-    assert torch.equal(batch.tensors["velocities"][:, 0], both[0])
+    assert torch.equal(batch.record.base_velocities[:, 0], both[0])
     assert not torch.allclose(both[0], both[1], atol=1e-3)
 
     def gradient(velocity: torch.Tensor) -> list[torch.Tensor]:
@@ -168,7 +169,7 @@ def test_with_guidance_gradients_to_the_latents_pass_both_branches(tmp_path, tin
     x, sigma = t.initial_latents([e.key for e in examples], "x").requires_grad_(), torch.tensor([0.7, 0.7])
     conditioning = t.condition(examples)
     (guided,) = torch.autograd.grad(t.model(x, sigma, conditioning, guidance=True).sum(), x)
-    (conditional,) = torch.autograd.grad(t.model(x, sigma, conditioning).sum(), x)
+    (conditional,) = torch.autograd.grad(t.model(x, sigma, conditioning, guidance=False).sum(), x)
     assert not torch.allclose(guided, 4 * conditional, atol=1e-4)
 
 
@@ -213,7 +214,7 @@ def test_consistency_vanishes_on_the_exact_value_gradient_and_not_beside_it(tmp_
         with torch.no_grad():
             for state in range(19):
                 t.micro_batch_losses(t.model, batch, t.condition(examples), state)
-        losses.append(sum(t._metrics["loss/consistency"]) / 19)
+        losses.append(sum(t.metrics.noted["loss/consistency"]) / 19)
     assert losses[0] < 1e-3 < 0.03 < losses[1]
 
 
@@ -224,7 +225,7 @@ def test_transformer_and_value_network_learn_from_their_own_losses(tmp_path, tin
     heads = list(t.model.head.parameters())
     gradients = []
     for offset in (0.0, 1.0):
-        batch.tensors["velocities"] += offset  # moves the matching loss alone
+        batch.record.base_velocities.add_(offset)  # moves the matching loss alone
         t.model.zero_grad()
         t.micro_batch_losses(t.model, batch, t.condition(examples), 1).sum().backward()
         gradients.append(
@@ -264,7 +265,11 @@ def test_transformer_and_value_network_are_clipped_apart(tmp_path, tiny_pipeline
     t._clip_grad_norm(t.model)
     heads = torch.cat([p.grad.flatten() for p in t.model.head.parameters()])
     others = torch.cat(
-        [p.grad.flatten() for n, p in t.model.named_parameters() if p.requires_grad and not n.startswith("head.")]
+        [
+            p.grad.flatten()
+            for n, p in t.model.named_parameters()
+            if p.requires_grad and not n.startswith("value_network.")
+        ]
     )
     assert float(heads.double().norm()) == pytest.approx(1.0, rel=1e-3)
     assert float(others.double().norm()) == pytest.approx(1.0, rel=1e-3)

@@ -1,7 +1,7 @@
 """A training run of a tiny pipeline as a process of its own: `python training_script.py settings.json`.
 
 settings: `trainer`, the class; `config`, its settings; `kill_at`, an update after which the process kills itself, or
-null; `resume`. Leaves `result.pt` (of process 0) and `rollout_<rank>.pt` (the first rollout) in the output folder.
+null; `resume`. Leaves `result.pt` (of process 0), and `rollout_<rank>.pt` and `scores_<rank>.pt` (of every rollout), in the output folder.
 """
 
 import json
@@ -44,7 +44,7 @@ class Killer(TrainerCallback):
 
 
 def main() -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("FLOWRL_TEST_THREADS", "1")))
     settings = json.loads(Path(sys.argv[1]).read_text())
     trainer_class = getattr(flowrl_trainers, settings["trainer"])
     dropout = settings["config"].pop("lora_dropout", 0.1)
@@ -57,26 +57,28 @@ def main() -> None:
         peft_config=LoraConfig(r=2, lora_alpha=4, lora_dropout=dropout),
         callbacks=[Killer(settings["kill_at"])] if settings["kill_at"] is not None else None,
     )  # fmt: skip
-    rollouts = []
-    make_rollout = trainer._make_rollout
+    rollouts, scores = [], []
+    prepare, log_rewards = trainer.prepare, trainer.log_rewards
 
-    def remember(examples):
-        window = make_rollout(examples)
-        rollouts.append(
-            [
-                {name: value.clone() for name, value in b.tensors.items()} | {"rows": [e.key.row for e in b.examples]}
-                for b in window
-            ]
-        )
-        return window
+    def remember(rollout):
+        drawn = [b.record.map(torch.clone).to_dict() | {"rows": [e.key.row for e in b.examples]} for b in rollout]
+        prepared = prepare(rollout)  # nothing while a critic warms up
+        kept = [b.record.map(torch.clone).to_dict() for b in prepared] or [None] * len(drawn)
+        rollouts.append([{"drawn": a, "prepared": b} for a, b in zip(drawn, kept, strict=True)])
+        return prepared
 
-    trainer._make_rollout = remember
+    def remember_scores(found):
+        scores.append(found.clone())
+        log_rewards(found)
+
+    trainer.prepare, trainer.log_rewards = remember, remember_scores
     trainer.train(resume_from_checkpoint=settings["resume"])
     folder = Path(config.output_dir)
     torch.save(
         trainer.evaluate(Dataset.from_dict({"prompt": PROMPTS[:3]})), folder / f"evaluation_{config.process_index}.pt"
     )
     torch.save(rollouts, folder / f"rollout_{config.process_index}.pt")
+    torch.save(scores, folder / f"scores_{config.process_index}.pt")
     if trainer.is_world_process_zero():
         history = [
             {k: v for k, v in row.items() if not k.startswith(("seconds/", "train_"))}
@@ -88,7 +90,7 @@ def main() -> None:
                 "optimizer": trainer.optimizer.state_dict(),
                 "state": {
                     "algorithm": trainer.algorithm_state(),
-                    "ema": trainer.ema.state_dict() if trainer.ema else None,
+                    "average": trainer.average.state_dict(),
                 },
                 "history": history,
                 "world_size": config.world_size,
