@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 Scores = Tensor | Sequence[float | None]
+PASSED = ("images", "prompts", "trainer_state", "log_metric", "log_extra")
+"""What every reward is called with beside the columns of the dataset."""
 
 
 class Reward(ABC):
@@ -34,25 +36,39 @@ class Reward(ABC):
         """Move the networks and tensors of the reward to a device; by default there are none."""
         return None
 
+    def needed_columns(self) -> list[str]:
+        """The columns of the dataset without which the reward cannot be called."""
+        return _without_default(self.__call__)
+
+
+def _without_default(function: Callable[..., Any]) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty]
+    return [p.name for p in named if p.name not in PASSED]
+
 
 class FunctionReward(Reward):
-    """A function, or any other callable, as a reward that bears its name.
+    """A function, or any other callable, as a reward.
 
-    Raises `ValueError` if the callable cannot be called as trainers call rewards.
+    Args:
+        function: Called as trainers call rewards.
+        differentiable: Whether its scores have a gradient with respect to `images`.
+        name: What it is called in logs and files; None for its own name, which lambdas and partials lack.
+
+    Raises:
+        ValueError: If the callable cannot be called so.
     """
 
-    def __init__(self, function: Callable[..., Any], differentiable: bool = False) -> None:
+    def __init__(self, function: Callable[..., Any], differentiable: bool = False, name: str | None = None) -> None:
         self.function = function
         self.differentiable = differentiable
         named = isinstance(function, type) or (
             callable(function) and type(function).__name__ in ("function", "method")
         )
-        self.name = function.__name__ if named else type(function).__name__
-        called = function.forward if isinstance(function, torch.nn.Module) else function
+        self.name = name or (function.__name__ if named else type(function).__name__)
+        self.signed = function.forward if isinstance(function, torch.nn.Module) else function
         try:
-            inspect.signature(called).bind_partial(
-                images=None, prompts=None, trainer_state=None, log_metric=None, log_extra=None
-            )
+            inspect.signature(self.signed).bind_partial(**dict.fromkeys(PASSED))
         except TypeError as error:
             raise ValueError(
                 f"Reward {self.name!r} must take `images, prompts, **columns` by name, as trainers call it: {error}."
@@ -64,6 +80,9 @@ class FunctionReward(Reward):
     def to(self, device: torch.device) -> None:
         if isinstance(self.function, torch.nn.Module):
             self.function.to(device)
+
+    def needed_columns(self) -> list[str]:
+        return _without_default(self.signed)
 
 
 def differentiable(function: Callable[..., Any]) -> FunctionReward:

@@ -1,5 +1,6 @@
 """The rewards that have a name, and `as_rewards`, which turns what a user passes as `reward_funcs` into rewards."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -26,20 +27,40 @@ NAMED_REWARDS: dict[str, type[Reward]] = {
 RewardLike = str | Reward | Callable[..., Any]
 
 
-def as_rewards(reward_funcs: RewardLike | list[RewardLike], argument: str = "reward_funcs") -> list[Reward]:
-    """A name, a callable, a `Reward`, or a list of them, as a list of `Reward`s with different names.
+def as_rewards(
+    reward_funcs: RewardLike | list[RewardLike] | dict[str, RewardLike], argument: str = "reward_funcs"
+) -> list[Reward]:
+    """Rewards with different names.
 
-    Error messages call the argument of the caller `argument`. Raises `ValueError` for an empty list, an unknown name
-    and a name that occurs twice, `TypeError` for anything that is no reward.
+    Args:
+        reward_funcs: A name, a callable, a `Reward`, a list of them, or a dictionary from names to them.
+        argument: What error messages call it.
+
+    Raises:
+        ValueError: For an empty list, an unknown name and a name that occurs twice.
+        TypeError: For anything that is no reward.
     """
-    rewards = [_as_reward(r, argument) for r in (reward_funcs if isinstance(reward_funcs, list) else [reward_funcs])]
+    if isinstance(reward_funcs, dict):
+        rewards = [_renamed(_as_reward(reward, argument), name) for name, reward in reward_funcs.items()]
+    else:
+        listed = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        rewards = [_as_reward(reward, argument) for reward in listed]
     if not rewards:
         raise ValueError(f"`{argument}` is empty: pass at least one reward.")
     names = [r.name for r in rewards]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"`{argument}` has {names.count(name)} rewards called {name!r}: give each its own name.")
+            raise ValueError(
+                f"`{argument}` has {names.count(name)} rewards called {name!r}: give each its own name, by a "
+                'dictionary from names to rewards or by `FunctionReward(function, name="...")`.'
+            )
     return rewards
+
+
+def _renamed(reward: Reward, name: str) -> Reward:
+    reward = copy.copy(reward)  # the user's stays as it is
+    reward.name = name
+    return reward
 
 
 def _as_reward(reward: RewardLike, argument: str) -> Reward:

@@ -1,12 +1,17 @@
 """Latents in, one score per image and reward out, with the gradient of their weighted sum where it is asked for."""
 
 import asyncio
+import copy
 import inspect
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+import math
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +20,7 @@ from ..rewards import Reward
 from .prompt_groups import Example
 
 MEGAPIXEL = 2**20
+MOST_NAMED = 8  # prompts in a note
 
 Context = Callable[[], dict[str, Any]]
 """What every reward is called with beside images, prompts and columns: `trainer_state`, `log_metric`, `log_extra`."""
@@ -33,7 +39,7 @@ def call_rewards(rewards: list[Reward], images: Tensor, examples: list[Example],
         context: Passed on to every reward.
 
     Raises:
-        ValueError: For a wrong number of scores.
+        ValueError: For anything but one number or None per image.
     """
     return ask_rewards(rewards, images, examples, **context)()
 
@@ -43,16 +49,23 @@ def ask_rewards(
 ) -> Callable[[], Tensor]:
     """Call the rewards; asynchronous ones go on in a thread until the function that is returned waits for the scores.
 
-    Arguments as in `call_rewards`.
+    Every reward gets a copy of images, prompts and columns, so that none can change what another sees. An error of a
+    reward bears a note with its name, the update and the prompts. Arguments as in `call_rewards`.
     """
     columns = {name: [e.columns[name] for e in examples] for name in examples[0].columns}
     prompts = [e.prompt for e in examples]
-    results = [reward(images=images, prompts=prompts, **columns, **context) for reward in rewards]
-    waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
-    thread = ThreadPoolExecutor(1)  # a notebook's own thread already runs a loop
-    awaited = [results[i] for i in waiting]
-    answers = thread.submit(_wait_for, awaited, images.device, torch.is_grad_enabled()) if waiting else None
-    thread.shutdown(wait=False)
+    results: list[Any] = []
+    for reward in rewards:
+        given: dict[str, Any] = {"images": images.clone(), "prompts": list(prompts), **copy.deepcopy(columns)}
+        with _named(reward, prompts, context):
+            results.append(reward(**given, **context))
+    waiting = {i: result for i, result in enumerate(results) if inspect.isawaitable(result)}
+    answers = None
+    if waiting:
+        named = [_answer(rewards[i], result, prompts, context) for i, result in waiting.items()]
+        answers = asyncio.run_coroutine_threadsafe(
+            _together(named, images.device, torch.is_grad_enabled()), _event_loop()
+        )
 
     def scores() -> Tensor:
         if answers is not None:
@@ -63,34 +76,73 @@ def ask_rewards(
     return scores
 
 
-def _wait_for(awaitables: list[Any], device: torch.device, grad_enabled: bool) -> list[Any]:
+@contextmanager
+def _named(reward: Reward, prompts: list[str], context: dict[str, Any]) -> Iterator[None]:
+    """Note on an error inside which reward failed, when, and on what."""
+    try:
+        yield
+    except Exception as error:
+        state = context.get("trainer_state")
+        when = "" if state is None else f" after {state.global_step} updates"
+        error.add_note(f"Reward {reward.name!r} failed{when} on the prompts {prompts[:MOST_NAMED]}.")
+        raise
+
+
+async def _answer(reward: Reward, awaited: Awaitable[Any], prompts: list[str], context: dict[str, Any]) -> Any:
+    with _named(reward, prompts, context):
+        return await awaited
+
+
+async def _together(awaited: list[Any], device: torch.device, grad_enabled: bool) -> list[Any]:
     """The answers; in a thread, which has a gradient mode and a current GPU of its own."""
     with torch.set_grad_enabled(grad_enabled), torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        return asyncio.run(_together(awaitables))
+        return await asyncio.gather(*awaited)
 
 
-async def _together(awaitables: list[Any]) -> list[Any]:
-    return await asyncio.gather(*awaitables)
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """The one loop of this process, in a thread of its own: clients keep their connections from call to call."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="asynchronous rewards", daemon=True).start()
+    return loop
 
 
 def _as_tensor(reward: Reward, scores: Any, images: Tensor) -> Tensor:
+    """Scores (B,) float32 of whatever a reward returned; raises `ValueError` for what is not one score per image."""
+    rule = f"for {len(images)} images: return one score per image"
     absent = torch.zeros(len(images), dtype=torch.bool, device=images.device)
     if not isinstance(scores, Tensor):
-        if not isinstance(scores, Iterable):
-            raise ValueError(
-                f"Reward {reward.name!r} returned {scores!r} for {len(images)} images: return one score per image."
-            )
+        if isinstance(scores, (str, bytes, Mapping)) or not isinstance(scores, Iterable):
+            raise ValueError(f"Reward {reward.name!r} returned {_shown(scores)} {rule}.")
         scores = list(scores)
+        for number, score in enumerate(scores):
+            if not (score is None or _is_number(score)):
+                raise ValueError(f"Reward {reward.name!r} returned {_shown(score)} as score {number} {rule}.")
         if len(scores) == len(images):
             absent = torch.tensor([s is None for s in scores], device=images.device)
-        scores = torch.tensor([0.0 if s is None else float(s) for s in scores])
+        scores = torch.tensor([0.0 if s is None else _as_float(s) for s in scores])
     if scores.shape != (len(images),):
-        raise ValueError(
-            f"Reward {reward.name!r} returned scores of shape {tuple(scores.shape)} for {len(images)} images: return "
-            "one score per image."
-        )
+        raise ValueError(f"Reward {reward.name!r} returned scores of shape {tuple(scores.shape)} {rule}.")
     scores = scores.to(images.device, torch.float32)
     return torch.where(absent, torch.nan, torch.where(scores.isfinite(), scores, torch.inf))
+
+
+def _is_number(score: Any) -> bool:
+    if isinstance(score, (Tensor, np.ndarray)):
+        return score.ndim == 0
+    return isinstance(score, (Real, np.bool_))
+
+
+def _as_float(score: Any) -> float:
+    try:
+        return float(score)
+    except OverflowError:  # a whole number beyond float
+        return math.inf
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return "None" if value is None else f"a {type(value).__name__} ({text if len(text) < 80 else text[:76] + ' ...'})"
 
 
 def pictures_at_a_time(flow: FlowPipeline, most: int) -> int:

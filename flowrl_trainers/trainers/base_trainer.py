@@ -47,7 +47,7 @@ from ..sampling.scoring import Scorer, call_rewards, decoded
 from .adapters import prepare_adapter
 from .base_config import FlowRLConfig
 from .checkpointed_trainer import CheckpointedTrainer, TrainingState
-from .input_checks import check_best_metric, check_dataset, check_output_dir, check_rewards
+from .input_checks import check_best_metric, check_columns, check_dataset, check_output_dir, check_rewards
 from .loop_callback import LoopCallback
 from .moving_average import MovingAverage
 
@@ -69,7 +69,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
 
     Args:
         model: A Hub id or folder of a diffusers pipeline, a loaded pipeline, or a `FlowPipeline`.
-        reward_funcs: A name, a callable, a `Reward`, or a list of them; see `flowrl_trainers.rewards.Reward`.
+        reward_funcs: A name, a callable, a `Reward`, a list of them, or a dictionary from names to them; see
+            `flowrl_trainers.rewards.Reward`.
         args: The configuration; None for its defaults.
         train_dataset: A `datasets.Dataset` with the column `prompt`; its other columns reach the rewards.
         eval_dataset: Held-out prompts, one image each; a row that is repeated gives another image of the same prompt.
@@ -96,11 +97,11 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
     def __init__(
         self,
         model: str | Path | DiffusionPipeline | FlowPipeline,
-        reward_funcs: RewardLike | list[RewardLike],
+        reward_funcs: RewardLike | list[RewardLike] | dict[str, RewardLike],
         args: FlowRLConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | None = None,
-        eval_reward_funcs: RewardLike | list[RewardLike] | None = None,
+        eval_reward_funcs: RewardLike | list[RewardLike] | dict[str, RewardLike] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: LoraConfig | None = None,
@@ -113,8 +114,10 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         check_rewards(self.rewards, args, type(self).__name__ if self.needs_reward_gradient else None)
         check_best_metric(args, [*self.rewards, *self.eval_rewards])
         train_dataset = check_dataset(train_dataset, "train_dataset", args)
+        check_columns(self.rewards, train_dataset, "train_dataset")
         if eval_dataset is not None:
             check_dataset(eval_dataset, "eval_dataset")
+            check_columns([*self.rewards, *self.eval_rewards], eval_dataset, "eval_dataset")
         elif args.eval_strategy != "no":
             raise ValueError(
                 f"`eval_strategy` is '{IntervalStrategy(args.eval_strategy).value}', but there is no `eval_dataset`: "
@@ -556,6 +559,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         if dataset is None:
             raise ValueError("`evaluate` needs prompts: pass `eval_dataset` to it or to the trainer.")
         check_dataset(dataset, "eval_dataset")
+        check_columns([*self.rewards, *self.eval_rewards], dataset, "eval_dataset")
         self.conditioning.encode(list(dataset["prompt"]), self.args.device, show_progress=False)
         start = perf_counter()
         with self.judges_at_hand():

@@ -6,6 +6,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from ..rewards import Reward
+from ..rewards.base import PASSED
 from .base_config import FlowRLConfig
 
 
@@ -67,6 +68,26 @@ def check_best_metric(args: FlowRLConfig, rewards: list[Reward]) -> None:
             )
 
 
+def check_columns(rewards: list[Reward], dataset: Dataset, argument: str) -> None:
+    """Refuse a reward that asks for a column which the dataset lacks.
+
+    Args:
+        rewards: Those that are called with the dataset's rows.
+        dataset: With its columns.
+        argument: What the caller calls it.
+
+    Raises:
+        ValueError: Naming reward and column.
+    """
+    for reward in rewards:
+        missing = [name for name in reward.needed_columns() if name not in dataset.column_names]
+        if missing:
+            raise ValueError(
+                f"Reward {reward.name!r} needs the column {missing[0]!r}, which `{argument}` lacks (it has "
+                f"{', '.join(map(repr, dataset.column_names))}): add it, or give the reward's argument a default."
+            )
+
+
 def check_dataset(dataset: Dataset | None, argument: str, args: FlowRLConfig | None = None) -> Dataset:
     """The dataset, if it has prompts; with `args`, enough of them for a rollout. Raises `ValueError` otherwise."""
     if not isinstance(dataset, Dataset):
@@ -79,7 +100,7 @@ def check_dataset(dataset: Dataset | None, argument: str, args: FlowRLConfig | N
             f": pass `{argument}.rename_column({dataset.column_names[0]!r}, 'prompt')`" if dataset.column_names else ""
         )
         raise ValueError(f"`{argument}` has {columns} but no 'prompt'{example}.")
-    taken = sorted({"images", "prompts", "trainer_state", "log_extra", "log_metric"} & set(dataset.column_names))
+    taken = sorted({*PASSED, "self"} & set(dataset.column_names))
     if taken:
         raise ValueError(
             f"`{argument}` has a column {taken[0]!r}, which is what rewards are told under that name: rename it."
