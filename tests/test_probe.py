@@ -20,7 +20,8 @@ def test_the_probe_tries_the_rewards_of_the_evaluation_too(tmp_path, tiny_pipeli
 
 def test_the_probe_tries_the_rewards_of_training_on_the_rows_of_the_evaluation(tmp_path, tiny_pipeline):
     @differentiable
-    def needs_answers(images, prompts, answer, **columns):
+    def needs_answers(images, prompts, **columns):
+        assert columns["answer"]
         return images.mean(dim=(1, 2, 3))
 
     rows = Dataset.from_dict({"prompt": [f"prompt {i}" for i in range(8)], "answer": ["yes"] * 8})
@@ -31,7 +32,7 @@ def test_the_probe_tries_the_rewards_of_training_on_the_rows_of_the_evaluation(t
         dataset=rows,
         eval_dataset=Dataset.from_dict({"prompt": ["a cat"]}),
     )
-    with pytest.raises(TypeError, match="answer"):
+    with pytest.raises(KeyError, match="answer"):
         t.train()
     assert t.state.global_step == 0
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import math
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from flowrl_trainers.rewards import FunctionReward, as_rewards
 from flowrl_trainers.sampling.draws import ImageKey
 from flowrl_trainers.sampling.prompt_groups import Example
+from flowrl_trainers.sampling.reward_watch import RewardWatch
 from flowrl_trainers.sampling.scoring import call_rewards
 
 from .helpers import CAPTIONS, adjoint_matching, make_trainer, redness
@@ -198,3 +200,54 @@ def test_rewards_without_a_name_get_one():
     original = FunctionReward(partials[0])
     assert as_rewards({"other": original})[0].name == "other"
     assert original.name == "partial"
+
+
+# ---- what is odd about a run's rewards ---------------------------------------------------------------------------
+
+
+def test_odd_rewards_are_warned_of_once():
+    watch = RewardWatch(
+        as_rewards({name: (lambda images, prompts, **columns: None) for name in ("good", "silent", "flat", "huge")})
+    )
+    groups = torch.tensor([3, 3, 7, 7])
+    columns = [[0.1, 0.4, 0.2, 0.2], [math.nan] * 4, [1.0, 1.0, 2.0, 2.0], [1.0, 2e6, 3.0, 4.0]]
+    said = [watch.observe(torch.tensor(columns).T, groups) for _ in range(12)]
+    assert said[0] == [
+        "Reward 'silent' has given no score so far: is it meant for these prompts?",
+        "Reward 'huge' gave a score of 2e+06: divide it, as rounding grows with it.",
+    ]
+    assert said[9] == [
+        "Reward 'flat' was the same for all pictures of each prompt for 10 rollouts: it teaches nothing."
+    ]
+    assert not any(said[1:9] + said[10:])
+
+
+def test_one_picture_per_prompt_has_nothing_to_differ_from():
+    watch = RewardWatch(as_rewards({"single": lambda images, prompts, **columns: None}))
+    assert not any(watch.observe(torch.ones(4, 1), torch.arange(4)) for _ in range(12))
+
+
+def test_ac_flow_does_not_move_where_no_picture_earns_more_than_another(tmp_path, caplog):
+    """Weights that are all equal would imitate every picture, flaws included."""
+
+    def says_nothing(images, prompts, **columns):
+        return [None] * len(prompts)
+
+    t = make_trainer("ACFlowTrainer", tmp_path, reward=says_nothing, critic_warmup_max_steps=0, learning_rate=0.1)
+    before = [p.detach().clone() for p in t.trained_parameters()]
+    t.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, t.trained_parameters(), strict=True))
+    assert "Reward 'says_nothing' has given no score so far" in caplog.text
+
+
+def test_the_others_are_trained_on_where_one_reward_says_nothing(tmp_path):
+    def says_nothing(images, prompts, **columns):
+        return [None] * len(prompts)
+
+    settings = {"critic_warmup_max_steps": 0, "learning_rate": 0.1}
+    both = make_trainer("ACFlowTrainer", tmp_path, reward=[redness, says_nothing], **settings)
+    alone = make_trainer("ACFlowTrainer", tmp_path, **settings)
+    for t in (both, alone):
+        t.train()
+    for a, b in zip(both.trained_parameters(), alone.trained_parameters(), strict=True):
+        assert torch.equal(a, b)

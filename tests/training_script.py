@@ -67,9 +67,9 @@ def main() -> None:
         rollouts.append([{"drawn": a, "prepared": b} for a, b in zip(drawn, kept, strict=True)])
         return prepared
 
-    def remember_scores(found):
+    def remember_scores(found, keys):
         scores.append(found.clone())
-        log_rewards(found)
+        log_rewards(found, keys)
 
     trainer.prepare, trainer.log_rewards = remember, remember_scores
     trainer.train(resume_from_checkpoint=settings["resume"])

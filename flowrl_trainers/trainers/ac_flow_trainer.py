@@ -165,7 +165,7 @@ class ACFlowTrainer(FlowRLTrainer[ACFlowRollout, ACFlowRecord]):
     def prepare(self, rollout: list[MicroBatch[ACFlowRollout]]) -> list[MicroBatch[ACFlowRecord]]:
         """(1) to (3): scores, the critic's steps, and the states, targets, weights and anchors of (4).
 
-        Nothing is returned while the critic warms up.
+        Nothing is returned while the critic warms up, and where no prompt's images earned differently.
         """
         shaped = self._shape(rollout)
         if self.critic is not None:
@@ -175,7 +175,7 @@ class ACFlowTrainer(FlowRLTrainer[ACFlowRollout, ACFlowRecord]):
                     self._critic_step(shaped, f"critic step {step}")
             self.critic.eval()
         self.metrics.note("critic/warming_up", float(self.warmup.running))
-        if self.warmup.running:
+        if self.warmup.running or not self._has_signal(shaped):
             return []
         batches = [batch.with_finite_alone() for batch in self._actor_batches(shaped)]
         known = torch.cat([batch.good for batch in shaped])  # images without a reward are left out, but not bad
@@ -186,7 +186,7 @@ class ACFlowTrainer(FlowRLTrainer[ACFlowRollout, ACFlowRecord]):
         """(1), over the images of all processes."""
         final = torch.cat([batch.record.final for batch in rollout])
         mine = self.scorer.score(final, [e for batch in rollout for e in batch.examples])
-        self.log_rewards(mine)
+        self.log_rewards(mine, [key for batch in rollout for key in batch.keys])
         bad = mine.isinf().any(dim=1) | ~final.flatten(1).isfinite().all(dim=1)
         absent = mine.isnan().all(dim=1)
         scores = torch.where(mine.isinf(), torch.nan, mine)
@@ -207,6 +207,11 @@ class ACFlowTrainer(FlowRLTrainer[ACFlowRollout, ACFlowRecord]):
             batch.with_record(ACFlowReturns(batch.record.final, part), good).with_finite_alone()
             for batch, part, good in parts
         ]
+
+    def _has_signal(self, shaped: list[MicroBatch[ACFlowReturns]]) -> bool:
+        """Whether any shaped reward differs from its prompt's mean: else every image would be imitated alike."""
+        returns = self.accelerator.gather(torch.cat([batch.record.returns for batch in shaped]))
+        return self.args.reward_shaping == "none" or bool(returns.any())
 
     # ---- states ----------------------------------------------------------------------------------------------------
 

@@ -197,7 +197,8 @@ class AdjointMatchingTrainer(RewardGradientTrainer[AdjointMatchingRollout, Adjoi
         """The batches, in which images without a gradient are left out, and the clipped gradients (B, ...) of each."""
         scored = [self.reward_gradient(batch.record.final, batch.examples) for batch in rollout]
         rollout = [batch.with_record(batch.record, good) for batch, (*_, good) in zip(rollout, scored, strict=True)]
-        self.log_rewards(torch.cat([scores for scores, *_ in scored]))
+        keys = [key for batch in rollout for key in batch.keys]
+        self.log_rewards(torch.cat([scores for scores, *_ in scored]), keys)
         self.count_bad_samples("reward_gradient", ~torch.cat([batch.good for batch in rollout]))
         gradients = [gradient for _, gradient, _ in scored]
         threshold = self.clip_threshold(torch.cat([gradient.flatten(1).norm(dim=1) for gradient in gradients]))

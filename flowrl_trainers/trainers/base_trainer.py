@@ -43,6 +43,7 @@ from ..sampling.flow_model import FlowModel
 from ..sampling.metric_log import MetricLog
 from ..sampling.pictures import Pictures
 from ..sampling.prompt_groups import Example, PromptDataset, PromptGroupSampler
+from ..sampling.reward_watch import RewardWatch
 from ..sampling.scoring import Scorer, call_rewards, decoded
 from .adapters import prepare_adapter
 from .base_config import FlowRLConfig
@@ -182,6 +183,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             batch_size=args.per_device_train_batch_size,
             decode_batch_size=args.decode_batch_size,
         )
+        self.reward_watch = RewardWatch(self.rewards)
         evaluator = Evaluator(
             self.flow,
             self.conditioning,
@@ -496,13 +498,23 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         log_metric = log_metric or self.metrics.note
         return {"trainer_state": self.state, "log_metric": log_metric, "log_extra": lambda name, values: None}
 
-    def log_rewards(self, scores: Tensor) -> None:
-        """Note mean and standard deviation of each reward (B, R), and the mean weighted sum, over all processes."""
-        row, self.rollout_reward = self.scorer.summary(self.accelerator.gather(scores))
+    def log_rewards(self, scores: Tensor, keys: list[ImageKey]) -> None:
+        """Note the rewards of a rollout over all processes, and warn of what is odd about them.
+
+        Args:
+            scores: (B, R) of this process's images.
+            keys: B of them.
+        """
+        rows = torch.tensor([key.row for key in keys], device=scores.device)
+        scores, rows = self.accelerator.gather(scores), self.accelerator.gather(rows)
+        row, self.rollout_reward = self.scorer.summary(scores)
         for name, value in row.items():
             self.metrics.note(name, value)
         if self.rollout_reward is not None:
             self.metrics.note("reward", self.rollout_reward)
+        for sentence in self.reward_watch.observe(scores, rows):
+            if self.is_world_process_zero():
+                logger.warning(sentence)
 
     def mean_of_good(self, values: Tensor, good: Tensor) -> Tensor:
         """The mean of values (B,) over the images of all processes that were not left out."""

@@ -201,7 +201,7 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
         """(4), and the base model's velocities where they are needed."""
         with self.metrics.timed("rewards"):
             scores = torch.cat([self._score_steps(batch) for batch in rollout])
-        self.log_rewards(scores[:, -1])
+        self.log_rewards(scores[:, -1], [key for batch in rollout for key in batch.keys])
         bad, absent = scores.isinf().any(dim=2).any(dim=1), scores[:, -1].isnan().all(dim=1)
         rows = torch.tensor([key.row for batch in rollout for key in batch.keys], device=scores.device)
         advantages = self._advantages(torch.where(scores.isinf(), torch.nan, scores), rows)

@@ -179,7 +179,8 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
     def prepare(self, rollout: list[MicroBatch[VGGFlowRollout]]) -> list[MicroBatch[VGGFlowRecord]]:
         """Reward gradients of (1), their clipping and scale, base velocities, and all that (3) needs beside c."""
         with self.metrics.timed("reward_gradient"):
-            self.log_rewards(torch.cat([self.scorer.score(batch.record.final, batch.examples) for batch in rollout]))
+            scores = [self.scorer.score(batch.record.final, batch.examples) for batch in rollout]
+            self.log_rewards(torch.cat(scores), [key for batch in rollout for key in batch.keys])
             found = [self._state_gradients(batch) for batch in rollout]
             rollout = [batch.with_record(batch.record, good) for batch, (_, good) in zip(rollout, found, strict=True)]
             gradients = [gradient for gradient, _ in found]
