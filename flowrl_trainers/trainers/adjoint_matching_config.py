@@ -65,8 +65,7 @@ class AdjointMatchingConfig(RewardGradientConfig):
     )
 
     def __post_init__(self) -> None:
-        # YAML reads 2 as a number.
-        self.control_cost_order = str(self.control_cost_order)  # type: ignore[assignment]
+        self.control_cost_order = str(self.control_cost_order)  # YAML reads 2 as a number
         super().__post_init__()
         if self.adjoint_steps > self.num_inference_steps:
             raise ValueError(

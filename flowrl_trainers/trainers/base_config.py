@@ -140,7 +140,7 @@ class FlowRLConfig(TrainingArguments):
         if self.greater_is_better is None and "reward/" in (self.metric_for_best_model or ""):
             self.greater_is_better = True  # also of a reward whose name ends in "loss"
         super().__post_init__()
-        for tracker in self.report_to:
+        for tracker in self.report_to or []:
             if tracker not in (known := get_available_reporting_integrations()):
                 raise ValueError(
                     f"`report_to` names {tracker!r}, which is unknown or not installed: install it, or choose "
