@@ -56,8 +56,8 @@ class AdjointMatchingConfig(RewardGradientConfig):
     )
     control_cost_order: ControlCostOrder = HfArg(
         default="2",
-        help="The power of the control's root mean square that is paid for: 2, the quadratic cost; 4, which "
-        "compresses large adjoints; or their sum. Our reconstruction of the polynomial costs of arXiv 2605.06583.",
+        help="The power of the control's root mean square in its cost: 2, the quadratic cost; 4, which compresses "
+        "large adjoints; or 2+4, their sum. Our reconstruction of the polynomial costs of arXiv 2605.06583.",
     )
     control_cost_weight: Annotated[float, Range(at_least=0)] = HfArg(
         default=1.0,
