@@ -60,14 +60,14 @@ def main() -> None:
     seconds: dict[int, dict[str, list[float]]] = {steps: {phase: [] for phase in PHASES} for steps in trainers}
     for number in tqdm(range(args.updates + 1), desc="updates"):
         for steps, trainer in trainers.items():
-            trainer._metrics.clear()
+            trainer.metrics.clear()
             calls[steps] = 0
             trainer.current_gradient_accumulation_steps = 1
             trainer.training_step(trainer.model, batches[steps][number])
             trainer.model.zero_grad()
             if number:
                 for phase in PHASES:
-                    seconds[steps][phase].append(trainer._metrics[f"seconds/{phase}"][0])
+                    seconds[steps][phase].append(trainer.metrics.noted[f"seconds/{phase}"][0])
     lines = [
         "| `adjoint_steps` | " + " | ".join(PHASES) + " | total | transformer calls of 24 images |",
         "|---|" + "---:|" * (len(PHASES) + 2),

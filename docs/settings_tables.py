@@ -1,4 +1,4 @@
-"""mkdocs hook: `<!-- settings: ConfigClass -->` in a page becomes the table of the settings that the class declares, with their help."""
+"""mkdocs hook: `<!-- settings: ConfigClass -->` in a page becomes a table of the settings that the class declares."""
 
 import re
 from dataclasses import MISSING, Field, fields
@@ -8,7 +8,7 @@ from flowrl_trainers import trainers
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Called by mkdocs with the source of every page."""
+    """Replace the marks in the source of a page; mkdocs calls this for every page."""
     return re.sub(
         r"^<!-- settings: (\w+) -->$", lambda match: table(getattr(trainers, match[1])), markdown, flags=re.MULTILINE
     )
@@ -23,6 +23,6 @@ def table(config: type) -> str:
     return "\n".join(rows)
 
 
-def default(field: Field) -> Any:
-    """The value that a setting has where nobody sets it."""
+def default(field: Field[Any]) -> Any:
+    """The default value of a setting."""
     return field.default if field.default_factory is MISSING else field.default_factory()

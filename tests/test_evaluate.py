@@ -5,6 +5,7 @@ pictures.
 import json
 import logging
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from flowrl_trainers import FlowPipeline, VGGFlowConfig, VGGFlowTrainer
+from flowrl_trainers.cli.evaluate_arguments import EvaluateArguments
 from flowrl_trainers.metrics import signs_of_over_optimisation, standard_error_of_change
 from flowrl_trainers.rewards import differentiable
 from flowrl_trainers.shapes import prompts
@@ -116,8 +118,8 @@ def test_the_rows_are_those_of_the_demo(tmp_path):
         (["--adapter", "nowhere"], "The adapter 'nowhere' cannot be loaded"),
         (["--adapter", "tuned", "tuned"], "`adapter` has two of the same name, or one called 'base' (tuned, tuned)"),
         (["--adapter", "tuned", "--trained", "taste"], "`trained` names taste, which `rewards` does not"),
-        (["--adapter", "tuned", "--pictures_per_prompt", "0"], "must be at least 1"),
-        (["--adapter", "tuned", "--dtype", "int8"], "`dtype` is 'int8': choose float32"),
+        (["--adapter", "tuned", "--pictures_per_prompt", "0"], "`pictures_per_prompt` (0) must be at least 1."),
+        (["--adapter", "tuned", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["--adapter", "tuned", "--colour", "red"], "colour"),
         (
             ["--adapter", "tuned", "--dataset", "captions", "--split", "train"],
@@ -127,6 +129,33 @@ def test_the_rows_are_those_of_the_demo(tmp_path):
         wrong = flowrl(tmp_path, *shared, *changes)
         assert wrong.returncode == 2
         assert sentence in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("pictures_per_prompt", 0, "`pictures_per_prompt` (0) must be at least 1."),
+        ("num_inference_steps", 0, "`num_inference_steps` (0) must be at least 1."),
+        ("guidance_scale", -1.0, "`guidance_scale` (-1.0) must be at least 0, or None."),
+        ("guidance_scale", math.nan, "`guidance_scale` (nan) must be a finite number or None."),
+        ("height", 0, "`height` (0) must be at least 1, or None."),
+        ("width", 32.5, "`width` (32.5) must be a whole number or None."),
+        ("max_sequence_length", 0, "`max_sequence_length` (0) must be at least 1, or None."),
+        ("dtype", "int8", "`dtype` is 'int8': choose 'float32', 'bfloat16' or 'float16'."),
+        ("batch_size", -2, "`batch_size` (-2) must be at least 1."),
+        ("decode_batch_size", 0, "`decode_batch_size` (0) must be at least 1, or None."),
+        ("seed", -1, "`seed` (-1) must be between 0 and 4294967295."),
+        ("adapter", 3, "`adapter` (3) must be a list of strings."),
+    ],
+)
+def test_every_setting_is_checked_by_its_annotation(name, value, sentence):
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        EvaluateArguments(**{"model": "shapes", "adapter": ["tuned"], "rewards": ["shapes"]} | {name: value})
+
+
+def test_a_single_name_is_a_list_of_one():
+    args = EvaluateArguments(model="shapes", adapter="tuned", rewards="shapes", trained="shapes")
+    assert (args.adapter, args.rewards, args.trained) == (["tuned"], ["shapes"], ["shapes"])
 
 
 # ---- hacked rewards -------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 METHODS = ("adjoint_matching", "vgg_flow", "ac_flow", "tafs_grpo")
 COMMANDS = (*METHODS, "demo", "evaluate", "serve_reward", "convert_sit", "convert_image_reward", "env")
 
-LOOKED_FOR = ("--config=", "--trainer=", "--accelerate_config=", "--num_processes=")
+READ_HERE = ("--config=", "--trainer=", "--accelerate_config=", "--num_processes=")
 
 USAGE = """usage: flowrl COMMAND [--config run.yaml] [--field value ...] [--help]
 
@@ -16,26 +16,28 @@ commands:
   vgg_flow           tune a pipeline by value-gradient guidance, for differentiable rewards
   ac_flow            tune a pipeline by actor-critic flow matching, for any reward
   tafs_grpo          tune a pipeline as a few-step generator by policy gradients on its sampler's draws, for any reward
-  demo               tune the embedded pipeline, print base and tuned on held-out prompts, and write the adapter and pictures;
-                     `--trainer METHOD` takes another of the four than `adjoint_matching`
+  demo               tune the embedded pipeline, print base and tuned on held-out prompts, and write the adapter and
+                     pictures; `--trainer METHOD` takes another of the four methods than `adjoint_matching`
   evaluate           measure adapters beside their base model, same prompts and seeds; writes a table and a picture
-  serve_reward       serve a reward over HTTP, at 127.0.0.1:8000 by default, for `RemoteReward`: `flowrl serve_reward NAME`
-  convert_sit        turn a checkpoint of SiT's original code into a pipeline folder: `flowrl convert_sit CHECKPOINT OUT`
+  serve_reward       serve a reward over HTTP, at 127.0.0.1:8000 by default, for `RemoteReward`:
+                     `flowrl serve_reward NAME`
+  convert_sit        turn a checkpoint of SiT's original code into a pipeline folder:
+                     `flowrl convert_sit CHECKPOINT OUT`
   convert_image_reward
                      turn the official checkpoint of ImageReward into a folder for the reward `image_reward`:
                      `flowrl convert_image_reward ImageReward.pt`
   env                print the versions and devices that a bug report should have
 
-Every setting is a flag and a key of the YAML file, explained by `flowrl COMMAND --help`. `--accelerate_config ddp` (or a file that
-`accelerate config` wrote) starts one process per device, `--num_processes` as many as it says.
+Every setting is a flag and a key of the YAML file, explained by `flowrl COMMAND --help`. `--accelerate_config ddp` (or
+a file that `accelerate config` wrote) starts one process per device; `--num_processes N` starts N processes.
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns its exit status. A wrong input is answered by one sentence and status 2."""
+    """Run one command and return its exit status; a wrong input gets one sentence and status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    # These are looked for by name, before argparse would take `--config=run.yaml` apart.
-    arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith(LOOKED_FOR) else [a])]
+    # Our code and `TrlParser` look for these flags by name, before argparse splits `--config=run.yaml` at the "=".
+    arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith(READ_HERE) else [a])]
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help"):
         print(USAGE)
@@ -46,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _run(command, rest)
     except (ValueError, TypeError, RuntimeError) as error:
-        # What we raise ourselves is a sentence to the user; anything else is a fault, whose traceback is wanted.
+        # An error that this package raises is a sentence to the user; any other is a fault, and keeps its traceback.
         if not _is_ours(error):
             raise
         print(f"flowrl: {error}", file=sys.stderr)
@@ -54,14 +56,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _is_ours(error: Exception) -> bool:
+    """Whether a `raise` of this package raised the error."""
     where = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(where.filename).is_relative_to(Path(__file__).parent.parent) and (where.line or "").startswith(
-        "raise "
-    )
+    in_package = Path(where.filename).is_relative_to(Path(__file__).parent.parent)
+    return in_package and (where.line or "").startswith("raise ")
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    # Each import takes seconds, so only that of the command is made.
+    # Each import takes seconds, so a command imports its own module alone.
     from .launch import launched, take_launch_arguments
 
     launch, arguments = take_launch_arguments(arguments)

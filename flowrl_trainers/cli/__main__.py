@@ -1,4 +1,4 @@
-"""`python -m flowrl_trainers.cli`: what the launcher starts in every process."""
+"""`python -m flowrl_trainers.cli`: the launcher starts this in every process."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""What a run from the command line is told beside the settings of its trainer."""
+"""The settings of a run from the command line beside those of its trainer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -27,6 +27,11 @@ TRAINERS: dict[str, type[FlowRLTrainer]] = {
 }
 
 
+def as_list(names: list[str] | str) -> list[str]:
+    """A list of names; YAML reads a single name as a string."""
+    return [names] if isinstance(names, str) else names
+
+
 @dataclass
 class RunArguments:
     """Model, prompts, rewards and adapter of a run."""
@@ -39,7 +44,7 @@ class RunArguments:
     )
     dataset_config: str | None = HfArg(default=None, help="The configuration of the data set, where it has several.")
     prompt_column: str = HfArg(default="prompt", help="The column that holds the prompts, such as 'caption'.")
-    train_split: str = HfArg(default="train", help="The split whose prompts are trained on.")
+    train_split: str = HfArg(default="train", help="The split of the training prompts.")
     eval_split: str | None = HfArg(
         default=None,
         help="The split of held-out prompts for evaluation ('held_out' for shapes). Default: no evaluation.",
@@ -62,19 +67,19 @@ class RunArguments:
         default=0.0, help="The dropout on the LoRA's input during updates."
     )
     lora_target_modules: list[str] | None = HfArg(
-        default=None, help="The names of the layers that the LoRA adapts. Default: the family's own."
+        default=None, help="The names of the layers that the LoRA adapts. Default: those of the pipeline's family."
     )
 
     def __post_init__(self) -> None:
-        for name in ("reward_funcs", "eval_reward_funcs", "lora_target_modules"):  # a single name in YAML is a string
-            if isinstance(getattr(self, name), str):
-                setattr(self, name, [getattr(self, name)])
+        self.reward_funcs, self.eval_reward_funcs = as_list(self.reward_funcs), as_list(self.eval_reward_funcs)
+        if self.lora_target_modules is not None:
+            self.lora_target_modules = as_list(self.lora_target_modules)
         check_fields(self)
 
 
 @contextmanager
 def wrong_arguments() -> Iterator[None]:
-    """Raises `ValueError` for whatever `TrlParser` raises inside."""
+    """Turn the errors of `TrlParser` into `ValueError`, which `flowrl` shows as one sentence."""
     try:
         yield
     except IndexError as error:
@@ -85,14 +90,27 @@ def wrong_arguments() -> Iterator[None]:
 
 def parse(
     command: str,
-    make_config: Callable[..., FlowRLConfig],
+    config_class: type[FlowRLConfig],
     arguments: list[str],
     defaults: dict[str, Any],
 ) -> tuple[RunArguments, FlowRLConfig]:
-    """Flags over the YAML file of `--config` over `defaults`. Raises `ValueError` for what neither class knows."""
+    """Read the settings of a run: a flag wins over the YAML file of `--config`, and that over `defaults`.
+
+    Args:
+        command: The name of the command, for its help.
+        config_class: The class of the trainer's settings.
+        arguments: The flags.
+        defaults: Values in place of the defaults of the two classes.
+
+    Returns:
+        The settings of the command line, and those of the trainer.
+
+    Raises:
+        ValueError: If a name is a setting of neither, or a value is not allowed.
+    """
     method = "[--trainer METHOD] " if command == "demo" else ""
     usage = f"flowrl {command} {method}[--config run.yaml] [--field value ...]"
-    parser = TrlParser([RunArguments, make_config], prog=f"flowrl {command}", usage=usage, allow_abbrev=False)
+    parser = TrlParser([RunArguments, config_class], prog=f"flowrl {command}", usage=usage, allow_abbrev=False)
     parser.set_defaults_with_config(**defaults)
     with wrong_arguments():
         run, config, from_file, from_flags = parser.parse_args_and_config(

@@ -1,4 +1,4 @@
-"""`flowrl convert_image_reward CHECKPOINT [OUT]`: the official checkpoint of ImageReward becomes a folder that the reward reads."""
+"""`flowrl convert_image_reward CHECKPOINT [OUT]`: turn ImageReward's official checkpoint into the reward's folder."""
 
 import argparse
 
@@ -7,7 +7,7 @@ from ..rewards.image_reward import FOLDER
 
 
 def convert_image_reward(arguments: list[str]) -> None:
-    """Convert and say how to use it. Raises `ValueError` for what cannot be converted."""
+    """Convert the checkpoint and print how to use it. Raises `ValueError` for a file that cannot be converted."""
     parser = argparse.ArgumentParser(
         "flowrl convert_image_reward", description=__doc__.split(": ", 1)[1], allow_abbrev=False
     )
@@ -16,9 +16,9 @@ def convert_image_reward(arguments: list[str]) -> None:
         "out",
         nargs="?",
         default=FOLDER,
-        help="The folder to write. Default: %(default)s, which the reward reads by name.",
+        help="The folder to write. Default: %(default)s, where the name `image_reward` looks for it.",
     )
-    told = parser.parse_args(arguments)
-    model = convert_checkpoint(told.checkpoint, told.out)
-    use = "the name `image_reward` in this folder" if told.out == FOLDER else f'`ImageReward("{told.out}")`'
-    print(f"{told.out}/: ImageReward of {model.num_parameters() / 1e6:.0f} million parameters.\nUse it by {use}.")
+    args = parser.parse_args(arguments)
+    model = convert_checkpoint(args.checkpoint, args.out)
+    use = "the name `image_reward` in this folder" if args.out == FOLDER else f'`ImageReward("{args.out}")`'
+    print(f"{args.out}/: ImageReward of {model.num_parameters() / 1e6:.0f} million parameters.\nUse it by {use}.")

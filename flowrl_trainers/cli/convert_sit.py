@@ -1,4 +1,4 @@
-"""`flowrl convert_sit CHECKPOINT OUT`: a checkpoint of SiT's original code becomes a pipeline folder."""
+"""`flowrl convert_sit CHECKPOINT OUT`: turn a checkpoint of SiT's original code into a pipeline folder."""
 
 import argparse
 from pathlib import Path
@@ -7,16 +7,17 @@ from ..sit.convert import VAE, convert_checkpoint
 
 
 def convert_sit(arguments: list[str]) -> None:
-    """Convert and say what was found. Raises `ValueError` for what cannot be converted."""
-    told = _parser().parse_args(arguments)
-    names = _lines(told.class_names) if told.class_names is not None else None
-    pipeline = convert_checkpoint(told.checkpoint, told.out, told.vae, names, told.num_attention_heads)
+    """Convert the checkpoint and print its sizes. Raises `ValueError` for a file that cannot be converted."""
+    args = _parser().parse_args(arguments)
+    names = _lines(args.class_names) if args.class_names is not None else None
+    pipeline = convert_checkpoint(args.checkpoint, args.out, args.vae, names, args.num_attention_heads)
     config = pipeline.transformer.config
+    width = config.num_attention_heads * config.attention_head_dim
     size = config.sample_size * pipeline.vae_scale_factor
     print(
-        f"{told.out}/: SiT of {config.num_layers} blocks, width {config.num_attention_heads * config.attention_head_dim}, "
+        f"{args.out}/: SiT of {config.num_layers} blocks, width {width}, "
         f"patches of {config.patch_size}, {config.num_classes} classes, pictures of {size} x {size} pixels.\n"
-        f'Load it by `FlowPipeline.from_pretrained("{told.out}")` or `SiTPipeline.from_pretrained("{told.out}")`.'
+        f'Load it by `FlowPipeline.from_pretrained("{args.out}")` or `SiTPipeline.from_pretrained("{args.out}")`.'
     )
 
 
@@ -24,18 +25,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("flowrl convert_sit", description=__doc__.split(": ", 1)[1], allow_abbrev=False)
     parser.add_argument(
         "checkpoint",
-        help="A `.pt` or `.safetensors` file of github.com/willisma/SiT: a state dict, or what training saved.",
+        help="A `.pt` or `.safetensors` file of github.com/willisma/SiT: a state dict or a training checkpoint.",
     )
     parser.add_argument("out", help="The folder to write.")
     parser.add_argument("--vae", default=VAE, help="The autoencoder, a folder or a Hub id. Default: %(default)s.")
     parser.add_argument(
         "--class_names",
-        help="A text file with the name of a class on each line, by number. Default: classes have numbers.",
+        help="A text file with the name of a class on each line, by number. Default: numbers are the names.",
     )
     parser.add_argument(
         "--num_attention_heads",
         type=int,
-        help="Needed only where the width is none of the official sizes S, B, L and XL.",
+        help="The attention heads; needed only if the width is none of the official sizes S, B, L and XL.",
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""`flowrl demo`: tune the embedded pipeline and show what it brought."""
+"""`flowrl demo`: tune the embedded pipeline, and show the pictures before and after."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "max_steps": 40,
         "per_device_train_batch_size": 24,
         "value_network_learning_rate": 1e-4,
-        "finite_difference_step": 0.05,  # with the default of 0.01 the value network does not settle here; see docs/vgg_flow.md
+        "finite_difference_step": 0.05,  # with the default, the value network does not settle; see docs/vgg_flow.md
         "eta_schedule": "linear",
         "control_to_velocity_ratio": 1.0,
     },
@@ -74,16 +74,19 @@ SHOWN = 8
 
 
 def demo(arguments: list[str]) -> None:
-    """Tune, evaluate with and without the adapter, print the table, write the files. Raises `ValueError` for wrong arguments."""
+    """Tune, evaluate with and without the adapter, print the table and write the files.
+
+    Raises `ValueError` if an argument is unknown or wrong.
+    """
     method, arguments = _take_method(arguments)
-    told, config = parse("demo", TRAINERS[method].config_class, arguments, SHARED | METHODS[method])
-    trainer = make_trainer(method, told, config)
+    args, config = parse("demo", TRAINERS[method].config_class, arguments, SHARED | METHODS[method])
+    trainer = make_trainer(method, args, config)
     held_out = list(prompts("held_out")["prompt"])
     trainer.train()
     trainer.save_model(_internal_call=True)  # before anything else can fail
     trainer.evaluate(Dataset.from_dict({"prompt": held_out * PICTURES_PER_PROMPT}))
     if trainer.is_world_process_zero():
-        folder = Path(config.output_dir)
+        folder = trainer.run_folder.path
         _draw_before_after(trainer, folder)
         _draw_reward_curve(trainer, folder)
         print(_table(trainer, len(held_out) * PICTURES_PER_PROMPT))
@@ -92,6 +95,7 @@ def demo(arguments: list[str]) -> None:
 
 
 def _take_method(arguments: list[str]) -> tuple[str, list[str]]:
+    """Split `--trainer METHOD` off the arguments."""
     if "--trainer" not in arguments:
         return "adjoint_matching", arguments
     at = arguments.index("--trainer")
@@ -102,10 +106,9 @@ def _take_method(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def _table(trainer: FlowRLTrainer, pictures: int) -> str:
-    shown = [
-        f"reward/{r.name}" for r in [*trainer.rewards, *trainer.eval_rewards] if r.name != "checker"
-    ]  # which has a column of its own
-    names = [name for name in trainer.rows["base"] if name in (*shown, "checker_accuracy", "diversity")]
+    # The checker has the column `checker_accuracy`.
+    rewards = [f"reward/{r.name}" for r in [*trainer.rewards, *trainer.eval_rewards] if r.name != "checker"]
+    names = [name for name in trainer.rows["base"] if name in (*rewards, "checker_accuracy", "diversity")]
     scale = trainer.args.guidance_scale
     sampling = "no guidance" if scale is not None and scale <= 1 else f"guidance scale {scale}"
     lines = ["", f"{pictures} pictures of held-out prompts, same seeds, {sampling}", ""]
@@ -121,7 +124,7 @@ def _table(trainer: FlowRLTrainer, pictures: int) -> str:
 
 
 def _draw_before_after(trainer: FlowRLTrainer, folder: Path) -> None:
-    """Evenly spaced held-out prompts, chosen before anyone saw them; beside the sheet, what a redrawing needs."""
+    """Draw evenly spaced held-out prompts, and write their seeds and boxes too, from which they can be redrawn."""
     base, tuned = trainer.pictures(prompts("held_out"), SHOWN)
     sheet, boxes = sheet_of({"base": base, "tuned": tuned})
     sheet.save(folder / "before_after.png")
@@ -130,7 +133,7 @@ def _draw_before_after(trainer: FlowRLTrainer, folder: Path) -> None:
 
 
 def _draw_reward_curve(trainer: FlowRLTrainer, folder: Path) -> None:
-    """The mean reward of every rollout, and what evaluation found of base and tuned."""
+    """Draw the mean reward of every rollout, and the rewards of base and tuned model in the evaluation."""
     name = f"reward/{trainer.rewards[0].name}"
     points = [(row["step"], row[name]) for row in trainer.state.log_history if name in row]
     figure = Figure(figsize=(7, 4), layout="constrained")

@@ -6,12 +6,13 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 PACKAGES = (
-    "flowrl-trainers", "torch", "trl", "diffusers", "transformers", "accelerate", "peft", "datasets", "huggingface_hub", "evaluate",
+    "flowrl-trainers", "torch", "trl", "diffusers", "transformers", "accelerate", "peft", "datasets",
+    "huggingface_hub", "evaluate",
 )  # fmt: skip
 
 
 def print_environment() -> None:
-    """Versions and devices, one a line."""
+    """Print the versions of the packages and the devices, one per line."""
     print(f"Python: {platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
         try:

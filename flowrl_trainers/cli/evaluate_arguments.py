@@ -1,13 +1,17 @@
-"""What `flowrl evaluate` is told."""
+"""The settings of `flowrl evaluate`."""
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from transformers.hf_argparser import HfArg
+
+from ..trainers.config_checks import Range, check_fields
+from .arguments import as_list
 
 
 @dataclass
 class EvaluateArguments:
-    """What `flowrl evaluate` is told."""
+    """Model, adapters, rewards, prompts and sampling of an evaluation."""
 
     model: str = HfArg(
         help="The base pipeline: a Hub id, a folder, or 'shapes' for the small one that ships with the package."
@@ -22,25 +26,37 @@ class EvaluateArguments:
         default_factory=list,
         help="Those of the rewards that the adapters were trained on, to tell a hacked one. Default: none.",
     )
-    pictures_per_prompt: int = HfArg(default=4, help="The pictures of each prompt; diversity needs two.")
-    num_inference_steps: int = HfArg(default=20, help="The number of sampler steps.")
-    guidance_scale: float | None = HfArg(
+    pictures_per_prompt: Annotated[int, Range(at_least=1)] = HfArg(
+        default=4, help="The pictures of each prompt; diversity needs two."
+    )
+    num_inference_steps: Annotated[int, Range(at_least=1)] = HfArg(default=20, help="The number of sampler steps.")
+    guidance_scale: Annotated[float, Range(at_least=0)] | None = HfArg(
         default=None, help="The guidance scale; 1 is off, 0 for Z-Image. Default: the pipeline's own."
     )
     negative_prompt: str | None = HfArg(
         default=None, help="What guidance leads away from. Default: the pipeline's own."
     )
-    height: int | None = HfArg(default=None, help="The height of pictures in pixels. Default: the pipeline's own.")
-    width: int | None = HfArg(default=None, help="The width of pictures in pixels. Default: the pipeline's own.")
-    max_sequence_length: int | None = HfArg(
+    height: Annotated[int, Range(at_least=1)] | None = HfArg(
+        default=None, help="The height of pictures in pixels. Default: the pipeline's own."
+    )
+    width: Annotated[int, Range(at_least=1)] | None = HfArg(
+        default=None, help="The width of pictures in pixels. Default: the pipeline's own."
+    )
+    max_sequence_length: Annotated[int, Range(at_least=1)] | None = HfArg(
         default=None, help="The number of prompt tokens. Default: the pipeline's own."
     )
-    dtype: str = HfArg(default="float32", help="The precision of the networks: float32, bfloat16 or float16.")
+    dtype: Literal["float32", "bfloat16", "float16"] = HfArg(
+        default="float32", help="The precision of the networks: float32, bfloat16 or float16."
+    )
     use_cpu: bool = HfArg(default=False, help="Whether to draw on the CPU where there is a GPU as well.")
-    batch_size: int = HfArg(default=16, help="The pictures drawn at a time.")
-    decode_batch_size: int | None = HfArg(
+    batch_size: Annotated[int, Range(at_least=1)] = HfArg(default=16, help="The pictures drawn at a time.")
+    decode_batch_size: Annotated[int, Range(at_least=1)] | None = HfArg(
         default=None,
         help="The pictures decoded and scored at a time. Default: `batch_size`, decoded a megapixel at a time.",
     )
-    seed: int = HfArg(default=42, help="The seed of all pictures; 42 is that of a run's own evaluation.")
+    seed: int = HfArg(default=42, help="The seed of all pictures. Default: the one of a run's evaluation.")
     out: str = HfArg(default="flowrl-evaluation", help="The folder for table.md, table.json and pictures.png.")
+
+    def __post_init__(self) -> None:
+        self.adapter, self.rewards, self.trained = as_list(self.adapter), as_list(self.rewards), as_list(self.trained)
+        check_fields(self)

@@ -4,16 +4,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Without these, accelerate asks for its own configuration file or takes what it finds there.
+# Without these, accelerate reads its configuration file, or asks for one.
 DDP = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
 def take_launch_arguments(arguments: list[str]) -> tuple[list[str] | None, list[str]]:
-    """Split off `--accelerate_config NAME_OR_FILE` and `--num_processes N`: launcher arguments (None without the former), the rest.
+    """Split `--accelerate_config NAME_OR_FILE` and `--num_processes N` off the arguments of a command.
 
-    Raises `ValueError` for a name that is neither "ddp" nor a file, and for processes without a configuration.
+    Returns:
+        The arguments of `accelerate launch`, None if neither flag is there; and the other arguments of the command.
+
+    Raises:
+        ValueError: If the name is neither "ddp" nor a file, or if `--num_processes` comes alone.
     """
-    rest, taken = [], {}
+    rest: list[str] = []
+    taken: dict[str, str] = {}
     names = iter(arguments)
     for name in names:
         if name in ("--accelerate_config", "--num_processes"):
@@ -37,6 +42,6 @@ def take_launch_arguments(arguments: list[str]) -> tuple[list[str] | None, list[
 
 
 def launched(launcher: list[str], command: list[str]) -> int:
-    """Run a command of ours in the processes that the launcher starts; returns the exit status."""
+    """Run a command of `flowrl` in the processes that the launcher starts, and return the exit status."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", "flowrl_trainers.cli", *command]
     return subprocess.run(launch).returncode

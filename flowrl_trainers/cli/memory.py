@@ -1,4 +1,4 @@
-"""A setting of the C library that makes training on a CPU about twice as fast."""
+"""Settings of the C library that make training on a CPU about twice as fast."""
 
 import ctypes
 import platform
@@ -8,10 +8,10 @@ LARGEST = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep big freed blocks for the next step, rather than give them back to the system and ask for them again.
+    """Let glibc keep large freed blocks for the next step instead of giving them back to the system each time.
 
-    The same as MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_ in the environment; does nothing where the C
-    library is another one.
+    This does what MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_ do in the environment. With
+    another C library it does nothing.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -1,25 +1,19 @@
-"""Less noise at the start."""
+"""Fewer messages at the start of a command."""
 
 import logging
 import os
 
+LIBRARIES = (
+    "httpx2", "datasets", "diffusers", "accelerate", "torch", "filelock", "fsspec", "matplotlib", "PIL",
+)  # fmt: skip
+
 
 def hush() -> None:
-    """Silence what the libraries say at import about optional packages that nothing here needs; keep warnings of a run.
+    """Silence the libraries' messages about optional packages that nothing here needs, and keep warnings of a run.
 
-    transformers reads its verbosity when it is imported, so this comes before.
+    Call this before the first import of transformers, which reads its verbosity then.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for library in (
-        "httpx2",
-        "datasets",
-        "diffusers",
-        "accelerate",
-        "torch",
-        "filelock",
-        "fsspec",
-        "matplotlib",
-        "PIL",
-    ):
+    for library in LIBRARIES:
         logging.getLogger(library).setLevel(logging.WARNING)

@@ -21,9 +21,17 @@ EMBEDDED = ("shapes", SHAPES)
 
 
 def run(method: str, arguments: list[str]) -> None:
-    """Train, evaluate where there are held-out prompts, save, and push if asked. Raises `ValueError` for wrong arguments."""
-    told, config = parse(method, TRAINERS[method].config_class, arguments, {})
-    trainer = make_trainer(method, told, config)
+    """Train, evaluate if there are held-out prompts, save, and push if `push_to_hub` is set.
+
+    Args:
+        method: A key of `TRAINERS`.
+        arguments: The flags of the command.
+
+    Raises:
+        ValueError: If a setting is unknown or wrong.
+    """
+    args, config = parse(method, TRAINERS[method].config_class, arguments, {})
+    trainer = make_trainer(method, args, config)
     resume = config.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
     trainer.save_model(_internal_call=True)  # before anything else can fail
@@ -32,42 +40,50 @@ def run(method: str, arguments: list[str]) -> None:
     trainer.save_model()
 
 
-def make_trainer(method: str, told: RunArguments, config: FlowRLConfig) -> FlowRLTrainer:
-    """The trainer that the arguments describe."""
-    if not told.reward_funcs:
+def make_trainer(method: str, args: RunArguments, config: FlowRLConfig) -> FlowRLTrainer:
+    """The trainer that the settings describe.
+
+    Args:
+        method: A key of `TRAINERS`.
+        args: The settings of the command line.
+        config: The settings of the trainer.
+    """
+    if not args.reward_funcs:
         raise ValueError("`reward_funcs` is empty: name at least one reward.")
-    rewards, judges = ([named_reward(name) for name in names] for names in (told.reward_funcs, told.eval_reward_funcs))
+    rewards, judges = ([named_reward(name) for name in names] for names in (args.reward_funcs, args.eval_reward_funcs))
     lora = LoraConfig(
-        r=told.lora_r,
-        lora_alpha=told.lora_alpha,
-        lora_dropout=told.lora_dropout,
-        target_modules=told.lora_target_modules,
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.lora_target_modules,
     )
+
+    def prompts_of(split: str) -> Dataset:
+        return load_prompts(args.dataset, args.dataset_config, split, args.prompt_column)
+
     trainer = TRAINERS[method](
-        model=load_pipeline() if told.model in EMBEDDED else told.model,
+        model=load_pipeline() if args.model in EMBEDDED else args.model,
         reward_funcs=rewards,
         args=config,
-        train_dataset=load_prompts(told.dataset, told.dataset_config, told.train_split, told.prompt_column),
-        eval_dataset=load_prompts(told.dataset, told.dataset_config, told.eval_split, told.prompt_column)
-        if told.eval_split
-        else None,
+        train_dataset=prompts_of(args.train_split),
+        eval_dataset=prompts_of(args.eval_split) if args.eval_split else None,
         eval_reward_funcs=judges or None,
-        peft_config=lora if told.lora_r else None,
+        peft_config=lora if args.lora_r else None,
     )
-    # So that config.yaml can be run again: the trainer knows neither the data set nor the module of a reward.
-    trainer.settings |= {name: value for name, value in vars(told).items() if value is not None}
-    if told.dataset != "shapes" and not Path(told.dataset).exists():
-        trainer.told_for_card["dataset"] = told.dataset
+    # For config.yaml, which can be run again: the trainer knows neither the data set nor the module of a reward.
+    trainer.settings |= {name: value for name, value in vars(args).items() if value is not None}
+    if args.dataset != "shapes" and not Path(args.dataset).exists():
+        trainer.told_for_card["dataset"] = args.dataset
     return trainer
 
 
 def load_model(name: str, dtype: torch.dtype) -> DiffusionPipeline:
-    """The pipeline of a Hub id or folder, or the embedded one. Raises `ValueError` for what is none."""
+    """The pipeline of a Hub id or folder, or the embedded one. Raises `ValueError` if there is no pipeline."""
     return load_pipeline() if name in EMBEDDED else families.load(name, dtype, {})
 
 
 def named_reward(name: str) -> RewardLike:
-    """A name as it is; what has a dot as the function that it names."""
+    """The function that a dotted name such as `module.function` names; any other name unchanged."""
     if "." not in name:
         return name
     module, function = name.rsplit(".", 1)
@@ -79,15 +95,26 @@ def named_reward(name: str) -> RewardLike:
 
 
 def load_prompts(name: str, config: str | None, split: str, column: str) -> Dataset:
-    """The prompts of one split; its `column` is called 'prompt' afterwards, in place of one that is."""
+    """The prompts of one split, in the column 'prompt'.
+
+    Args:
+        name: A data set of the Hub, a folder, or 'shapes'.
+        config: The configuration of the data set, where it has several.
+        split: The split.
+        column: The column that holds the prompts. It is renamed to 'prompt', and replaces a column of that name.
+
+    Raises:
+        ValueError: If the data set cannot be loaded, or has no such split or column.
+    """
     if name != "shapes":
         try:
             dataset = load_dataset(name, config, split=split)
         except (OSError, ValueError, DatasetsError) as error:
             raise ValueError(f"The prompts {name!r}, split {split!r}, cannot be loaded: {error}") from error
         if column not in dataset.column_names:
+            columns = ", ".join(dataset.column_names)
             raise ValueError(
-                f"`prompt_column` is {column!r}, but the columns are {', '.join(dataset.column_names)}: name the one with prompts."
+                f"`prompt_column` is {column!r}, but the columns are {columns}: name the one with prompts."
             )
         if column == "prompt":
             return dataset

@@ -1,4 +1,4 @@
-"""`flowrl serve_reward NAME`: a reward behind HTTP, for `RemoteReward`."""
+"""`flowrl serve_reward NAME`: serve a reward over HTTP, for `RemoteReward`."""
 
 import argparse
 import ipaddress
@@ -10,11 +10,16 @@ from ..rewards import as_rewards
 from .run import named_reward
 
 KEEP_ALIVE = 5  # seconds that a connection may idle
-MAX_CONNECTIONS = 64  # beyond which uvicorn answers 503, which RemoteReward waits through
+MAX_CONNECTIONS = 64  # uvicorn answers 503 to further ones, and RemoteReward tries again
 
 
 def serve_reward(arguments: list[str]) -> None:
-    """Load a reward and serve it until interrupted. Raises `ValueError` for wrong arguments, `RuntimeError` where starlette is missing."""
+    """Load a reward and serve it until interrupted.
+
+    Raises:
+        ValueError: If an argument is wrong.
+        RuntimeError: If starlette or uvicorn is not installed.
+    """
     try:
         import uvicorn
 
@@ -52,22 +57,22 @@ def serve_reward(arguments: list[str]) -> None:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where the reward computes."
     )
-    told = parser.parse_args(arguments)
-    limits = Limits(told.max_pixels, told.max_batch, told.max_bytes)
-    if not 0 <= told.port <= 65535:
-        raise ValueError(f"`port` ({told.port}) must be between 0 and 65535.")
-    if not _is_loopback(told.host):
+    args = parser.parse_args(arguments)
+    limits = Limits(args.max_pixels, args.max_batch, args.max_bytes)
+    if not 0 <= args.port <= 65535:
+        raise ValueError(f"`port` ({args.port}) must be between 0 and 65535.")
+    if not _is_loopback(args.host):
         print(
-            f"flowrl: {told.host} is not loopback, and whoever reaches it may use the reward, as there is no authentication: let only a "
-            "trusted network reach it, or stay on 127.0.0.1 and tunnel by ssh.",
+            f"flowrl: {args.host} is not loopback, and whoever reaches it may use the reward, as there is no "
+            "authentication: let only a trusted network reach it, or stay on 127.0.0.1 and tunnel by ssh.",
             file=sys.stderr,
         )
-    (reward,) = as_rewards(named_reward(told.NAME), "NAME")
-    app = reward_app(reward, limits, torch.device(told.device))
-    # The access log would be a line per request; the line that names the address stays.
+    (reward,) = as_rewards(named_reward(args.NAME), "NAME")
+    app = reward_app(reward, limits, torch.device(args.device))
+    # The access log would print a line per request; uvicorn still prints the address.
     uvicorn.run(
-        app, host=told.host, port=told.port, access_log=False, limit_concurrency=MAX_CONNECTIONS, timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=KEEP_ALIVE,
+        app, host=args.host, port=args.port, access_log=False, limit_concurrency=MAX_CONNECTIONS,
+        timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=KEEP_ALIVE,
     )  # fmt: skip
 
 

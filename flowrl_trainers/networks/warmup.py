@@ -1,17 +1,17 @@
-"""`Warmup`: how long a network learns alone before others learn from it."""
+"""`Warmup`: how long the critic learns alone before the model learns from it."""
 
 import math
 from typing import Any
 
-RISE = 0.01  # of the explained variance: what counts as rising
+RISE = 0.01  # the explained variance rises if it exceeds its best value so far by this
 PATIENCE = 3  # rollouts without a rise
 
 
 class Warmup:
-    """Ends where the network's explained variance on rollouts that it has not seen no longer rises, or after so many rollouts.
+    """Ends once the network's explained variance on unseen rollouts stops rising, or after `most_rollouts` rollouts.
 
     Args:
-        most_rollouts: the most that it lasts; 0 for no warm-up.
+        most_rollouts: The most rollouts that the warm-up lasts; 0 for no warm-up.
     """
 
     def __init__(self, most_rollouts: int) -> None:
@@ -20,14 +20,16 @@ class Warmup:
         self.rollouts, self.best, self.without_rise = 0, -math.inf, 0
 
     def observe(self, explained_variance: float | None) -> None:
-        """Judge the network on one more rollout.
+        """Judge the network on one more rollout, and end the warm-up if it is time.
 
-        explained_variance: the mean over noise levels; None where all rewards were equal, which tells nothing of the network.
+        Args:
+            explained_variance: The mean over noise levels; None if all rewards were equal, which says nothing about
+                the network.
         """
         if explained_variance is not None:
             rose = explained_variance > self.best + RISE
             self.best = max(explained_variance, self.best)
-            # A network that explains nothing yet has not stopped rising: it has not begun.
+            # A network that explains nothing yet has not stopped rising: it has not begun to learn.
             self.without_rise = 0 if rose or self.best <= RISE else self.without_rise + 1
         if not self.running:
             return
@@ -37,7 +39,7 @@ class Warmup:
             self.rollouts += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """How far it has come."""
+        """The progress of the warm-up, for a checkpoint."""
         return {
             "running": self.running,
             "rollouts": self.rollouts,
@@ -46,6 +48,6 @@ class Warmup:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Continue from a `state_dict`."""
         self.running, self.rollouts = state["running"], state["rollouts"]
         self.best, self.without_rise = state["best"], state["without_rise"]

@@ -69,8 +69,8 @@ class ACFlowConfig(FlowRLConfig):
     )
     critic: Literal["default", "none"] = HfArg(
         default="default",
-        help="'default' is a small network sized by the latent, 'none' takes its value as zero. Your own module goes "
-        "to the trainer.",
+        help="'default' is a small network sized by the latent; with 'none' every value is zero. Pass a module of "
+        "your own to the trainer.",
     )
     critic_steps: Annotated[int, Range(at_least=1)] = HfArg(
         default=4, help="The updates of the critic per rollout, each on all of its images."
@@ -80,9 +80,9 @@ class ACFlowConfig(FlowRLConfig):
     )
     critic_warmup_max_steps: Annotated[int, Range(at_least=0)] = HfArg(
         default=20,
-        help="The most rollouts during which the critic learns alone, from the base model's images. It ends before, "
-        "once its explained variance on images that it has not seen rises no more; 0 for none. All updates of these "
-        "rollouts count.",
+        help="The most rollouts during which the critic learns alone, from the base model's images; 0 for no warm-up. "
+        "It ends earlier if the critic's explained variance on unseen images stops rising. The updates of these "
+        "rollouts count as updates of the run.",
     )
 
     def __post_init__(self) -> None:

@@ -56,8 +56,8 @@ class AdjointMatchingConfig(RewardGradientConfig):
     )
     control_cost_order: ControlCostOrder = HfArg(
         default="2",
-        help="The power of the control's root mean square that is paid for: 2, the quadratic cost; 4, which "
-        "compresses large adjoints; or their sum. Our reconstruction of the polynomial costs of arXiv 2605.06583.",
+        help="The power of the control's root mean square in its cost: 2, the quadratic cost; 4, which compresses "
+        "large adjoints; or 2+4, their sum. Our reconstruction of the polynomial costs of arXiv 2605.06583.",
     )
     control_cost_weight: Annotated[float, Range(at_least=0)] = HfArg(
         default=1.0,
@@ -65,8 +65,7 @@ class AdjointMatchingConfig(RewardGradientConfig):
     )
 
     def __post_init__(self) -> None:
-        # YAML reads 2 as a number.
-        self.control_cost_order = str(self.control_cost_order)
+        self.control_cost_order = str(self.control_cost_order)  # YAML reads 2 as a number
         super().__post_init__()
         if self.adjoint_steps > self.num_inference_steps:
             raise ValueError(

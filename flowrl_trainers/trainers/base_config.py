@@ -122,7 +122,7 @@ class FlowRLConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         weights: Any = self.reward_weights
-        if weights is not None:  # YAML has a single number as a number, and 1e-2 in a list as a string
+        if weights is not None:  # YAML reads one weight as a number, and 1e-2 in a list as a string
             try:
                 listed = weights if isinstance(weights, (list, tuple)) else [weights]
                 self.reward_weights = [float(weight) for weight in listed]
@@ -138,7 +138,7 @@ class FlowRLConfig(TrainingArguments):
                 "evaluate."
             )
         if self.greater_is_better is None and "reward/" in (self.metric_for_best_model or ""):
-            self.greater_is_better = True  # also of a reward whose name ends in "loss"
+            self.greater_is_better = True  # Trainer would take False if the reward's name ends in "loss"
         super().__post_init__()
         for tracker in self.report_to or []:
             if tracker not in (known := get_available_reporting_integrations()):

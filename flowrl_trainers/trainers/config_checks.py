@@ -35,7 +35,7 @@ class Range:
         return " and ".join(f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound))
 
 
-# Settings of `transformers.TrainingArguments` whose annotations there say less, or other, than what works here.
+# Settings of `transformers.TrainingArguments` whose annotations there allow values that do not work here.
 INHERITED: dict[str, Any] = {
     "output_dir": str | PathLike | None,
     "resume_from_checkpoint": str | PathLike | bool | None,
@@ -43,16 +43,16 @@ INHERITED: dict[str, Any] = {
     "per_device_eval_batch_size": Annotated[int, Range(at_least=1)],
     "gradient_accumulation_steps": Annotated[int, Range(at_least=1)],
     "num_train_epochs": Annotated[float, Range(above=0)],
-    "max_steps": Annotated[int, Range(at_least=-1)],  # 0 is refused beside it
+    "max_steps": Annotated[int, Range(at_least=-1)],  # `FlowRLConfig` refuses 0 as well
     "learning_rate": Annotated[float, Range(at_least=0)],
     "warmup_steps": Annotated[float, Range(at_least=0)],
     "weight_decay": Annotated[float, Range(at_least=0)],
     "adam_beta1": Annotated[float, Range(at_least=0, below=1)],
     "adam_beta2": Annotated[float, Range(at_least=0, below=1)],
-    "adam_epsilon": Annotated[float, Range(above=0)],  # with 0, a LoRA's first gradients of zero give 0 / 0
+    "adam_epsilon": Annotated[float, Range(above=0)],  # 0 gives 0 / 0 where a new LoRA's gradients are zero
     "max_grad_norm": Annotated[float, Range(at_least=0)],
     "logging_steps": Annotated[float, Range(above=0)],
-    "save_steps": Annotated[float, Range(at_least=0)],  # 0: at the end alone
+    "save_steps": Annotated[float, Range(at_least=0)],  # 0 saves at the end alone
     "save_total_limit": Annotated[int, Range(at_least=1)] | None,
     "eval_steps": Annotated[float, Range(at_least=0)] | None,
     "eval_delay": Annotated[float, Range(at_least=0)],
@@ -73,8 +73,8 @@ _NO_TOKENS = "it has no effect here, as images are counted and not tokens"
 _NO_METRICS = "it has no effect here, as evaluations draw pictures and take no `compute_metrics`"
 _LANGUAGE = "it is made for language models, and the network is none"
 
-# Settings of `transformers.TrainingArguments` with the values that they may have here, the first of which the sentence
-# names, and the reason why they may have no other.
+# Settings of `transformers.TrainingArguments`, the values that they may have here, and why they may have no other. The
+# sentence that refuses another value names the first one.
 UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "remove_unused_columns": ((False, None), "the other columns of the dataset are passed to the rewards"),
     "ignore_data_skip": ((False,), "a resumed run goes on with the prompts where it stopped"),
@@ -122,7 +122,7 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def refuse_unsupported(config: Any) -> None:
-    """Raises `ValueError` for a setting of `UNSUPPORTED` that has another value."""
+    """Raises `ValueError` if a setting of `UNSUPPORTED` has a value that is not listed there."""
     for name in [f.name for f in fields(config) if f.name in UNSUPPORTED]:
         allowed, reason = UNSUPPORTED[name]
         value = getattr(config, name)
@@ -142,7 +142,7 @@ def check_fields(config: Any) -> None:
 
 @cache
 def rules(config_class: type) -> dict[str, Any]:
-    """The annotations by which `check_fields` checks a dataclass, without those settings that allow one value."""
+    """The annotations by which `check_fields` checks a dataclass; `refuse_unsupported` checks the other settings."""
     hints = get_type_hints(config_class, include_extras=True) | INHERITED
     for field in fields(config_class):
         if "choices" in field.metadata:  # how transformers declares them
@@ -152,7 +152,7 @@ def rules(config_class: type) -> dict[str, Any]:
 
 
 def alternatives(annotation: Any) -> tuple[Any, ...]:
-    """The parts of a union, or the annotation alone. In `SchedulerType | str` the enumeration says which strings."""
+    """The parts of a union, or the annotation alone; without `str` where an enumeration lists the strings."""
     parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     has_enumeration = any(isinstance(part, EnumMeta) for part in parts)
     return tuple(part for part in parts if not (has_enumeration and part is str))
@@ -166,7 +166,7 @@ def choices_of(part: Any) -> tuple[Any, ...]:
 
 
 def fits(value: Any, annotation: Any) -> bool:
-    """Whether a value is one that an annotation allows. Annotations that name no class allow everything."""
+    """Whether an annotation allows a value. An annotation that names no class allows every value."""
     return any(_fits_part(value, part) for part in alternatives(annotation))
 
 
@@ -188,7 +188,7 @@ def _fits_part(value: Any, part: Any) -> bool:
 
 
 def complaint(value: Any, annotation: Any) -> str:
-    """What is wrong with a value that does not fit, and which values would: the sentence after the setting's name."""
+    """The sentence after a setting's name: the value that does not fit, and the values that do."""
     parts = alternatives(annotation)
     for part in parts:
         if get_origin(part) is Annotated and fits(value, get_args(part)[0]):
@@ -232,6 +232,6 @@ def either(choices: list[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as a sentence shows it; a network or another long one by its class alone."""
+    """A value as a sentence shows it; a value with a long text, such as a network, is shown by its class."""
     text = repr(value)
     return text if len(text) <= 80 and "\n" not in text else f"a {type(value).__name__}"

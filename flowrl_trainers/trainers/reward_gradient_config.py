@@ -11,7 +11,7 @@ from .config_checks import Range
 
 @dataclass
 class RewardGradientConfig(FlowRLConfig):
-    r"""Settings that trainers share which differentiate the reward, beside those of `FlowRLConfig`."""
+    r"""Settings shared by the trainers that differentiate the reward, beside those of `FlowRLConfig`."""
 
     reward_scale: Annotated[float, Range(above=0)] | None = HfArg(
         default=None,

@@ -30,11 +30,11 @@ class TAFSGRPOConfig(FlowRLConfig):
     )
     ode_num_inference_steps: Annotated[int, Range(at_least=1)] = HfArg(
         default=20,
-        help="The number of steps of the ODE whose row every evaluation reports beside that of the own sampler.",
+        help="The number of steps of the ODE. Every evaluation reports its row beside the row of the trained sampler.",
     )
     kernel: Literal["renoise", "flow_grpo"] = HfArg(
         default="renoise",
-        help="How a step draws noise: 'renoise' keeps the noise level that the model is told, 'flow_grpo' is the "
+        help="How a step draws noise: 'renoise' keeps the noise level that the model is given, 'flow_grpo' is the "
         "Euler-Maruyama step of Flow-GRPO.",
     )
     eta: Annotated[float, Range(above=0)] = HfArg(

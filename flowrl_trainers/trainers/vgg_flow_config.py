@@ -34,7 +34,7 @@ class VGGFlowConfig(RewardGradientConfig):
     value_network: Literal["unet", "none"] = HfArg(
         default="unet",
         help="The network of the residual of the value gradient: 'unet', sized by the latent (an MLP for vectors), "
-        "or 'none', which trusts the scaled reward gradient alone. A module of your own is passed to the trainer.",
+        "or 'none', which trusts the scaled reward gradient alone. Pass a module of your own to the trainer.",
     )
     value_network_learning_rate: Annotated[float, Range(above=0)] | None = HfArg(
         default=None, help="The learning rate of the value network. Default: `learning_rate`, as in the paper."
@@ -58,7 +58,7 @@ class VGGFlowConfig(RewardGradientConfig):
                 f"`timestep_bins` ({self.timestep_bins}) must be between 1 and `num_inference_steps` - 1 "
                 f"({self.num_inference_steps - 1})."
             )
-        if self.ddp_find_unused_parameters is not False:  # None too, of which Trainer makes True
+        if self.ddp_find_unused_parameters is not False:  # Trainer makes True of None
             raise ValueError(
                 "`ddp_find_unused_parameters` must be False: with a value network the model is called twice before "
                 "each backward pass."
