@@ -15,6 +15,7 @@ from flowrl_trainers import FlowPipeline
 
 from .helpers import seeds
 from .tiny import tiny_sd3
+from .tolerances import assert_same_pictures
 
 PROMPTS = ["a red circle", "a green square and a blue triangle"]
 
@@ -36,22 +37,21 @@ def test_parity_with_the_stock_pipeline(scheduler, guidance_scale, size, steps):
     ours, stock = flow.sample(PROMPTS, steps, generator=seeds(2)), stock_pictures(pipeline, steps, **settings)
     assert ours.shape == (2, 3, size["height"], size["width"])
     assert stock.std() > 0.05  # there is something to compare
-    torch.testing.assert_close(ours, stock, atol=1e-4, rtol=0)
+    assert_same_pictures(ours, stock, flow, steps)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.0])
 def test_parity_of_the_shipped_pipeline(shared_shapes, guidance_scale):
     settings = {"guidance_scale": guidance_scale, "max_sequence_length": 8}
     flow = FlowPipeline.from_pipeline(shared_shapes, **settings)
-    torch.testing.assert_close(
-        flow.sample(PROMPTS, 20, generator=seeds(2)), stock_pictures(shared_shapes, 20, **settings), atol=1e-4, rtol=0
-    )
+    ours = flow.sample(PROMPTS, 20, generator=seeds(2))
+    assert_same_pictures(ours, stock_pictures(shared_shapes, 20, **settings), flow, 20)
 
 
 def test_a_negative_prompt_is_that_of_the_stock_pipeline(tiny_pipeline):
     flow = FlowPipeline.from_pipeline(tiny_pipeline, guidance_scale=4.0, negative_prompt="a cross")
     stock = stock_pictures(tiny_pipeline, 4, guidance_scale=4.0, negative_prompt=["a cross"] * 2)
-    torch.testing.assert_close(flow.sample(PROMPTS, 4, generator=seeds(2)), stock, atol=1e-4, rtol=0)
+    assert_same_pictures(flow.sample(PROMPTS, 4, generator=seeds(2)), stock, flow, 4)
     assert (stock - stock_pictures(tiny_pipeline, 4, guidance_scale=4.0)).abs().max() > 1e-3
 
 
@@ -61,7 +61,7 @@ def test_the_picture_of_a_seed_is_the_same_alone_and_in_a_batch(shared_shapes):
     together = flow.sample(prompts, 4, generator=seeds(8))
     for i in (0, 3, 7):
         alone = flow.sample([prompts[i]], 4, generator=[seeds(8)[i]])
-        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=0)
+        assert_same_pictures(together[i : i + 1], alone, flow, 4)
 
 
 def test_uniform_spacing_is_the_shifted_uniform_grid_without_the_level_near_zero(tiny_pipeline):
@@ -118,7 +118,7 @@ def test_a_saved_lora_is_read_by_the_stock_pipeline_with_its_alpha(tmp_path, tin
     fresh.load_lora_weights(str(tmp_path))
     loaded = stock_pictures(fresh, 4, guidance_scale=1.0)
     assert (loaded - base).abs().max() > 1e-2
-    torch.testing.assert_close(loaded, tuned, atol=1e-5, rtol=0)
+    assert_same_pictures(loaded, tuned, flow, 4)
 
 
 def test_a_folder_is_loaded_also_where_the_pipeline_has_no_t5(tmp_path, shared_shapes):
