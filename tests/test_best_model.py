@@ -8,8 +8,9 @@ import torch
 from datasets import Dataset
 
 from flowrl_trainers import AdjointMatchingConfig
+from flowrl_trainers.rewards import differentiable
 
-from .helpers import adjoint_matching
+from .helpers import adjoint_matching, redness
 from .tiny import tiny_sd3
 
 
@@ -111,21 +112,20 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path, tiny_pipeline):
     )
 
 
-def test_the_card_names_the_update_of_the_best_checkpoint(tmp_path, tiny_pipeline, monkeypatch):
+def test_the_card_names_the_update_of_the_best_checkpoint(tmp_path, tiny_pipeline):
     """The best evaluation may have no checkpoint: then the best that has one is loaded."""
+    scores = {0: 0.0, 1: 0.0, 2: 1.0, 3: 2.0, 4: -1.0}
+
+    @differentiable
+    def scored(images, prompts, log_metric, trainer_state, **columns):
+        log_metric("score", scores[trainer_state.global_step])
+        return redness(images=images, prompts=prompts)
+
     t = adjoint_matching(
         tmp_path, tiny_pipeline, eval_dataset=Dataset.from_dict({"prompt": ["a cat"]}), save_strategy="steps",
-        save_steps=2, eval_strategy="steps", eval_steps=1, max_steps=4, load_best_model_at_end=True,
+        reward=scored, save_steps=2, eval_strategy="steps", eval_steps=1, max_steps=4, load_best_model_at_end=True,
         metric_for_best_model="eval_score", greater_is_better=True,
     )  # fmt: skip
-    scores = {1: 0.0, 2: 1.0, 3: 2.0, 4: -1.0}
-    row_of = t.comparison.row
-
-    def with_score(*args):
-        row, found = row_of(*args)
-        return row | {"score": scores[t.state.global_step]}, found
-
-    monkeypatch.setattr(t.comparison, "row", with_score)
     t.train()
     assert t.state.best_global_step == 3
     assert t.rows["tuned"]["score"] == 1.0

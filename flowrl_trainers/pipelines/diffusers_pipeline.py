@@ -42,6 +42,7 @@ class DiffusersFlowPipeline(FlowPipeline):
 
     def __init__(self, pipeline: Any, **settings: Any) -> None:
         self.pipeline = pipeline
+        self._refuse_missing_parts()
         size = self.default_size()
         self.settings = {"height": size, "width": size} | self.default_settings | settings
         self._check_settings()
@@ -50,6 +51,15 @@ class DiffusersFlowPipeline(FlowPipeline):
             raise ValueError(
                 f"`negative_prompt` ({negative!r}) has no effect without guidance: leave it out, or turn guidance on."
             )
+
+    def _refuse_missing_parts(self) -> None:
+        """Refuse a pipeline without a part that drawing needs; a third text encoder may be missing."""
+        for name, part in self.pipeline.components.items():
+            needed = name in ("transformer", "vae", "scheduler") or name.startswith(("text_encoder", "tokenizer"))
+            if needed and part is None and not name.endswith("_3"):
+                raise ValueError(
+                    f"The pipeline's `{name}` is None, which training needs: load the pipeline with all of its parts."
+                )
 
     def _check_settings(self) -> None:
         """Refuse a size or a length that the pipeline does not take, by a `ValueError`."""

@@ -14,6 +14,8 @@ from torch import nn
 
 from ..pipelines import FlowPipeline
 
+COMPILED = "_orig_mod"  # how `torch.compile` names the module that it wraps
+
 
 def prepare_adapter(flow: FlowPipeline, config: LoraConfig | None) -> LoraConfig | None:
     """Make the parameters that are to be trained trainable, in float32; all others are frozen.
@@ -26,7 +28,8 @@ def prepare_adapter(flow: FlowPipeline, config: LoraConfig | None) -> LoraConfig
         The configuration of the adapter that is trained, if any.
 
     Raises:
-        ValueError: For an adapter that training could not keep apart from the base model, or save.
+        ValueError: For an adapter that training could not keep apart from the base model, or save; a compiled network.
+        TypeError: For a configuration of another kind of adapter.
     """
     if any(_carries_adapter(encoder) for encoder in flow.text_encoders()):
         raise ValueError(
@@ -35,6 +38,11 @@ def prepare_adapter(flow: FlowPipeline, config: LoraConfig | None) -> LoraConfig
             "alone."
         )
     transformer: Any = flow.transformer
+    if COMPILED in dict(transformer.named_children()):
+        raise ValueError(
+            "The pipeline's transformer is compiled (`torch.compile`), and an adapter would change what was compiled: "
+            "pass the pipeline as it is before compilation."
+        )
     if config is not None:
         return _made(flow, config)
     if _carries_adapter(transformer):
@@ -50,6 +58,11 @@ def _carries_adapter(network: nn.Module) -> bool:
 
 def _made(flow: FlowPipeline, config: LoraConfig) -> LoraConfig:
     transformer = flow.transformer
+    if not isinstance(config, LoraConfig):
+        raise TypeError(
+            f"`peft_config` is a {type(config).__name__}: pass a `peft.LoraConfig`, the kind of adapter that "
+            "diffusers saves and loads."
+        )
     if _carries_adapter(transformer):
         raise ValueError(
             "The pipeline already carries a LoRA: call `pipeline.fuse_lora()` and `pipeline.unload_lora_weights()` "

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from time import perf_counter
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState, enable_full_determinism, set_seed
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, TrainOutput
 from transformers.utils import is_in_notebook
 
 from ..metrics import signs_of_over_optimisation
@@ -48,7 +48,7 @@ from ..sampling.scoring import Scorer, call_rewards, decoded
 from .adapters import prepare_adapter
 from .base_config import FlowRLConfig
 from .checkpointed_trainer import CheckpointedTrainer, TrainingState
-from .input_checks import check_best_metric, check_columns, check_dataset, check_output_dir, check_rewards
+from .input_checks import check_args, check_best_metric, check_columns, check_dataset, check_output_dir, check_rewards
 from .loop_callback import LoopCallback
 from .moving_average import MovingAverage
 
@@ -109,6 +109,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
     ) -> None:
         # What needs no model.
         args = args or self.config_class(output_dir=self._name.lower().replace(" ", "-"))
+        check_args(args, self.config_class)
         check_output_dir(args)
         self.rewards = as_rewards(reward_funcs)
         self.eval_rewards = as_rewards(eval_reward_funcs, "eval_reward_funcs") if eval_reward_funcs else []
@@ -385,6 +386,11 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
 
     def before_training(self) -> None:
         """Probe model and rewards, and start with an empty buffer."""
+        if not torch.is_grad_enabled():
+            raise ValueError(
+                "Gradients are switched off in this process (`torch.set_grad_enabled(False)`, or a `torch.no_grad()` "
+                "around this call): switch them on before training."
+            )
         if self.args.activation_checkpointing:  # as Trainer will, so that the probe meets a family that refuses it
             self.model.activation_checkpointing_enable(self.args.activation_checkpointing_kwargs)
         self.probe()
@@ -419,7 +425,15 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
                     f"Reward {reward.name!r} gave no finite score to {PROBE} probe pictures ({column.tolist()}): call "
                     "it on two pictures of the model to see why."
                 )
+        check_best_metric(self.args, [*self.rewards, *self.eval_rewards], self.metrics.noted)
         self.metrics.clear()
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """See `CheckpointedTrainer.train`; afterwards the network is in evaluation mode, as pipelines are."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.model.eval()
 
     def judges_at_hand(self) -> AbstractContextManager[None]:
         """A context in which the rewards that training never sees are on the device."""
@@ -588,6 +602,10 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises `TypeError`: pictures have no labels to predict."""
+        raise TypeError("`predict` has nothing to predict here: call `evaluate(dataset)` for scores, or `pictures`.")
 
     @property
     def rows(self) -> dict[str, dict[str, float]]:

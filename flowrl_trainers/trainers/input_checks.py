@@ -1,13 +1,24 @@
 """What is refused before anything is loaded, in one sentence each."""
 
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 
 from ..rewards import Reward
 from ..rewards.base import PASSED
 from .base_config import FlowRLConfig
+
+
+def check_args(args: Any, config_class: type[FlowRLConfig]) -> None:
+    """Raises `TypeError` for what is not the configuration of this trainer."""
+    if not isinstance(args, config_class):
+        kind = type(args).__name__
+        raise TypeError(
+            f"`args` is a {kind}: pass a `{config_class.__name__}`, which has the settings of this trainer."
+        )
 
 
 def check_output_dir(args: FlowRLConfig) -> None:
@@ -48,14 +59,34 @@ def check_rewards(rewards: list[Reward], args: FlowRLConfig, needs_gradient: str
         )
 
 
-def check_best_metric(args: FlowRLConfig, rewards: list[Reward]) -> None:
-    """Raises `ValueError` for what evaluations lack: the loss, which Trainer takes unless told otherwise, and the
-    reward of nobody.
+ALWAYS_MEASURED = ("edge_density", "colour_entropy", "velocity_distance", "checker_accuracy")
 
-    And for diversity, which is absent from an evaluation in which no prompt has two pictures that count.
+
+def check_best_metric(args: FlowRLConfig, rewards: list[Reward], noted: Iterable[str] | None = None) -> None:
+    """Check that evaluations report what the best checkpoint is chosen by.
+
+    The loss, which Trainer takes by default, is none of it; nor is diversity, which is absent from an evaluation in
+    which no prompt has two pictures that count.
+
+    Args:
+        args: The configuration.
+        rewards: All that evaluations call.
+        noted: The names that rewards log themselves; None while they are not known.
+
+    Raises:
+        ValueError: For a name that evaluations lack, a direction that a reward's weight contradicts, and
+            `save_strategy="best"` without evaluations.
     """
-    name, known = (args.metric_for_best_model or "").removeprefix("eval_"), [f"reward/{r.name}" for r in rewards]
-    if name in ("loss", "diversity") or (name.startswith("reward/") and name not in known):
+    if args.save_strategy == "best" and args.eval_strategy == "no":
+        raise ValueError(
+            "`save_strategy` is 'best', but `eval_strategy` is 'no', so that nothing would ever be saved: set "
+            "`eval_strategy` to 'steps' and `eval_steps`."
+        )
+    name = (args.metric_for_best_model or "").removeprefix("eval_")
+    known = [f"reward/{r.name}" for r in rewards]
+    plain = name.removeprefix("base_").removeprefix("ode_")
+    perhaps_noted = noted is None and not plain.startswith("reward") and name not in ("loss", "diversity")
+    if name and not perhaps_noted and plain not in {*known, *ALWAYS_MEASURED, *(noted or ())}:
         raise ValueError(
             f"`metric_for_best_model` is {args.metric_for_best_model!r}, which evaluations do not have, or not each "
             f"of them: choose {', '.join(known)}, or another name that `evaluate` returns."
