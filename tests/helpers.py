@@ -50,7 +50,14 @@ def seeds(count: int) -> list[torch.Generator]:
 
 
 def make_trainer(
-    name: str, folder: Path, pipeline=None, reward=redness, dataset=None, lora: bool = True, **settings
+    name: str,
+    folder: Path,
+    pipeline=None,
+    reward=redness,
+    dataset=None,
+    eval_dataset=None,
+    lora: bool = True,
+    **settings,
 ) -> FlowRLTrainer:
     """Any of the four, for two updates of four images in three steps."""
     trainer = getattr(flowrl_trainers, name)
@@ -63,6 +70,7 @@ def make_trainer(
         reward,
         trainer.config_class(**(defaults | TRAINERS[name] | settings)),
         Dataset.from_dict({"prompt": CAPTIONS}) if dataset is None else dataset,
+        eval_dataset,
         peft_config=LoraConfig(r=2, lora_alpha=4) if lora else None,
     )
 

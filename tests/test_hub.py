@@ -14,6 +14,7 @@ from flowrl_trainers.run_folder import CardFacts, before_after, model_card
 from .hub_server import serve
 
 PUSH = """
+import os
 import sys
 import torch
 from datasets import Dataset
@@ -21,7 +22,7 @@ from peft import LoraConfig
 from flowrl_trainers import AdjointMatchingConfig, AdjointMatchingTrainer
 from flowrl_trainers.shapes import load_pipeline, prompts
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("FLOWRL_TEST_THREADS", "1")))
 args = AdjointMatchingConfig(
     output_dir=sys.argv[1], push_to_hub=True, hub_token="hf_of_a_test", hub_model_id="somebody/red-shapes",
     hub_strategy=sys.argv[2], max_steps=1, save_steps=1, num_inference_steps=2, adjoint_steps=2,
