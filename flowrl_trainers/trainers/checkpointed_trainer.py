@@ -200,9 +200,10 @@ class CheckpointedTrainer(Trainer):
         try:
             self._write_checkpoint(folder, model, trial)
         except WRITE_ERRORS as error:
+            sentence = write_error(self.output_dir, folder, error)  # with the free space as it is now
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)  # a part of it is of no use, and may have filled the disk
-            raise RuntimeError(write_error(self.output_dir, folder, error)) from error
+            raise RuntimeError(sentence) from error
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
