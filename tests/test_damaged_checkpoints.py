@@ -187,7 +187,7 @@ ENTRY = {"size": 1, "sha256": "0" * 64}
         *(({"files": {"a": odd}}, "lacks the size in bytes or the SHA-256 of 'a'") for odd in (None, [], "x", 3, {})),
         *(
             ({"files": {"a": ENTRY | odd}}, "lacks the size in bytes or the SHA-256 of 'a'")
-            for odd in ({"size": "1"}, {"size": float("nan")}, {"size": True}, {"size": None}, {"sha256": None}, {"sha256": 3})
+            for odd in (*({"size": size} for size in ("1", float("nan"), True, None)), {"sha256": None}, {"sha256": 3})
         ),
         ({"files": {"a": {"size": 1}}}, "lacks the size in bytes or the SHA-256 of 'a'"),
         *(
@@ -292,7 +292,7 @@ RUST = SafetensorError("Error while serializing: I/O error: No space left on dev
     ("module", "function", "name", "error", "reason"),
     [
         (Path, "write_text", "README.md", FULL, "No space left on device"),
-        (torch, "save", "optimizer.pt", TORCH, r"\[enforce fail at inline_container.cc:672\] . unexpected pos 576 vs 534"),
+        (torch, "save", "optimizer.pt", TORCH, r"\[enforce fail .*:672\] . unexpected pos 576 vs 534"),
         (torch, "save", "training_state_0.pt", TORCH, r"\[enforce fail .*\] . unexpected pos 576 vs 534"),
         (checkpointed_trainer, "save_file", WEIGHTS, RUST, r"Error while serializing: .*\(os error 28\)"),
         (Path, "write_text", f"{MANIFEST}.part", FULL, "No space left on device"),
