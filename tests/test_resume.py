@@ -1,4 +1,4 @@
-"""A killed run goes on bit for bit; a checkpoint that cannot be trusted is not used. For every trainer."""
+"""A killed run goes on bit for bit, for every trainer; `test_damaged_checkpoints.py` has what cannot be trusted."""
 
 import signal
 from pathlib import Path
@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from flowrl_trainers.run_folder.checkpoints import MANIFEST, checkpoint_to_resume, condition, write_manifest
+from flowrl_trainers.run_folder.checkpoints import (
+    MANIFEST,
+    READ_ON_RESUMING,
+    checkpoint_to_resume,
+    fault,
+    write_manifest,
+)
 
 from .helpers import TRAINERS
 from .runs import assert_same, run
@@ -60,7 +66,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, uninterrupted, trainer, kill
     assert losses[0] == losses[1]
 
 
-def test_an_incomplete_checkpoint_is_passed_over_and_a_damaged_one_refused(tmp_path):
+def test_an_incomplete_checkpoint_is_passed_over_and_a_damaged_one_that_is_named_refused(tmp_path):
     name = "AdjointMatchingTrainer"
     config = WINDOW | {"max_steps": 4, "save_steps": 2}
     assert run(tmp_path, name, config).returncode == 0
@@ -74,7 +80,7 @@ def test_an_incomplete_checkpoint_is_passed_over_and_a_damaged_one_refused(tmp_p
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
     refused = run(tmp_path, name, config, resume=str(tmp_path / "checkpoint-2"))
     assert refused.returncode != 0
-    assert "checkpoint-2 is damaged: its files differ from its manifest; resume from" in refused.stderr
+    assert "checkpoint-2 is damaged: 'optimizer.pt' has other bytes than those that were saved;" in refused.stderr
     assert "checkpoint-3, the newest good one" in refused.stderr
 
 
@@ -99,27 +105,29 @@ def test_a_resumed_run_must_deal_its_images_as_before(tmp_path):
 
 def make_checkpoint(folder: Path) -> Path:
     folder.mkdir()
-    (folder / "weights").write_bytes(b"some bytes")
+    for name in ("weights", "training_state_0.pt", "rng_state.pth", *READ_ON_RESUMING):
+        (folder / name).write_bytes(b"some bytes")
     write_manifest(folder)
     return folder
 
 
-def test_the_condition_of_a_checkpoint(tmp_path):
+def test_the_fault_of_a_checkpoint(tmp_path):
     folder = make_checkpoint(tmp_path / "checkpoint-1")
-    assert condition(folder) == "good"
+    assert fault(folder) is None
     (folder / "weights").write_bytes(b"same bytes")
-    assert condition(folder) == "damaged"
+    assert fault(folder) == "damaged: 'weights' has other bytes than those that were saved"
     (folder / "weights").unlink()
-    assert condition(folder) == "damaged"
-    (folder / MANIFEST).write_text("{")
-    assert condition(folder) == "incomplete"
+    assert fault(folder) == "damaged: 'weights' is missing"
+    (folder / MANIFEST).unlink()
+    assert fault(folder) == "incomplete: it has no manifest.json"
 
 
 def test_the_newest_complete_checkpoint_is_taken_by_number(tmp_path):
     for number in (2, 10, 9):
         make_checkpoint(tmp_path / f"checkpoint-{number}")
     (tmp_path / "checkpoint-11").mkdir()
-    assert checkpoint_to_resume(tmp_path, True) == (tmp_path / "checkpoint-10", [tmp_path / "checkpoint-11"])
+    faults = {tmp_path / "checkpoint-11": "incomplete: it has no manifest.json"}
+    assert checkpoint_to_resume(tmp_path, True) == (tmp_path / "checkpoint-10", faults)
 
 
 def test_nothing_to_resume_from_is_said(tmp_path):
@@ -127,7 +135,5 @@ def test_nothing_to_resume_from_is_said(tmp_path):
         ValueError, match="holds no complete checkpoint to resume from: start without `resume_from_checkpoint`"
     ):
         checkpoint_to_resume(tmp_path, True)
-    with pytest.raises(
-        ValueError, match=r"is no complete checkpoint, as it has no valid manifest\.json; there is no good one"
-    ):
+    with pytest.raises(ValueError, match=r"checkpoint-7 is incomplete: there is no such folder; there is no good one"):
         checkpoint_to_resume(tmp_path, tmp_path / "checkpoint-7")

@@ -8,6 +8,7 @@ so is `_clip_grad_norm`, as Trainer's callbacks come after its clipping.
 
 import logging
 import math
+import shutil
 import time
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -16,18 +17,20 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import HfApi
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy, TrainOutput, rotate_checkpoints
 from transformers.utils.hub import PushInProgress
 
-from ..run_folder.checkpoints import MANIFEST, checkpoint_to_resume, checkpoints, write_manifest
+from ..run_folder.checkpoints import WEIGHTS, checkpoint_to_resume, write_error, write_manifest
 from ..sampling.metric_log import MetricLog
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = "trained_parameters.safetensors"
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+"""What saving raises where it cannot write; `RuntimeError` is what torch makes of a full disk."""
 
 
 @dataclass(frozen=True)
@@ -119,19 +122,16 @@ class CheckpointedTrainer(Trainer):
         The resumed run repeats what the uninterrupted one would have done, bit for bit.
 
         Args:
-            resume_from_checkpoint: True for the newest complete checkpoint of `output_dir`, "auto" for that or, where
-                none is complete, a new run, or a checkpoint's folder.
+            resume_from_checkpoint: True for the newest whole checkpoint of `output_dir`, "auto" for that or, where
+                none is whole, a new run, or a checkpoint's folder. Warnings say which ones were passed over and why.
             trial: As in `transformers.Trainer`.
             ignore_keys_for_eval: As in `transformers.Trainer`.
 
         Raises:
-            ValueError: For a checkpoint that is incomplete, damaged, or of another run.
+            ValueError: Where no checkpoint is whole (True), or the named one is incomplete or damaged; for one of
+                another run.
+            RuntimeError: Where a checkpoint cannot be written.
         """
-        if resume_from_checkpoint == "auto":
-            found = checkpoints(self.output_dir)
-            resume_from_checkpoint = any((folder / MANIFEST).exists() for folder in found)
-            if found and not resume_from_checkpoint:
-                logger.warning("No checkpoint in %s is complete: the run starts anew.", self.output_dir)
         folder = self._find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
         self.before_training()
         self.best_step, self._counter.updates = None, 0
@@ -142,16 +142,22 @@ class CheckpointedTrainer(Trainer):
             output = super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
         except (Exception, KeyboardInterrupt):
             if self._counter.updates:
-                logger.error(
-                    "Training broke off after %d updates: what it has learned is in %s.",
-                    self.state.global_step,
-                    self.output_dir,
-                )
-                self.save_model(_internal_call=True)
+                self._keep_what_was_learned()
             raise
         self.seconds = self.seconds_so_far()
         self._training_since = None
         return output
+
+    def _keep_what_was_learned(self) -> None:
+        broke_off = f"Training broke off after {self.state.global_step} updates"
+        try:
+            self.save_model(_internal_call=True)
+        except WRITE_ERRORS as error:  # logged, as raising it would hide why training broke off
+            logger.error(
+                "%s, and what it has learned could not be written to %s: %s", broke_off, self.output_dir, error
+            )
+        else:
+            logger.error("%s: what it has learned is in %s.", broke_off, self.output_dir)
 
     def seconds_so_far(self) -> dict[str, float]:
         """Seconds of training and of evaluation, those before a resumption included."""
@@ -190,13 +196,34 @@ class CheckpointedTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = self.output_dir / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            (folder / MANIFEST).unlink(missing_ok=True)  # of an earlier run that got as far
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
+            self._write_checkpoint(folder, model, trial)
+        except WRITE_ERRORS as error:
+            sentence = write_error(self.output_dir, folder, error)  # with the free space as it is now
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)  # a part of it is of no use, and may have filled the disk
+            raise RuntimeError(sentence) from error
         finally:
             self.args.save_total_limit = limit
+        if self.args.should_save:
+            # Only now: until the manifest is there, older checkpoints are the newest good ones.
+            rotate_checkpoints(str(self.output_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
+        if self.args.push_to_hub and self.is_world_process_zero():
+            self._push_checkpoint(folder)
+
+    def _write_checkpoint(self, folder: Path, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint, its manifest last.
+
+        Args:
+            folder: The checkpoint; what an earlier run, or a damaged checkpoint, left there is deleted.
+            model: As in `transformers.Trainer`.
+            trial: As in `transformers.Trainer`.
+        """
+        if self.args.should_save and folder.exists():
+            shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
         state = self.training_state()
         if not self.args.save_only_model:
             torch.save(state.values, self._values_file(folder))
@@ -205,10 +232,6 @@ class CheckpointedTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             write_manifest(folder)
-            # Only now: until the manifest is there, older checkpoints are the newest good ones.
-            rotate_checkpoints(str(self.output_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
-        if self.args.push_to_hub and self.is_world_process_zero():
-            self._push_checkpoint(folder)
 
     def _values_file(self, folder: Path) -> Path:
         return folder / f"training_state_{self.args.process_index}.pt"
@@ -247,12 +270,15 @@ class CheckpointedTrainer(Trainer):
 
     # ---- resuming --------------------------------------------------------------------------------------------------
 
-    def _find_checkpoint(self, wanted: str | Literal[True]) -> Path:
-        """The checkpoint to resume from; says which incomplete ones were passed over. See `checkpoint_to_resume`."""
+    def _find_checkpoint(self, wanted: str | Literal[True]) -> Path | None:
+        """The checkpoint to resume from, if any; says which ones were passed over. See `checkpoint_to_resume`."""
         folder, passed_over = checkpoint_to_resume(self.output_dir, wanted)
-        for incomplete in passed_over:
-            logger.warning("Passed over %s, which is incomplete: it has no valid %s.", incomplete, MANIFEST)
-        logger.info("Resuming from %s.", folder)
+        for bad, fault in passed_over.items():
+            logger.warning("Passed over %s, which is %s.", bad, fault)
+        if folder is not None:
+            logger.info("Resuming from %s.", folder)
+        elif passed_over:
+            logger.warning("No checkpoint in %s is complete: the run starts anew.", self.output_dir)
         return folder
 
     def _is_finished(self, folder: Path) -> bool:
@@ -296,8 +322,8 @@ class CheckpointedTrainer(Trainer):
             )
         if not file.exists():
             raise ValueError(
-                f"{folder} has no {file.name}: it was saved with `save_only_model` or by fewer processes, and cannot "
-                "be gone on from."
+                f"{folder} has no {file.name}, as fewer processes than the {self.args.world_size} of this run saved "
+                "it: resume with as many as then."
             )
         values = torch.load(file, map_location=self.args.device, weights_only=True)
         self.load_training_state(values, folder, resume=True)
