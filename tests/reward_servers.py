@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,8 +124,8 @@ def fake(*plan):
     """A server that follows a plan, a word per request, and afterwards answers: `address`, and what it got, `bodies`,
     `times`, `headers`.
 
-    A number is a status, "slow" answers too late, "drop" closes the connection, anything else is the body of an answer
-    of status 200.
+    A number is a status, "slow" answers too late, "drop" closes the connection, a function writes to the connection
+    what it likes and sees in `headers` what it got, anything else is the body of an answer of status 200.
     """
     got, over = SimpleNamespace(bodies=[], times=[], headers=[]), threading.Event()
 
@@ -143,7 +143,10 @@ def fake(*plan):
             step = plan[len(got.bodies) - 1] if len(got.bodies) <= len(plan) else None
             if step == "slow":
                 over.wait(3)
-            if step in ("slow", "drop"):
+            if callable(step):
+                with suppress(OSError):  # the client may have gone
+                    step(self.wfile, self.headers)
+            if step in ("slow", "drop") or callable(step):
                 self.close_connection = True
                 return
             if step is None:
