@@ -130,14 +130,18 @@ def test_the_example_of_the_docs_is_one():
     assert scope["reader"].columns == ("text",)
 
 
-def test_any_name_of_a_column_and_any_text_travel():
-    """`self` does not meet the method's first argument; half a surrogate pair is JSON."""
+def test_any_name_of_a_column_and_any_text_travel(reward_server):
+    """`self` does not meet the method's first argument."""
     with fake() as server:
         reward = RemoteReward(server.address, columns=["self"])
         assert scores_of(reward, noise(1), ["\ud800"], self=["me"], function=["f"], url=["u"]).tolist() == [1.0]
         assert server.bodies[0]["columns"] == {"self": ["me"]}
         assert server.bodies[0]["prompts"] == ["\ud800"]
         assert scores_of(RemoteReward(server.address), noise(1), self=["me"]).tolist() == [1.0]
+    with pytest.raises(ValueError, match="refuses the request with 422: No column may be called 'self': rename it"):
+        scores_of(RemoteReward(reward_server, columns=["self"]), noise(1), self=["me"])
+    with pytest.raises(ValueError, match="refuses the request with 422: The request has an integer of 310 digits"):
+        scores_of(RemoteReward(reward_server, columns=["answer"]), noise(1), answer=[10**309])
 
 
 def test_a_function_gets_a_column_called_self():
