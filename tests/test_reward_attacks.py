@@ -4,6 +4,7 @@ connection closed, and the server neither hangs nor logs a traceback nor shows i
 
 import asyncio
 import json
+import re
 import socket
 import threading
 import time
@@ -17,7 +18,7 @@ from flowrl_trainers.cli import serve_reward as command
 from flowrl_trainers.rewards import FunctionReward, RemoteReward, bearer, connections
 from flowrl_trainers.rewards.server import Limits
 
-from .reward_servers import asked, noise, png, scores_of, serving, start, stop, wait_for
+from .reward_servers import ROOT, asked, noise, png, scores_of, serving, start, stop, wait_for
 from .runs import free_port
 
 TOKEN = "a-token.of+24/characters"
@@ -236,3 +237,19 @@ def test_the_command_takes_the_token_from_a_file_or_the_environment(tmp_path, mo
     warning = capsys.readouterr().err
     assert "whoever listens on the network reads requests and token, as nothing is encrypted" in warning
     assert TOKEN not in warning
+
+
+def test_the_tests_that_the_docs_name_exist():
+    """Each row of the tables of attacks names a test in the file that its letter stands for."""
+    names = {
+        "A": "test_reward_attacks",
+        "S": "test_reward_server",
+        "F": "test_remote_failures",
+        "R": "test_remote_rewards",
+    }
+    section = (ROOT / "docs" / "remote_rewards.md").read_text().split("## Attacks")[1].split("What does not hold")[0]
+    rows = re.findall(r"^\|.*\| ([ASFR]) `(test_\w+)`(?:, `(test_\w+)`)? \|$", section, flags=re.M)
+    assert len(rows) == section.count("\n| ") - 2  # two rows are heads
+    for letter, *tests in rows:
+        text = (ROOT / "tests" / f"{names[letter]}.py").read_text()
+        assert all(f"def {test}(" in text for test in tests if test)
