@@ -5,11 +5,12 @@ as planned.
 import base64
 import io
 import json
+import os
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ import torch
 import uvicorn
 from PIL import Image as PILImage
 
+from flowrl_trainers.rewards.connections import TimedConnection
 from flowrl_trainers.rewards.server import Limits, reward_app
 from flowrl_trainers.sampling.prompt_groups import Example, ImageKey
 from flowrl_trainers.sampling.scoring import call_rewards
@@ -44,6 +46,10 @@ def by_prompt(images, prompts, trainer_state, log_metric, log_extra, **columns):
     match prompts[0]:
         case "raise":
             raise ArithmeticError("the judge is tired")
+        case "half a pair":
+            raise ArithmeticError("\\ud800")
+        case "exit":
+            raise SystemExit(3)
         case "short":
             return [1.0] * (len(images) - 1)
         case "none":
@@ -78,11 +84,21 @@ serve_reward(sys.argv[1:])
 """
 
 
-def start(folder: Path, name: str, port: int, *flags: str) -> subprocess.Popen:
+def start(folder: Path, name: str, port: int, *flags: str, log: Path | None = None, **environment) -> subprocess.Popen:
+    """A server in a process of its own; its output goes to `log`, if that is given."""
     (folder / "served.py").write_text(SERVED)
-    return subprocess.Popen(
-        [sys.executable, "-c", START, name, "--port", str(port), *flags], cwd=folder, stdin=subprocess.PIPE
+    output = log.open("w") if log else None
+    process = subprocess.Popen(
+        [sys.executable, "-c", START, name, "--port", str(port), *flags],
+        cwd=folder,
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
+        env=os.environ | environment,
     )
+    if output:
+        output.close()
+    return process
 
 
 def wait_for(process: subprocess.Popen, address: str) -> None:
@@ -105,8 +121,9 @@ def stop(process: subprocess.Popen) -> None:
 @contextmanager
 def serving(reward, limits: Limits = Limits()):  # noqa: B008
     """The address of a reward on a uvicorn of this process."""
+    app = reward_app(reward, limits, torch.device("cpu"))
     uvicorn_server = uvicorn.Server(
-        uvicorn.Config(reward_app(reward, limits, torch.device("cpu")), port=0, log_level="error")
+        uvicorn.Config(app, port=0, log_level="error", http=TimedConnection, ws="none", timeout_keep_alive=60)
     )
     thread = threading.Thread(target=uvicorn_server.run, daemon=True)
     thread.start()
@@ -124,8 +141,8 @@ def fake(*plan):
     """A server that follows a plan, a word per request, and afterwards answers: `address`, and what it got, `bodies`,
     `times`, `headers`.
 
-    A number is a status, "slow" answers too late, "drop" closes the connection, anything else is the body of an answer
-    of status 200.
+    A number is a status, "slow" answers too late, "drop" closes the connection, a function writes to the connection
+    what it likes and sees in `headers` what it got, anything else is the body of an answer of status 200.
     """
     got, over = SimpleNamespace(bodies=[], times=[], headers=[]), threading.Event()
 
@@ -143,7 +160,10 @@ def fake(*plan):
             step = plan[len(got.bodies) - 1] if len(got.bodies) <= len(plan) else None
             if step == "slow":
                 over.wait(3)
-            if step in ("slow", "drop"):
+            if callable(step):
+                with suppress(OSError):  # the client may have gone
+                    step(self.wfile, self.headers)
+            if step in ("slow", "drop") or callable(step):
                 self.close_connection = True
                 return
             if step is None:

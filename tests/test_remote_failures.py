@@ -2,7 +2,10 @@
 death.
 """
 
+import gzip
+import re
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -14,6 +17,8 @@ from flowrl_trainers.rewards import RemoteReward
 from .helpers import make_trainer
 from .reward_servers import fake, noise, scores_of, start, stop, wait_for
 from .runs import free_port
+
+TOKEN = "a-token.of+24/characters"
 
 
 @pytest.mark.usefixtures("quick_retries")
@@ -101,3 +106,145 @@ def test_a_server_killed_under_a_request_and_restarted_costs_no_step(tmp_path):
             stop(process)
     assert [step for step, _ in undisturbed] == [1, 2, 3, 4]
     assert disturbed == undisturbed
+
+
+# ---- a hostile server -----------------------------------------------------------------------------------------------
+
+
+def drip(file, headers) -> None:
+    """A byte of an endless answer now and then."""
+    file.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n")
+    for _ in range(200):
+        file.write(b" ")
+        time.sleep(0.05)
+
+
+def drip_headers(file, headers) -> None:
+    """A byte of an endless header now and then."""
+    file.write(b"HTTP/1.1 200 OK\r\nX: ")
+    for _ in range(200):
+        file.write(b"x")
+        time.sleep(0.05)
+
+
+@pytest.mark.usefixtures("quick_retries")
+@pytest.mark.parametrize("answer", [drip, drip_headers])
+def test_an_answer_of_a_byte_now_and_then_times_out(answer):
+    begun = time.monotonic()
+    with fake(*[answer] * 2) as server:
+        with pytest.raises(RuntimeError, match=r"http.*/score failed 2 times.* at last with a time-out after 0.4 s"):
+            scores_of(RemoteReward(server.address, timeout=0.4, retries=1), noise(1))
+        assert time.monotonic() - begun < 5
+        assert len(server.bodies) == 2
+
+
+@pytest.mark.parametrize("head", [b"Content-Length: 300000000", b"Connection: close"])
+def test_an_answer_without_end_is_not_read_to_its_end(head):
+    sent = []
+
+    def endless(file, headers) -> None:
+        file.write(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n")
+        for _ in range(300):
+            file.write(b"1" * 1_000_000)
+            sent.append(1_000_000)
+
+    with fake(endless) as server:
+        sentence = (
+            f"Reward 'remote': {server.address}/score answered with more than 1048576 bytes, which no scores take"
+        )
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            scores_of(RemoteReward(server.address), noise(1))
+    assert sum(sent) < 50_000_000  # what fits into the buffers of both sides
+
+
+def test_an_endless_refusal_is_quoted_from_its_beginning():
+    def endless(file, headers) -> None:
+        file.write(b"HTTP/1.1 404 Not Found\r\n\r\n" + b"no such page " * 1_000_000)
+
+    with (
+        fake(endless) as server,
+        pytest.raises(ValueError, match="refuses the request with 404: no such page") as error,
+    ):
+        scores_of(RemoteReward(server.address), noise(1))
+    assert len(str(error.value)) < 700
+
+
+def test_a_compressed_answer_is_not_unpacked():
+    """100 MB of blanks, which take 100 kB on their way."""
+    packed = gzip.compress(b'{"scores": [1.0' + b" " * 100_000_000 + b"]}")
+    asked_for = []
+
+    def bomb(file, headers) -> None:
+        asked_for.append(headers["Accept-Encoding"])
+        file.write(b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(packed) + packed)
+
+    with fake(bomb) as server, pytest.raises(ValueError, match="did not answer with one score for each of 1 pictures"):
+        scores_of(RemoteReward(server.address), noise(1))
+    assert asked_for == ["identity"]
+
+
+@pytest.mark.parametrize("answer", [
+    f'{{"scores": [{"9" * 400}]}}',
+    f'{{"scores": [-{"9" * 10_000}]}}',
+    f'{{"scores": {"[" * 100_000}1{"]" * 100_000}}}',
+    '{"scores": [true]}',
+    '{"scores": [[1.0]]}',
+    '{"scores": {"0": 1.0}}',
+    "\xff\xfe\x00",
+    "",
+])  # fmt: skip
+def test_an_answer_without_usable_scores_is_quoted_in_a_sentence(answer):
+    sentence = r"http.*/score did not answer with one score for each of 1 pictures"
+    with fake(answer) as server, pytest.raises(ValueError, match=sentence) as error:
+        scores_of(RemoteReward(server.address), noise(1))
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("status", [b"401 Unauthorized", b"500 Oops", b"200 OK"])
+@pytest.mark.usefixtures("quick_retries")
+def test_a_token_that_the_server_sends_back_is_in_no_error_and_no_log(caplog, status):
+    def echo(file, headers) -> None:
+        text = f"you sent {headers['Authorization']}".encode()
+        file.write(b"HTTP/1.1 " + status + b"\r\nContent-Length: %d\r\n\r\n" % len(text) + text)
+
+    caplog.set_level("DEBUG")
+    with (
+        fake(echo, echo) as server,
+        pytest.raises((ValueError, RuntimeError), match="you sent Bearer <token>") as error,
+    ):
+        scores_of(RemoteReward(server.address, token=TOKEN, retries=1), noise(1))
+    assert TOKEN not in str(error.value)
+    assert TOKEN not in caplog.text
+
+
+def test_a_run_sends_the_token_and_writes_it_nowhere(tmp_path):
+    with fake() as server:
+        reward = RemoteReward(server.address, token=TOKEN)
+        trainer = make_trainer("ACFlowTrainer", tmp_path, reward=reward, num_generations=2, max_steps=1)
+        trainer.train()
+        trainer.save_model()
+        assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {TOKEN}"}
+    assert TOKEN not in repr(reward)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert "config.yaml" in {path.name for path in files}
+    assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
+
+
+def test_a_server_that_does_not_take_the_connection_is_away_and_not_slow():
+    """Its queue of connections is full, so that the system answers no further one."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        waiting = [socket.socket() for _ in range(4)]
+        for connection in waiting:
+            connection.setblocking(False)
+            connection.connect_ex(listener.getsockname())
+        reward = RemoteReward(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=1, retries=0, patience=0)
+        try:
+            with pytest.raises(
+                RuntimeError, match=r"was away for longer than `patience` \(0 s\), at last with ConnectTimeout"
+            ):
+                scores_of(reward, noise(1))
+        finally:
+            for connection in waiting:
+                connection.close()

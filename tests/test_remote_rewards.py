@@ -93,6 +93,11 @@ def test_remote_rewards_are_waited_for_together():
 
 @pytest.mark.parametrize(("settings", "sentence"), [
     ({"url": "127.0.0.1:8000"}, r"`url` \('127.0.0.1:8000'\) is no address of a server"),
+    ({"url": "http://127.0.0.1:99999"}, r"`url` \('http://127.0.0.1:99999'\) is no address of a server"),
+    ({"url": "http://[::1"}, r"`url` \('http://\[::1'\) is no address of a server"),
+    ({"url": "http://"}, r"`url` \('http://'\) is no address of a server"),
+    ({"url": "http://me:secret@127.0.0.1"}, "^`url` has a user name or a password, which errors would show"),
+    ({"timeout": math.nan}, r"`timeout` \(nan\) must be above 0"),
     ({"batch_size": 0}, r"`batch_size` \(0\) must be at least 1"),
     ({"retries": -1}, r"`retries` \(-1\) must be at least 0"),
     ({"patience": -1}, r"`patience` \(-1\) must be at least 0"),
@@ -108,7 +113,10 @@ def test_columns_that_are_absent_or_no_json_are_refused():
     reward = RemoteReward("http://127.0.0.1:1", columns=["answer"])
     with pytest.raises(ValueError, match="is to send the column 'answer', which the data set does not have"):
         scores_of(reward, noise(1))
-    for value in (b"bytes", math.nan):
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    for value in (b"bytes", math.nan, 10**5000, deep):
         with pytest.raises(ValueError, match=r"cannot send the column 'answer' as JSON \(.*leave it out of `columns`"):
             scores_of(reward, noise(1), answer=[value])
     with pytest.raises(ValueError, match=r"sends pictures \(B, 3, H, W\), but `images` has the shape \(4, 2\)"):
@@ -120,3 +128,24 @@ def test_the_example_of_the_docs_is_one():
     scope: dict = {}
     exec(code, scope)
     assert scope["reader"].columns == ("text",)
+
+
+def test_any_name_of_a_column_and_any_text_travel(reward_server):
+    """`self` does not meet the method's first argument."""
+    with fake() as server:
+        reward = RemoteReward(server.address, columns=["self"])
+        assert scores_of(reward, noise(1), ["\ud800"], self=["me"], function=["f"], url=["u"]).tolist() == [1.0]
+        assert server.bodies[0]["columns"] == {"self": ["me"]}
+        assert server.bodies[0]["prompts"] == ["\ud800"]
+        assert scores_of(RemoteReward(server.address), noise(1), self=["me"]).tolist() == [1.0]
+    with pytest.raises(ValueError, match="refuses the request with 422: No column may be called 'self': rename it"):
+        scores_of(RemoteReward(reward_server, columns=["self"]), noise(1), self=["me"])
+    with pytest.raises(ValueError, match="refuses the request with 422: The request has an integer of 310 digits"):
+        scores_of(RemoteReward(reward_server, columns=["answer"]), noise(1), answer=[10**309])
+
+
+def test_a_function_gets_a_column_called_self():
+    def judge(images, prompts, **columns):
+        return columns["self"]
+
+    assert scores_of(FunctionReward(judge), noise(2), self=[1.0, 2.0]).tolist() == [1.0, 2.0]

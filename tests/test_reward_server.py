@@ -39,7 +39,7 @@ def bomb() -> bytes:
 @pytest.mark.parametrize(("body", "status", "sentence"), [
     (b'{"images": ', 400, "The body is no JSON: Expecting value"),
     (b"\xff\xfe", 400, "The body is no JSON"),
-    (b"[" * 30000, 400, "The body is no JSON: maximum recursion depth exceeded"),
+    (b"[" * 30000, 422, "The request has lists or objects nested deeper than 32: flatten the columns"),
     (b"[1, 2]", 422, "The body must be an object with 'images', 'prompts'"),
     (asked(png(), pictures=[]), 422, "and nothing else"),
     (asked(png(), prompts="a circle"), 422, "'prompts' must be a list of strings"),
@@ -61,6 +61,8 @@ def bomb() -> bytes:
     (b" " * 30_000_000, 413, "The request has 30000000 bytes"),
     (asked(png(), prompts=["raise"]), 500, "Reward 'by_prompt' raised ArithmeticError: the judge is tired"),
     (asked(png(), prompts=["short"]), 500, "Reward 'by_prompt' returned 0 scores for 1 pictures"),
+    (asked(png(), prompts=["half a pair"]), 500, r"Reward 'by_prompt' raised ArithmeticError: \ud800"),
+    (asked(png(), prompts=["exit"]), 500, "Reward 'by_prompt' raised SystemExit: 3"),
     (asked(png(), prompts=["column"]), 500, "Reward 'by_prompt' raised KeyError: 'answer'"),
 ])  # fmt: skip
 def test_a_wrong_request_gets_a_sentence_and_the_server_lives_on(reward_server, body, status, sentence):
@@ -110,6 +112,9 @@ def test_health_says_name_and_readiness(reward_server):
     (["no_such_module.reward"], "The reward 'no_such_module.reward' cannot be imported"),
     (["checker", "--port", "70000"], r"`port` \(70000\) must be between 0 and 65535"),
     (["checker", "--max_batch", "0"], r"`max_batch` \(0\) must be at least 1"),
+    (["checker", "--max_seconds", "0"], r"`max_seconds` \(0\) must be above 0"),
+    (["checker", "--max_seconds", "30"], r"`max_upload_seconds` \(60\) must not exceed `max_seconds` \(30\)"),
+    (["checker", "--token_file", "no such file"], r"`token_file` \('no such file'\) cannot be read as text"),
 ])  # fmt: skip
 def test_wrong_arguments_are_refused(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):

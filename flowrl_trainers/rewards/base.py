@@ -29,7 +29,7 @@ class Reward(ABC):
     differentiable: bool = False
 
     @abstractmethod
-    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> Scores | Awaitable[Scores]:
+    def __call__(self, /, images: Tensor, prompts: list[str], **columns: Any) -> Scores | Awaitable[Scores]:
         """Return one score per image; the class docstring names the arguments."""
 
     def to(self, device: torch.device) -> None:
@@ -74,7 +74,7 @@ class FunctionReward(Reward):
                 f"Reward {self.name!r} must take `images, prompts, **columns` by name, as trainers call it: {error}."
             ) from error
 
-    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> Scores | Awaitable[Scores]:
+    def __call__(self, /, images: Tensor, prompts: list[str], **columns: Any) -> Scores | Awaitable[Scores]:
         return self.function(images=images, prompts=prompts, **columns)
 
     def to(self, device: torch.device) -> None:

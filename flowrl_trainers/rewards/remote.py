@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import math
+import sys
 import time
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from .base import Reward
+from .bearer import checked_token
 
 logger = logging.getLogger(__name__)
 
 FIRST_DELAY, LONGEST_DELAY = 0.5, 15.0  # seconds before the first retry; each later delay doubles, up to the longest
 CONNECT_TIMEOUT = 5.0
+MAX_ANSWER = 2**20  # bytes; a score takes some twenty
 UNREACHABLE = (httpx2.ConnectTimeout, httpx2.NetworkError, httpx2.ProxyError, httpx2.RemoteProtocolError)
 # The answers of a proxy while the server behind it restarts, and of a server with too many connections.
 AWAY = (502, 503, 504)
@@ -38,8 +41,8 @@ class RemoteReward(Reward):
     If the server cannot be reached or dies during a request, the reward waits for it; if the server answers late or
     with an error, the reward repeats the request. The delays grow from half a second to 15 seconds.
 
-    A call raises `ValueError` if the server refuses the request (4xx) or its answer has no scores, and `RuntimeError`
-    when `retries` or `patience` are used up.
+    A call raises `ValueError` if the server refuses the request (4xx), or if its answer has no scores or more than a
+    megabyte, and `RuntimeError` when `retries` or `patience` are used up.
 
     Args:
         url: The server's address, such as "http://127.0.0.1:8000"; pictures go to `url/score`.
@@ -47,10 +50,12 @@ class RemoteReward(Reward):
         columns: The columns of the data set to send beside pictures and prompts; JSON must be able to carry their
             values.
         batch_size: Pictures per request; the requests follow one another.
-        timeout: Seconds of silence from the server after which a request has failed.
+        timeout: Seconds that one try of a request may take, from connecting to the last byte of the answer.
         retries: How often to repeat a request that timed out or got a 5xx answer.
         patience: Seconds, from a request's first failure on, to wait for a server that cannot be reached or answers
             502, 503 or 504.
+        token: The bearer token of the server, from a file or an environment variable; None for a server that asks for
+            none. No log, error or file of a run shows it.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -67,22 +72,23 @@ class RemoteReward(Reward):
         timeout: float = 60.0,
         retries: int = 3,
         patience: float = 600.0,
+        token: str | None = None,
     ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError(f"`url` ({url!r}) is no address of a server: write it as 'http://127.0.0.1:8000'.")
+        _check_address(url)
         if isinstance(columns, str):
             raise ValueError(f"`columns` ({columns!r}) is a string: pass the list [{columns!r}].")
         lower_bounds = (("batch_size", batch_size, 1), ("retries", retries, 0), ("patience", patience, 0))
         for argument, value, least in lower_bounds:
-            if value < least:
+            if not value >= least:
                 raise ValueError(f"`{argument}` ({value}) must be at least {least}.")
-        if timeout <= 0:
+        if not timeout > 0:
             raise ValueError(f"`timeout` ({timeout}) must be above 0.")
         self.url, self.name = f"{url.rstrip('/')}/score", name
         self.columns, self.batch_size = tuple(columns), batch_size
         self.timeout, self.retries, self.patience = timeout, retries, patience
+        self._token = None if token is None else checked_token(token, "`token`")
 
-    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> Awaitable[list[float | None]]:
+    def __call__(self, /, images: Tensor, prompts: list[str], **columns: Any) -> Awaitable[list[float | None]]:
         if images.dim() != 4:
             raise ValueError(
                 f"Reward {self.name!r} sends pictures (B, 3, H, W), but `images` has the shape {tuple(images.shape)}."
@@ -93,9 +99,11 @@ class RemoteReward(Reward):
     async def _ask(self, images: Tensor, prompts: list[str], columns: dict[str, list[Any]]) -> list[float | None]:
         scores: list[float | None] = [math.nan] * len(images)
         finite = images.isfinite().flatten(1).all(dim=1).nonzero().flatten().tolist()
-        timeout = httpx2.Timeout(self.timeout, connect=min(CONNECT_TIMEOUT, self.timeout))
+        # Half of the time at most, so that a server which cannot be reached differs from one that is slow.
+        timeout = httpx2.Timeout(self.timeout, connect=min(CONNECT_TIMEOUT, self.timeout / 2))
+        headers = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
         # A client belongs to one event loop, and every call has a new loop.
-        async with httpx2.AsyncClient(timeout=timeout) as client:
+        async with httpx2.AsyncClient(timeout=timeout, headers=headers) as client:
             for start in range(0, len(finite), self.batch_size):
                 rows = finite[start : start + self.batch_size]
                 body = {
@@ -117,7 +125,7 @@ class RemoteReward(Reward):
                 )
             try:
                 json.dumps(columns[name], allow_nan=False)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, RecursionError) as error:
                 raise ValueError(
                     f"Reward {self.name!r} cannot send the column {name!r} as JSON ({error}): leave it out of "
                     "`columns`, or make it of strings, finite numbers, lists and dictionaries."
@@ -125,21 +133,32 @@ class RemoteReward(Reward):
         return {name: columns[name] for name in self.columns}
 
     def _scores(self, response: httpx2.Response, count: int) -> list[float | None]:
-        try:
-            answer = response.json()
-        except ValueError:
-            answer = None
+        answer = _json(response)
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list) or len(scores) != count or not all(_is_score(s) for s in scores):
             raise ValueError(
                 f"Reward {self.name!r}: {self.url} did not answer with one score for each of {count} pictures but "
-                f"{response.text[:200]!r}: does `url` name a reward server?"
+                f"{_quoted(response.text, self._token)[:200]!r}: does `url` name a reward server?"
             )
         return [None if s is None else float(s) for s in scores]
 
 
+def _check_address(url: str) -> None:
+    """Refuse what is no address, and one with a password, which every error would show."""
+    try:
+        address = httpx2.URL(url)
+    except (httpx2.InvalidURL, TypeError) as error:
+        raise ValueError(f"`url` ({url!r}) is no address of a server: {error}.") from error
+    if address.userinfo:
+        raise ValueError("`url` has a user name or a password, which errors would show: pass `token` instead.")
+    if address.scheme not in ("http", "https") or not address.host or not 0 < (address.port or 80) < 65536:
+        raise ValueError(f"`url` ({url!r}) is no address of a server: write it as 'http://127.0.0.1:8000'.")
+
+
 def _is_score(score: Any) -> bool:
-    return score is None or score in NOT_FINITE or (isinstance(score, (int, float)) and not isinstance(score, bool))
+    if isinstance(score, int) and not isinstance(score, bool):
+        return abs(score) <= sys.float_info.max  # exact, where float() raises for a larger one
+    return score is None or isinstance(score, float) or score in NOT_FINITE
 
 
 def _encoded(images: Tensor) -> list[str]:
@@ -162,7 +181,8 @@ async def post(
     """Post a JSON body and return the successful response, after the retries and delays that `RemoteReward` describes.
 
     Args:
-        client: The client that sends the request.
+        client: The client that sends the request; its `timeout.read` bounds a whole try, and its headers may hold a
+            bearer token.
         url: The address.
         body: The body of the request.
         sender: The subject of log lines and errors.
@@ -170,7 +190,8 @@ async def post(
         patience: Seconds to wait for a server that cannot be reached or answers 502, 503 or 504.
 
     Raises:
-        ValueError: If the answer is a 3xx or 4xx; the error quotes the server.
+        ValueError: If the answer is a 3xx or 4xx, and the error quotes the server; or if it is larger than
+            `MAX_ANSWER`.
         RuntimeError: If `retries` or `patience` are used up.
     """
     first_failure, failed, delay = math.inf, 0, FIRST_DELAY
@@ -203,24 +224,60 @@ async def _attempt(
     client: httpx2.AsyncClient, url: str, body: dict[str, Any], sender: str
 ) -> httpx2.Response | _Failure:
     try:
-        response = await client.post(url, json=body)
+        async with asyncio.timeout(client.timeout.read):
+            response, complete = await _answer(client, url, body)
     except UNREACHABLE as error:
         return _Failure(f"{type(error).__name__} ({error})", away=True)
-    except httpx2.TimeoutException:
+    except (httpx2.TimeoutException, TimeoutError):
         return _Failure(f"a time-out after {client.timeout.read:g} s", away=False)
     if response.is_success:
+        if not complete:
+            raise ValueError(
+                f"{sender}: {url} answered with more than {MAX_ANSWER} bytes, which no scores take: does `url` name a "
+                "reward server?"
+            )
         return response
-    words = f"{response.status_code}: {_sentence(response)}"
+    words = f"{response.status_code}: {_sentence(response, client)}"
     if response.status_code < 500:
         raise ValueError(f"{sender}: {url} refuses the request with {words}")
     return _Failure(words, away=response.status_code in AWAY)
 
 
-def _sentence(response: httpx2.Response) -> str:
-    """The reason that the server gives in a refusal."""
+async def _answer(client: httpx2.AsyncClient, url: str, body: dict[str, Any]) -> tuple[httpx2.Response, bool]:
+    """Status and content of an answer, and whether the content is complete: reading stops beyond `MAX_ANSWER`.
+
+    The bytes are taken as they come: compressed ones could unpack to a thousand times their size.
+    """
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+    request = client.build_request("POST", url, content=json.dumps(body).encode(), headers=headers)
+    answer = await client.send(request, stream=True)
+    content = bytearray()
     try:
-        answer = response.json()
-    except ValueError:
-        answer = None
+        async for part in answer.aiter_raw():
+            content += part
+            if len(content) > MAX_ANSWER:
+                break
+    finally:
+        await answer.aclose()
+    return httpx2.Response(answer.status_code, content=bytes(content[:MAX_ANSWER])), len(content) <= MAX_ANSWER
+
+
+def _json(response: httpx2.Response) -> Any:
+    """The JSON of an answer; None if it has none."""
+    try:
+        return response.json()
+    except (ValueError, RecursionError):
+        return None
+
+
+def _sentence(response: httpx2.Response, client: httpx2.AsyncClient) -> str:
+    """The reason that the server gives in a refusal, without the token of the client."""
+    answer = _json(response)
     reason = answer.get("error") if isinstance(answer, dict) else None
-    return reason if isinstance(reason, str) else response.text[:500]
+    token = client.headers.get("Authorization", "").removeprefix("Bearer ")
+    return _quoted(reason if isinstance(reason, str) else response.text, token)[:500]
+
+
+def _quoted(text: str, token: str | None) -> str:
+    """The words of a server for an error: a server may send back the token that it got."""
+    return text.replace(token, "<token>") if token else text

@@ -5,10 +5,12 @@
                   {"scores": [0.31, null, "nan", ...]}
 
 The answer to a wrong request, and to one on which the reward fails, is a 4xx or 5xx with {"error": "one sentence"}.
+With a token, every request needs the header "Authorization: Bearer <token>".
 """
 
 import asyncio
 import base64
+import hmac
 import inspect
 import io
 import json
@@ -24,7 +26,7 @@ from PIL import Image
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from torch import Tensor
@@ -34,17 +36,20 @@ from .base import Reward
 logger = logging.getLogger(__name__)
 
 KEYS = ("images", "prompts", "columns")
-# The keywords with which a reward is called: no column may bear such a name.
-OWN = ("images", "prompts", "trainer_state", "log_extra", "log_metric")
+# The keywords with which a reward is called, and the first argument of its methods: no column may bear such a name.
+OWN = ("images", "prompts", "trainer_state", "log_extra", "log_metric", "self")
 CLOSED = 499  # nginx's status for a request whose sender has gone; nobody reads the answer
 # The exceptions that Pillow raises for a broken PNG.
 BROKEN = (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError)
+MAX_DEPTH = 32  # of lists and objects in a column: far below the depth at which Python's recursion ends
+MAX_DIGITS = 309  # of an integer: those of the largest float
 Score = float | str | None
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest request that a server accepts: pixels of a picture, pictures, and bytes of the body.
+    """The largest request that a server accepts, and its time: pixels of a picture, pictures, bytes of the body,
+    seconds in which the body must arrive, and seconds from the head of the request to the answer.
 
     One request takes memory of at most three times `max_bytes`, for body, JSON and PNG, and 25 bytes for each of
     `max_batch * max_pixels` pixels, for Pillow's picture, its copy in 8 bits and its copy in float32.
@@ -53,11 +58,23 @@ class Limits:
     max_pixels: int = 2048 * 2048
     max_batch: int = 32
     max_bytes: int = 72 * 2**20
+    max_upload_seconds: float = 60.0
+    max_seconds: float = 600.0
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
+        for name in ("max_pixels", "max_batch", "max_bytes"):
+            value = vars(self)[name]
             if value < 1:
                 raise ValueError(f"`{name}` ({value}) must be at least 1.")
+        for name in ("max_upload_seconds", "max_seconds"):
+            value = vars(self)[name]
+            if not value > 0:
+                raise ValueError(f"`{name}` ({value:g}) must be above 0.")
+        if self.max_upload_seconds > self.max_seconds:
+            raise ValueError(
+                f"`max_upload_seconds` ({self.max_upload_seconds:g}) must not exceed `max_seconds` "
+                f"({self.max_seconds:g}), which include them."
+            )
 
 
 @dataclass(frozen=True)
@@ -69,7 +86,7 @@ class Batch:
     columns: dict[str, list[Any]]
 
 
-def reward_app(reward: Reward, limits: Limits, device: torch.device) -> Starlette:
+def reward_app(reward: Reward, limits: Limits, device: torch.device, token: str | None = None) -> Starlette:
     """The ASGI application that serves a reward, one request at a time.
 
     The reward gets float32 images (B, 3, H, W) in multiples of 1/255, and prompts and columns as from a trainer.
@@ -77,51 +94,122 @@ def reward_app(reward: Reward, limits: Limits, device: torch.device) -> Starlett
 
     Args:
         reward: The reward to serve.
-        limits: The largest request to accept.
+        limits: The largest request to accept, and its time.
         device: The device on which the reward computes.
+        token: The bearer token that a request must carry; None for a server that asks for none.
     """
     reward.to(device)
     one_at_a_time = asyncio.Lock()
 
+    def computed(work: asyncio.Task[Response]) -> None:
+        one_at_a_time.release()
+        if not work.cancelled():
+            work.exception()  # asyncio logs an exception that nobody has looked at
+
     async def health(request: Request) -> Response:
+        if not _bears(request, token):
+            raise _unauthorized()
         return JSONResponse({"name": reward.name, "ready": True})
 
+    async def scored(request: Request, body: bytes) -> Response:
+        if await request.is_disconnected():  # its sender gave up waiting, and may have sent it again
+            return Response(status_code=CLOSED)
+        return JSONResponse({"scores": await run_in_threadpool(_answer, body, reward, limits, device)})
+
     async def score(request: Request) -> Response:
-        body = await _body(request, limits.max_bytes)
-        async with one_at_a_time:
-            if await request.is_disconnected():  # its sender gave up waiting, and may have sent it again
-                return Response(status_code=CLOSED)
-            return JSONResponse({"scores": await run_in_threadpool(_answer, body, reward, limits, device)})
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + limits.max_seconds
+        body = await _body(request, limits, _bears(request, token))
+        try:
+            async with asyncio.timeout_at(deadline):
+                await one_at_a_time.acquire()
+        except TimeoutError as error:
+            raise HTTPException(
+                503,
+                f"The request waited for its turn until `max_seconds` ({limits.max_seconds:g}) were over: send fewer "
+                "requests at a time.",
+            ) from error
+        # A task of its own: a thread cannot be stopped, so the turn ends with the reward and not with the request.
+        work = asyncio.create_task(scored(request, body))
+        work.add_done_callback(computed)
+        await asyncio.wait([work], timeout=deadline - clock())
+        if not work.done():
+            raise HTTPException(
+                500,
+                f"Reward {reward.name!r} has not returned within `max_seconds` ({limits.max_seconds:g}): send fewer "
+                "pictures at a time, or allow more seconds.",
+            )
+        return work.result()
 
     return Starlette(
         routes=[Route("/health", health, methods=["GET"]), Route("/score", score, methods=["POST"])],
-        exception_handlers={HTTPException: _refusal},
+        exception_handlers={HTTPException: _refusal, ClientDisconnect: _gone},
     )
 
 
 async def _refusal(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+    sentence = error.detail.encode(errors="backslashreplace").decode()  # half a surrogate pair cannot be sent
+    return JSONResponse({"error": sentence}, error.status_code, error.headers)
 
 
-async def _body(request: Request, max_bytes: int) -> bytes:
-    """The whole body of a request, or a 413 if it is too large.
+async def _gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLOSED)
 
-    A body that is too large is read to its end without being kept: senders listen for the answer only after sending.
+
+def _bears(request: Request, token: str | None) -> bool:
+    """Whether a request carries the token; in a time that does not depend on where a wrong one differs."""
+    if token is None:
+        return True
+    return hmac.compare_digest(request.headers.get("Authorization", "").encode(), f"Bearer {token}".encode())
+
+
+def _unauthorized() -> HTTPException:
+    return HTTPException(
+        401,
+        "The request does not carry the token of this server: pass it as `RemoteReward(..., token=...)`.",
+        {"WWW-Authenticate": "Bearer"},
+    )
+
+
+async def _body(request: Request, limits: Limits, authorized: bool) -> bytes:
+    """The whole body of a request.
+
+    The body of a request that is refused is read to its end without being kept: senders listen for the answer only
+    after sending.
+
+    Args:
+        request: The request.
+        limits: Its largest size and longest time.
+        authorized: Whether it carries the token.
+
+    Raises:
+        HTTPException: 401 without the token, 408 if the body takes too long, and 413 if it is too large.
     """
     parts: list[bytes] = []
     size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size <= max_bytes:
-            parts.append(part)
-        else:
-            parts.clear()
-    if size > max_bytes:
+    try:
+        async with asyncio.timeout(limits.max_upload_seconds):
+            async for part in request.stream():
+                size += len(part)
+                if authorized and size <= limits.max_bytes:
+                    parts.append(part)
+                else:
+                    parts.clear()
+    except TimeoutError as error:
+        raise HTTPException(
+            408,
+            f"The body of the request did not arrive within `max_upload_seconds` ({limits.max_upload_seconds:g}): "
+            "send fewer pictures at a time (`batch_size`).",
+            {"Connection": "close"},  # else the rest of the body would hold the connection
+        ) from error
+    if not authorized:
+        raise _unauthorized()
+    if size > limits.max_bytes:
         raise HTTPException(
             413,
-            f"The request has {size} bytes, more than `max_bytes` ({max_bytes}) allows: send fewer pictures at a time "
-            "(`batch_size`).",
+            f"The request has {size} bytes, more than `max_bytes` ({limits.max_bytes}) allows: send fewer pictures at "
+            "a time (`batch_size`).",
         )
     return b"".join(parts)
 
@@ -137,9 +225,11 @@ def _answer(body: bytes, reward: Reward, limits: Limits, device: torch.device) -
 def read_batch(body: bytes, limits: Limits) -> Batch:
     """Read a request and check all that does not need decoded pixels; raises `HTTPException` with a sentence."""
     try:
-        request = json.loads(body)
-    except (ValueError, RecursionError) as error:
+        request = json.loads(body, parse_int=_integer, parse_float=_float, parse_constant=_no_number)
+    except ValueError as error:
         raise HTTPException(400, f"The body is no JSON: {error}.") from error
+    except RecursionError as error:
+        raise _too_deep() from error
     if not isinstance(request, dict) or not {"images", "prompts"} <= request.keys() <= set(KEYS):
         raise HTTPException(
             422, "The body must be an object with 'images', 'prompts' and, if need be, 'columns', and nothing else."
@@ -161,6 +251,7 @@ def read_batch(body: bytes, limits: Limits) -> Batch:
             422, f"The request has {len(encoded)} pictures but {len(prompts)} prompts: send one prompt per picture."
         )
     _check_columns(columns, len(encoded))
+    _check_values(prompts, columns)
     images = [open_picture(i, picture, limits.max_pixels) for i, picture in enumerate(encoded)]
     if len({image.size for image in images}) > 1:
         raise HTTPException(422, "The pictures differ in size: send those of one size together.")
@@ -177,6 +268,52 @@ def _check_columns(columns: Any, count: int) -> None:
             raise HTTPException(422, f"No column may be called {name!r}: rename it.")
         if not isinstance(values, list) or len(values) != count:
             raise HTTPException(422, f"The column {name!r} must be a list of {count} values, one per picture.")
+
+
+def _check_values(prompts: list[str], columns: dict[str, list[Any]]) -> None:
+    """Refuse text that is no Unicode, and values with lists and objects deep within one another."""
+    level: list[Any] = [prompts, columns]
+    depth = -1  # a column has the depth 0
+    while level:
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, str):
+                _check_text(value)
+            elif isinstance(value, (list, dict)):
+                if depth > MAX_DEPTH:
+                    raise _too_deep()
+                inner += value if isinstance(value, list) else [*value.keys(), *value.values()]
+        level, depth = inner, depth + 1
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise HTTPException(422, f"The text {text[:100]!r} has half a surrogate pair, no character.") from error
+
+
+def _too_deep() -> HTTPException:
+    return HTTPException(422, f"The request has lists or objects nested deeper than {MAX_DEPTH}: flatten the columns.")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS + 1 or math.isinf(float(digits)):
+        raise HTTPException(
+            422, f"The request has an integer of {len(digits.lstrip('-'))} digits, beyond the range of a float."
+        )
+    return int(digits)
+
+
+def _float(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise HTTPException(422, f"The request has the number {digits[:50]}, beyond the range of a float.")
+    return number
+
+
+def _no_number(name: str) -> float:
+    raise HTTPException(422, f"The request has the number {name}, which JSON does not have: send null or a string.")
 
 
 def open_picture(number: int, encoded: str, max_pixels: int) -> Image.Image:
@@ -247,9 +384,9 @@ def scores_of(reward: Reward, images: Tensor, batch: Batch) -> list[Score]:
                 scores = asyncio.run(_awaited(scores))
         values = scores.tolist() if isinstance(scores, Tensor) else list(scores)
         numbers = [None if v is None else float(v) for v in values]
-    except Exception as error:  # whatever a reward raises must not end the server
+    except (Exception, SystemExit) as error:  # whatever a reward raises must not end the server
         logger.exception("Reward %r failed.", reward.name)
-        raise HTTPException(500, f"Reward {reward.name!r} raised {type(error).__name__}: {error}") from error
+        raise HTTPException(500, f"Reward {reward.name!r} raised {type(error).__name__}: {error!s:.500}") from error
     if len(numbers) != len(images):
         raise HTTPException(
             500,
