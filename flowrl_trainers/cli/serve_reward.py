@@ -18,7 +18,9 @@ MAX_CONNECTIONS = 64  # uvicorn answers 503 to further ones, and RemoteReward tr
 def serve_reward(arguments: list[str]) -> None:
     """Load a reward and serve it until interrupted.
 
-    Raises `ValueError` for wrong arguments, `RuntimeError` where starlette is missing.
+    Raises:
+        ValueError: If an argument is wrong.
+        RuntimeError: If starlette or uvicorn is not installed.
     """
     try:
         import uvicorn
@@ -75,46 +77,27 @@ def serve_reward(arguments: list[str]) -> None:
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where the reward computes."
     )
-<<<<<<< HEAD
     args = parser.parse_args(arguments)
-    limits = Limits(args.max_pixels, args.max_batch, args.max_bytes)
+    limits = Limits(args.max_pixels, args.max_batch, args.max_bytes, args.max_upload_seconds, args.max_seconds)
+    token = _token(args.token_file)
     if not 0 <= args.port <= 65535:
         raise ValueError(f"`port` ({args.port}) must be between 0 and 65535.")
     if not _is_loopback(args.host):
-        print(
-            f"flowrl: {args.host} is not loopback, and whoever reaches it may use the reward, as there is no "
-            "authentication: let only a trusted network reach it, or stay on 127.0.0.1 and tunnel by ssh.",
-            file=sys.stderr,
-        )
-    (reward,) = as_rewards(named_reward(args.NAME), "NAME")
-    app = reward_app(reward, limits, torch.device(args.device))
-    # The access log would print a line per request; uvicorn still prints the address.
-    uvicorn.run(
-        app, host=args.host, port=args.port, access_log=False, limit_concurrency=MAX_CONNECTIONS,
-        timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=KEEP_ALIVE,
-    )  # fmt: skip
-=======
-    told = parser.parse_args(arguments)
-    limits = Limits(told.max_pixels, told.max_batch, told.max_bytes, told.max_upload_seconds, told.max_seconds)
-    token = _token(told.token_file)
-    if not 0 <= told.port <= 65535:
-        raise ValueError(f"`port` ({told.port}) must be between 0 and 65535.")
-    if not _is_loopback(told.host):
         risk = (
             "whoever reaches it may use the reward, as there is no authentication"
             if token is None
             else "whoever listens on the network reads requests and token, as nothing is encrypted"
         )
         print(
-            f"flowrl: {told.host} is not loopback, and {risk}: let only a trusted network reach it, or stay on "
+            f"flowrl: {args.host} is not loopback, and {risk}: let only a trusted network reach it, or stay on "
             "127.0.0.1 and tunnel by ssh.",
             file=sys.stderr,
         )
-    (reward,) = as_rewards(named_reward(told.NAME), "NAME")
+    (reward,) = as_rewards(named_reward(args.NAME), "NAME")
     uvicorn.run(
-        reward_app(reward, limits, torch.device(told.device), token),
-        host=told.host,
-        port=told.port,
+        reward_app(reward, limits, torch.device(args.device), token),
+        host=args.host,
+        port=args.port,
         http=TimedConnection,
         ws="none",
         access_log=False,  # it would be a line per request; the line that names the address stays
@@ -135,7 +118,6 @@ def _token(path: str | None) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"`token_file` ({path!r}) cannot be read as text: {error}.") from error
     return checked_token(token.strip(), f"The text of `token_file` ({path!r})")
->>>>>>> server
 
 
 def _is_loopback(host: str) -> bool:
