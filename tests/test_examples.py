@@ -60,7 +60,7 @@ class BestOfGroupTrainer(FlowRLTrainer[Drawn, Weighted]):
 
     def _weighted(self, batch):
         scores = self.scorer.score(batch.record.images, batch.examples)
-        self.log_rewards(scores, batch.keys)
+        self.log_rewards(scores, [batch])
         groups = scores.sum(dim=1).unflatten(0, (-1, self.args.num_generations))
         weights = (groups == groups.amax(dim=1, keepdim=True)).float().flatten()
         return batch.with_record(Weighted(batch.record.images, weights))

@@ -9,7 +9,9 @@ import torch
 from transformers import TrainerCallback
 
 from flowrl_trainers.rewards import differentiable
+from flowrl_trainers.sampling.buffer import MicroBatch, Record
 from flowrl_trainers.sampling.draws import ImageKey
+from flowrl_trainers.sampling.prompt_groups import Example
 
 from .helpers import adjoint_matching, constant, first_rollout, redness, update_rows
 
@@ -89,12 +91,17 @@ def test_an_update_whose_gradient_is_not_finite_is_skipped(tmp_path, tiny_pipeli
     assert any(not torch.equal(a, b) for a, b in zip(before[1], before[2], strict=True))
 
 
+def images(count: int) -> MicroBatch:
+    examples = [Example(ImageKey(row, 0, 0), "a cat", {}) for row in range(count)]
+    return MicroBatch(examples, Record(), torch.ones(count, dtype=torch.bool))
+
+
 def test_what_has_no_score_has_no_part_in_the_reward(tmp_path, tiny_pipeline):
     t = adjoint_matching(tmp_path, tiny_pipeline)
-    t.log_rewards(torch.tensor([[-2.0], [math.nan], [-4.0], [math.inf]]), [ImageKey(i, 0, 0) for i in range(4)])
+    t.log_rewards(torch.tensor([[-2.0], [math.nan], [-4.0], [math.inf]]), [images(4)])
     assert t.rollout_reward == -3.0
     assert t.metrics.noted["reward/redness"] == [-3.0]
-    t.log_rewards(torch.tensor([[math.nan], [math.nan]]), [ImageKey(i, 0, 0) for i in range(2)])
+    t.log_rewards(torch.tensor([[math.nan], [math.nan]]), [images(2)])
     assert t.rollout_reward is None  # not 0, which may be more than any reward is
     assert t.metrics.noted["reward"] == [-3.0]
 

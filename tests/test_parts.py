@@ -81,7 +81,7 @@ def batch(first: float = 0.0, count: int = 2) -> MicroBatch[Outer]:
 def test_an_image_with_anything_not_finite_is_left_out_and_zeroed_in_every_tensor():
     spoiled = batch()
     spoiled.record.inner.deepest.weights[1] = math.inf
-    kept = spoiled.with_finite_alone()
+    kept = spoiled.zero_not_finite()
     assert kept.good.tolist() == [True, False]
     assert all(bool((value[1] == 0).all()) for value in kept.record.tensors())
     assert [float(value[0].flatten()[0]) for value in kept.record.tensors()] == [0, 10, 20]
@@ -100,7 +100,7 @@ def buffer(steps_used: int) -> RolloutBuffer[Outer]:
     """Of two micro-steps, each rollout used twice; filled anew whenever it is used up."""
     made: RolloutBuffer[Outer] = RolloutBuffer(Outer, micro_steps=2, passes=2)
     for step in range(steps_used):
-        if made.is_used_up:
+        if made.needs_rollout:
             made.batches = [batch(100.0 * step), batch(100.0 * step + 1)]
         made.take()
     return made
@@ -110,11 +110,11 @@ def test_a_rollout_is_used_as_often_as_asked_before_the_next_is_due():
     made = buffer(0)
     due, fresh, taken = [], [], []
     for step in range(8):
-        due.append(made.is_used_up)
-        if made.is_used_up:
+        due.append(made.needs_rollout)
+        if made.needs_rollout:
             made.batches = [batch(100.0 * step), batch(100.0 * step + 1)]
         taken.append(float(made.take().record.states[0, 0]))
-        fresh.append(made.is_fresh)
+        fresh.append(made.is_at_first)
     assert due == fresh == [True, False, False, False] * 2
     assert taken == [0, 1, 0, 1, 400, 401, 400, 401]
 
@@ -123,7 +123,7 @@ def test_nothing_is_taken_from_an_empty_rollout_but_its_steps_pass():
     made = RolloutBuffer(Outer, micro_steps=2, passes=1)
     assert [made.take() for _ in range(2)] == [None, None]
     assert made.step == 2
-    assert made.is_used_up
+    assert made.needs_rollout
 
 
 @pytest.mark.parametrize("used", [1, 2, 3, 5])
@@ -137,12 +137,12 @@ def test_a_buffer_goes_on_from_its_state(tmp_path, used):
         torch.load(tmp_path / "buffer.pt", weights_only=True),
         lambda key: Example(key, f"prompt {key.row}", {"number": key.row}),
     )
-    while not made.is_used_up:
+    while not made.needs_rollout:
         mine, theirs = made.take(), again.take()
         assert mine.examples == theirs.examples
         assert_same(mine.record.to_dict(), theirs.record.to_dict())
         assert torch.equal(mine.good, theirs.good)
-    assert again.is_used_up
+    assert again.needs_rollout
 
 
 def test_a_rollout_that_is_used_up_is_not_kept():

@@ -67,9 +67,9 @@ def main() -> None:
         rollouts.append([{"drawn": a, "prepared": b} for a, b in zip(drawn, kept, strict=True)])
         return prepared
 
-    def remember_scores(found, keys):
+    def remember_scores(found, rollout):
         scores.append(found.clone())
-        log_rewards(found, keys)
+        log_rewards(found, rollout)
 
     trainer.prepare, trainer.log_rewards = remember, remember_scores
     trainer.train(resume_from_checkpoint=settings["resume"])

@@ -18,7 +18,7 @@ from ..run_folder import sheet_of
 from ..sampling.conditioning import ConditioningCache
 from ..sampling.evaluator import Evaluator, ode_sampler
 from ..sampling.pictures import Pictures
-from ..trainers.base_trainer import SETTINGS
+from ..trainers.base_trainer import PIPELINE_SETTINGS
 from ..trainers.input_checks import check_dataset
 from .arguments import wrong_arguments
 from .evaluate_arguments import EvaluateArguments
@@ -99,7 +99,7 @@ def _rows(
     """
     prompts = check_dataset(load_prompts(args.dataset, args.dataset_config, args.split, args.prompt_column), "dataset")
     pipeline = load_model(args.model, DTYPES[args.dtype])
-    flow = FlowPipeline.from_pipeline(pipeline, **{name: getattr(args, name) for name in SETTINGS})
+    flow = FlowPipeline.from_pipeline(pipeline, **{name: getattr(args, name) for name in PIPELINE_SETTINGS})
     transformer: PeftAdapterMixin | Any = flow.transformer
     for adapter in args.adapter:  # an adapter that does not fit is found before hours of drawing
         _load_adapter(pipeline, adapter)

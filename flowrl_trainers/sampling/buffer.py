@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, Self, TypeVar, get_args, get_type_hints
 
-import torch
 from torch import Tensor
 
 from ..flow import expand_like
@@ -70,7 +69,7 @@ class MicroBatch(Generic[RecordT]):
 
     Attributes:
         examples: B images.
-        record: Of their tensors.
+        record: What the method keeps of them, every tensor (B, ...).
         good: (B,), False for images that are left out of the loss because something about them was not finite.
     """
 
@@ -87,13 +86,17 @@ class MicroBatch(Generic[RecordT]):
         """The same images with another record; those that are not `good` (B,) are left out from now on."""
         return MicroBatch(self.examples, record, self.good if good is None else self.good & good)
 
-    def with_finite_alone(self) -> Self:
+    def keeping(self, good: Tensor) -> Self:
+        """Leave out the images that are not `good` (B,), too."""
+        return replace(self, good=self.good & good)
+
+    def zero_not_finite(self) -> Self:
         """Leave out images with anything not finite, and zero them, as zero times infinity would reach the weights."""
         good = self.good
         for value in self.record.tensors():
             good = good & value.reshape(len(value), -1).isfinite().all(dim=1)
         return replace(
-            self, record=self.record.map(lambda value: torch.where(expand_like(good, value), value, 0.0)), good=good
+            self, record=self.record.map(lambda value: value.masked_fill(~expand_like(good, value), 0)), good=good
         )
 
 
@@ -112,13 +115,13 @@ class RolloutBuffer(Generic[RecordT]):
         self.step = 0  # of all micro-steps since training began
 
     @property
-    def is_used_up(self) -> bool:
+    def needs_rollout(self) -> bool:
         """Whether the next micro-step needs a new rollout."""
         return self.step % (self.micro_steps * self.passes) == 0
 
     @property
-    def is_fresh(self) -> bool:
-        """Whether nothing was trained since the rollout was drawn: the micro-batch taken last is its first."""
+    def is_at_first(self) -> bool:
+        """Whether the micro-batch that was taken last is the first of its rollout."""
         return (self.step - 1) % (self.micro_steps * self.passes) == 0
 
     def reset(self) -> None:
@@ -132,8 +135,8 @@ class RolloutBuffer(Generic[RecordT]):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and the micro-batches that are still to be used."""
-        kept = [] if self.is_used_up else self.batches
+        """The position, and the micro-batches, while any is still to be used."""
+        kept = [] if self.needs_rollout else self.batches
         return {
             "step": self.step,
             "batches": [

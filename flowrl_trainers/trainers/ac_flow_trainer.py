@@ -127,6 +127,8 @@ class ACFlowTrainer(FlowRLTrainer[ACFlowRollout, ACFlowRecord]):
             self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=self.args.critic_learning_rate)
 
     def _make_critic(self) -> nn.Module | None:
+        if self.given_critic is not None and self.args.critic == "none":
+            raise ValueError("`critic` is passed, but `args.critic` is 'none': leave out one of them.")
         if self.given_critic is not None:
             return self.given_critic.to(self.args.device)
         if self.args.critic == "none":
@@ -177,7 +179,7 @@ class ACFlowTrainer(FlowRLTrainer[ACFlowRollout, ACFlowRecord]):
         self.metrics.note("critic/warming_up", float(self.warmup.running))
         if self.warmup.running or not self._has_signal(shaped):
             return []
-        batches = [batch.with_finite_alone() for batch in self._actor_batches(shaped)]
+        batches = [batch.zero_not_finite() for batch in self._actor_batches(shaped)]
         known = torch.cat([batch.good for batch in shaped])  # images without a reward are left out, but not bad
         self.count_bad_samples("target", known & ~torch.cat([batch.good for batch in batches]))
         return batches
@@ -186,12 +188,12 @@ class ACFlowTrainer(FlowRLTrainer[ACFlowRollout, ACFlowRecord]):
         """(1), over the images of all processes."""
         final = torch.cat([batch.record.final for batch in rollout])
         mine = self.scorer.score(final, [e for batch in rollout for e in batch.examples])
-        self.log_rewards(mine, [key for batch in rollout for key in batch.keys])
+        self.log_rewards(mine, rollout)
         bad = mine.isinf().any(dim=1) | ~final.flatten(1).isfinite().all(dim=1)
         absent = mine.isnan().all(dim=1)
         scores = torch.where(mine.isinf(), torch.nan, mine)
         if self.args.reward_shaping == "standardise":
-            rows = torch.tensor([key.row for batch in rollout for key in batch.keys], device=mine.device)
+            rows = self.prompt_rows(rollout)
             everyone, groups, clip = (
                 self.accelerator.gather(scores),
                 self.accelerator.gather(rows),
@@ -204,7 +206,7 @@ class ACFlowTrainer(FlowRLTrainer[ACFlowRollout, ACFlowRecord]):
         sizes = [len(batch.examples) for batch in rollout]
         parts = zip(rollout, returns.split(sizes), (~(bad | absent)).split(sizes), strict=True)
         return [
-            batch.with_record(ACFlowReturns(batch.record.final, part), good).with_finite_alone()
+            batch.with_record(ACFlowReturns(batch.record.final, part), good).zero_not_finite()
             for batch, part, good in parts
         ]
 
@@ -323,9 +325,7 @@ class ACFlowTrainer(FlowRLTrainer[ACFlowRollout, ACFlowRecord]):
         """v_base at states (B, K, ...) and levels (B, K): (B, K, ...); None without an anchor."""
         if self.args.wasserstein_coefficient == 0:
             return None
-        with self.model.reference():
-            columns = zip(states.unbind(1), sigma.unbind(1), strict=True)
-            return torch.stack([self.model(z, s, conditioning, guidance=True) for z, s in columns], dim=1)
+        return self.base_velocities(states, sigma, conditioning)
 
     def _weights(self, advantages: Tensor, good: Tensor) -> Tensor:
         """(3), over the rollout of all processes: w (M, K) of this process's advantages (M, K); good: (M,)."""

@@ -179,7 +179,7 @@ class AdjointMatchingTrainer(RewardGradientTrainer[AdjointMatchingRollout, Adjoi
             generator = keyed_generator(self.args.seed, key, "earlier steps")
             trained = self.dynamics.trained_steps(self.args.adjoint_steps, generator)
             batches = [
-                batch.with_record(self._record(batch, gradient, trained)).with_finite_alone()
+                batch.with_record(self._record(batch, gradient, trained)).zero_not_finite()
                 for batch, gradient in zip(rollout, gradients, strict=True)
             ]
         self.count_bad_samples("adjoint", ~torch.cat([batch.good for batch in batches]))
@@ -196,9 +196,8 @@ class AdjointMatchingTrainer(RewardGradientTrainer[AdjointMatchingRollout, Adjoi
     ) -> tuple[list[MicroBatch[AdjointMatchingRollout]], list[Tensor]]:
         """The batches, in which images without a gradient are left out, and the clipped gradients (B, ...) of each."""
         scored = [self.reward_gradient(batch.record.final, batch.examples) for batch in rollout]
-        rollout = [batch.with_record(batch.record, good) for batch, (*_, good) in zip(rollout, scored, strict=True)]
-        keys = [key for batch in rollout for key in batch.keys]
-        self.log_rewards(torch.cat([scores for scores, *_ in scored]), keys)
+        rollout = [batch.keeping(good) for batch, (*_, good) in zip(rollout, scored, strict=True)]
+        self.log_rewards(torch.cat([scores for scores, *_ in scored]), rollout)
         self.count_bad_samples("reward_gradient", ~torch.cat([batch.good for batch in rollout]))
         gradients = [gradient for _, gradient, _ in scored]
         threshold = self.clip_threshold(torch.cat([gradient.flatten(1).norm(dim=1) for gradient in gradients]))
@@ -328,5 +327,4 @@ class AdjointMatchingTrainer(RewardGradientTrainer[AdjointMatchingRollout, Adjoi
             "controlled steps": f"{args.adjoint_steps} of {args.num_inference_steps}, from sigma {opening:.3f}",
             "dynamics, adjoint, loss": f"{args.dynamics}, {args.adjoint}, {args.loss_type}",
             "cost": f"order {args.control_cost_order}, weight {args.control_cost_weight:g}",
-            "reward scale": "not found yet" if self.reward_scale is None else f"{self.reward_scale:.4g}",
-        }
+        } | super().card_settings()

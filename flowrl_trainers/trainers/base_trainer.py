@@ -2,8 +2,9 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar, Generic, NoReturn, TypeVar
@@ -54,8 +55,8 @@ from .moving_average import MovingAverage
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = ("height", "width", "guidance_scale", "negative_prompt", "max_sequence_length")
-PROBE = 2
+PIPELINE_SETTINGS = ("height", "width", "guidance_scale", "negative_prompt", "max_sequence_length")
+PROBE_IMAGES = 2
 
 RolloutT = TypeVar("RolloutT", bound=Record)
 RecordT = TypeVar("RecordT", bound=Record)
@@ -304,11 +305,6 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         """The networks that are trained beside the transformer, under the names of their folders."""
         return self.model.heads
 
-    @property
-    def renoises(self) -> bool:
-        """Whether the sampler of evaluations draws all noise afresh at every step, as the stock scheduler can."""
-        return False
-
     def card_sampling(self) -> dict[str, Any]:
         """The facts of `CardFacts` about sampling, where an algorithm does not draw by the ODE on the stock grid."""
         return {}
@@ -326,7 +322,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         rows = list(range(len(train_dataset)))
         if args.max_steps > 0:
             rollouts = -(-args.max_steps // (args.updates_per_rollout * args.num_iterations))
-            rows = sorted({*range(min(PROBE, len(train_dataset))), *self.sampler.rows_of(rollouts)})
+            rows = sorted({*range(min(PROBE_IMAGES, len(train_dataset))), *self.sampler.rows_of(rollouts)})
         prompts = list(train_dataset["prompt"])
         wanted = [prompts[row] for row in rows] + (list(eval_dataset["prompt"]) if eval_dataset is not None else [])
         show_progress = args.local_process_index == 0 and not args.disable_tqdm
@@ -398,7 +394,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
 
     def probe(self) -> None:
         """Draw and score two pictures; raises `ValueError` if the rewards cannot be trained on."""
-        examples = [self.train_dataset[ImageKey(row % len(self.train_dataset), row, 0)] for row in range(PROBE)]
+        count = len(self.train_dataset)
+        examples = [self.train_dataset[ImageKey(row % count, row, 0)] for row in range(PROBE_IMAGES)]
         self.model.eval()
         with torch.no_grad():
             latents = self.initial_latents([e.key for e in examples], "probe")
@@ -413,7 +410,10 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         # On the rows of the evaluation, where they are known: their columns may be others.
         judges, asked = self.eval_rewards, examples
         if self.eval_dataset is not None:
-            judges, asked = [*self.rewards, *judges], [PromptDataset(self.eval_dataset)[ImageKey(0, 0, 0)]] * PROBE
+            judges, asked = (
+                [*self.rewards, *judges],
+                [PromptDataset(self.eval_dataset)[ImageKey(0, 0, 0)]] * PROBE_IMAGES,
+            )
         if judges:
             with torch.no_grad(), self.judges_at_hand():
                 judged = call_rewards(judges, decoded(self.flow, latents), asked, **self.reward_context())
@@ -422,7 +422,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             # NaN marks a reward that returned None, which is allowed; inf marks an invalid score.
             if column.isinf().any() and not column.isfinite().any():
                 raise ValueError(
-                    f"Reward {reward.name!r} gave no finite score to {PROBE} probe pictures ({column.tolist()}): call "
+                    f"Reward {reward.name!r} gave no finite score to {PROBE_IMAGES} probe pictures ({column.tolist()}): call "
                     "it on two pictures of the model to see why."
                 )
         check_best_metric(self.args, [*self.rewards, *self.eval_rewards], self.metrics.noted)
@@ -458,7 +458,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             inputs: This process's share of a rollout.
             num_items_in_batch: What Trainer counts of language; not used.
         """
-        if self.buffer.is_used_up:
+        if self.buffer.needs_rollout:
             self.buffer.batches = self.make_rollout(inputs)
         batch = self.buffer.take()
         if batch is None:
@@ -478,7 +478,14 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
                 record = self.rollout(self.condition(part), [e.key for e in part])
                 good = torch.ones(len(part), dtype=torch.bool, device=self.args.device)
                 drawn.append(MicroBatch(part, record, good))
-        return self.prepare(drawn)
+        prepared = self.prepare(drawn)
+        for batch in prepared:
+            if type(batch.record) is not self.record_class:  # else a checkpoint could not be read again
+                raise TypeError(
+                    f"`{type(self).__name__}.prepare` returns a {type(batch.record).__name__}, but its `record_class` "
+                    f"is {self.record_class.__name__}: name the class of the records there."
+                )
+        return prepared
 
     def initial_latents(self, keys: list[ImageKey], purpose: str = "initial latents") -> Tensor:
         """Float32 noise (B, ...) of images, each drawn on the CPU from its own key."""
@@ -488,6 +495,13 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
     def condition(self, examples: list[Example]) -> Conditioning:
         """What the network reads of the examples' prompts."""
         return self.conditioning([e.prompt for e in examples], self.args.device)
+
+    @torch.no_grad()
+    def base_velocities(self, states: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
+        """The guided velocities of the base model at states (B, K, ...) and levels (B, K): (B, K, ...)."""
+        columns = zip(states.unbind(1), sigmas.unbind(1), strict=True)
+        with self.model.reference():
+            return torch.stack([self.model(x, s, conditioning, guidance=True) for x, s in columns], dim=1)
 
     def _accumulate_gradient(self, model: nn.Module, batch: MicroBatch[RecordT]) -> Tensor:
         conditioning, states = self.condition(batch.examples), self.num_trained_states
@@ -512,14 +526,14 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         log_metric = log_metric or self.metrics.note
         return {"trainer_state": self.state, "log_metric": log_metric, "log_extra": lambda name, values: None}
 
-    def log_rewards(self, scores: Tensor, keys: list[ImageKey]) -> None:
+    def log_rewards(self, scores: Tensor, rollout: Sequence[MicroBatch[Any]]) -> None:
         """Note the rewards of a rollout over all processes, and warn of what is odd about them.
 
         Args:
             scores: (B, R) of this process's images.
-            keys: B of them.
+            rollout: Its micro-batches, of B images together.
         """
-        rows = torch.tensor([key.row for key in keys], device=scores.device)
+        rows = self.prompt_rows(rollout)
         scores, rows = self.accelerator.gather(scores), self.accelerator.gather(rows)
         row, self.rollout_reward = self.scorer.summary(scores)
         for name, value in row.items():
@@ -529,6 +543,10 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         for sentence in self.reward_watch.observe(scores, rows):
             if self.is_world_process_zero():
                 logger.warning(sentence)
+
+    def prompt_rows(self, rollout: Sequence[MicroBatch[Any]]) -> Tensor:
+        """The rows of the prompts of a rollout's images, (B,): equal numbers for images of one prompt."""
+        return torch.tensor([key.row for batch in rollout for key in batch.keys], device=self.args.device)
 
     def mean_of_good(self, values: Tensor, good: Tensor) -> Tensor:
         """The mean of values (B,) over the images of all processes that were not left out."""
@@ -676,7 +694,10 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         args, lora = self.args, self.peft_config
         adapter = {} if lora is None else {"LoRA rank, alpha": f"{lora.r}, {lora.lora_alpha}"}
         steps = args.eval_num_inference_steps or args.num_inference_steps
-        sampling = {"sampling": self.flow.call_arguments() | {"num_inference_steps": steps}} | self.card_sampling()
+        sampling: dict[str, Any] = {
+            "sampling": self.flow.call_arguments() | {"num_inference_steps": steps},
+            "scheduler": self.flow.scheduler_code(renoises=False),
+        } | self.card_sampling()
         told: dict[str, Any] = {"name": self._default_name} | self.told_for_card
         return CardFacts(
             method=self._name,
@@ -684,7 +705,6 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             tags=self._tag_names,
             base_model=self.flow.name,
             loader=self.flow.loader(),
-            scheduler=self.flow.scheduler_code(self.renoises),
             has_adapter=lora is not None,
             rewards=dict(zip([r.name for r in self.rewards], self.reward_weights.tolist(), strict=True)),
             settings={"updates": self.step_of_weights, "images per update": args.images_per_update}
@@ -729,10 +749,18 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
                 "number of processes": self.args.world_size,
                 "arguments of the pipeline": self.flow.call_arguments(),
                 "columns of the prompts": sorted(self.train_dataset.dataset.column_names),
-                "prompts": texts_identity(self.train_dataset.dataset["prompt"]),
-                "base model": weights_identity(self.model.frozen or self.model.transformer),
+                "prompts": self._prompts_identity,
+                "base model": self._base_identity,
             },
         )
+
+    @cached_property
+    def _prompts_identity(self) -> str:
+        return texts_identity(self.train_dataset.dataset["prompt"])
+
+    @cached_property
+    def _base_identity(self) -> str:
+        return weights_identity(self.model.frozen or self.model.transformer)
 
     @property
     def optimizer_kind(self) -> str:
@@ -758,7 +786,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
 
 
 def _flow_pipeline(model: str | Path | DiffusionPipeline | FlowPipeline, args: FlowRLConfig) -> FlowPipeline:
-    settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    settings = {name: getattr(args, name) for name in PIPELINE_SETTINGS if getattr(args, name) is not None}
     if isinstance(model, FlowPipeline):
         if settings:
             raise ValueError(

@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,8 @@ from ..run_folder.checkpoints import WEIGHTS, checkpoint_to_resume, write_error,
 from ..sampling.metric_log import MetricLog
 
 logger = logging.getLogger(__name__)
+
+FORMAT = "format"  # of what a checkpoint keeps; a change of it gets the next number, so that others can be refused
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """What saving raises where it cannot write; `RuntimeError` is what torch makes of a full disk."""
@@ -58,7 +60,7 @@ class UpdateCounter(TrainerCallback):
         self.updates += 1
 
 
-class CheckpointedTrainer(Trainer):
+class CheckpointedTrainer(Trainer, ABC):
     """Trainer with complete checkpoints, an exact resumption, and what was learned kept where training breaks off.
 
     A subclass writes its model, says its training state, takes it up, and does what comes before training: the four
@@ -135,7 +137,7 @@ class CheckpointedTrainer(Trainer):
         folder = self._find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
         self.before_training()
         self.best_step, self._counter.updates = None, 0
-        if folder is not None and self._is_finished(folder):
+        if folder is not None and self._load_if_finished(folder):
             return TrainOutput(self.state.global_step, 0.0, {})
         self._training_since = time.perf_counter()
         try:
@@ -226,7 +228,7 @@ class CheckpointedTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         state = self.training_state()
         if not self.args.save_only_model:
-            torch.save(state.values, self._values_file(folder))
+            torch.save({FORMAT: 2} | state.values, self._values_file(folder))
         if self.args.should_save:
             save_file({name: value.detach().contiguous() for name, value in state.tensors.items()}, folder / WEIGHTS)
         self.accelerator.wait_for_everyone()
@@ -281,8 +283,11 @@ class CheckpointedTrainer(Trainer):
             logger.warning("No checkpoint in %s is complete: the run starts anew.", self.output_dir)
         return folder
 
-    def _is_finished(self, folder: Path) -> bool:
-        """Whether a checkpoint ends its run; if so, load it or the best. Trainer would train one update more."""
+    def _load_if_finished(self, folder: Path) -> bool:
+        """Load a checkpoint that ends its run, or the best one then; Trainer would train one update more.
+
+        Returns whether it does end its run; if not, Trainer loads it once more.
+        """
         state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
         epochs = math.ceil(self.args.num_train_epochs * self.updates_per_epoch)
         updates = self.args.max_steps if self.args.max_steps > 0 else epochs
@@ -297,15 +302,18 @@ class CheckpointedTrainer(Trainer):
         )
         self.state = state
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            noted = Path(state.best_model_checkpoint)
-            places = (folder.parent / noted.name, noted)  # the run may have been moved
-            best = next((place for place in places if place.is_dir()), None)
-            if best is not None:
-                state.best_model_checkpoint = str(best)
-                self._load_best_model()
-            else:
-                logger.warning("The best checkpoint, %s, is gone: the model is that of %s.", noted, folder)
+            self._load_best_of(folder)
         return True
+
+    def _load_best_of(self, folder: Path) -> None:
+        """Load the best checkpoint of a finished run, which may have been moved; folder: its last checkpoint."""
+        noted = Path(str(self.state.best_model_checkpoint))
+        best = next((place for place in (folder.parent / noted.name, noted) if place.is_dir()), None)
+        if best is None:
+            logger.warning("The best checkpoint, %s, is gone: the model is that of %s.", noted, folder)
+            return
+        self.state.best_model_checkpoint = str(best)
+        self._load_best_model()
 
     @property
     def updates_per_epoch(self) -> int:
@@ -314,28 +322,31 @@ class CheckpointedTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        file = self._values_file(folder)
-        if (folder / f"loop_state_{self.args.process_index}.pt").exists():
+        values = self._saved_values(folder)
+        old = (folder / f"loop_state_{self.args.process_index}.pt").exists()
+        if old or (values is not None and values[FORMAT] != 2):
             raise ValueError(
-                f"{folder} was saved by an earlier version of flowrl-trainers, which kept other things: finish that "
-                "run with that version, or start anew."
+                f"{folder} was saved by another version of flowrl-trainers, which kept other things: finish that run "
+                "with that version, or start anew."
             )
-        if not file.exists():
+        if values is None:
             raise ValueError(
-                f"{folder} has no {file.name}, as fewer processes than the {self.args.world_size} of this run saved "
-                "it: resume with as many as then."
+                f"{folder} has no {self._values_file(folder).name}, as fewer processes than the {self.args.world_size} "
+                "of this run saved it: resume with as many as then."
             )
-        values = torch.load(file, map_location=self.args.device, weights_only=True)
         self.load_training_state(values, folder, resume=True)
         self._load_tensors(folder)
 
     def _load_best_model(self) -> None:
         folder = Path(str(self.state.best_model_checkpoint))
-        file = self._values_file(folder)
-        values = torch.load(file, map_location=self.args.device, weights_only=True) if file.exists() else None
         self.best_step = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step
-        self.load_training_state(values, folder, resume=False)
+        self.load_training_state(self._saved_values(folder), folder, resume=False)
         self._load_tensors(folder)
+
+    def _saved_values(self, folder: Path) -> dict[str, Any] | None:
+        """What this process kept in a checkpoint; None where it kept nothing."""
+        file = self._values_file(folder)
+        return torch.load(file, map_location=self.args.device, weights_only=True) if file.exists() else None
 
     def _load_tensors(self, folder: Path) -> None:
         saved, tensors = load_file(folder / WEIGHTS), self.training_state().tensors

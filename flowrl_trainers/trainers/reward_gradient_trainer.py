@@ -94,3 +94,7 @@ class RewardGradientTrainer(FlowRLTrainer[RolloutT, RecordT]):
     def load_algorithm_state(self, state: Mapping[str, Any]) -> None:
         """Take up the reward scale."""
         self.reward_scale = state["reward_scale"]
+
+    def card_settings(self) -> dict[str, Any]:
+        """The reward scale, once it is known."""
+        return {"reward scale": "not found yet" if self.reward_scale is None else f"{self.reward_scale:.4g}"}

@@ -201,9 +201,9 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
         """(4), and the base model's velocities where they are needed."""
         with self.metrics.timed("rewards"):
             scores = torch.cat([self._score_steps(batch) for batch in rollout])
-        self.log_rewards(scores[:, -1], [key for batch in rollout for key in batch.keys])
+        self.log_rewards(scores[:, -1], rollout)
         bad, absent = scores.isinf().any(dim=2).any(dim=1), scores[:, -1].isnan().all(dim=1)
-        rows = torch.tensor([key.row for batch in rollout for key in batch.keys], device=scores.device)
+        rows = self.prompt_rows(rollout)
         advantages = self._advantages(torch.where(scores.isinf(), torch.nan, scores), rows)
         sizes = [len(batch.examples) for batch in rollout]
         parts = zip(rollout, advantages.split(sizes), (~(bad | absent)).split(sizes), strict=True)
@@ -227,9 +227,9 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
 
     @staticmethod
     def _finite(batch: MicroBatch[TAFSGRPORecord]) -> MicroBatch[TAFSGRPORecord]:
-        """`with_finite_alone` but for the first states: a group may share the call of an image that is left out."""
+        """`zero_not_finite` but for the first states: a group may share the call of an image that is left out."""
         states = batch.record.states
-        batch = batch.with_finite_alone()
+        batch = batch.zero_not_finite()
         first_kept = torch.cat([states[:, :1], batch.record.states[:, 1:]], dim=1)
         return batch.with_record(replace(batch.record, states=first_kept))
 
@@ -318,7 +318,7 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
         """Log how often the clip bites; stop the run where nothing was trained yet and a ratio is not 1."""
         distance = self.accelerator.gather(torch.where(good, (ratio - 1).abs(), 0.0))
         self.metrics.note("clipped_share", (distance > self.args.epsilon).float().mean())
-        if not self.buffer.is_fresh:
+        if not self.buffer.is_at_first:
             return
         largest = float(distance.max())
         self.metrics.note("replay_ratio_error", largest)
@@ -368,16 +368,15 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
         args, call = self.args, self.flow.call_arguments()
         trained = f"{args.num_inference_steps} steps of the trained sampler"
         note = f"{trained}; the rows `base_ode` and `tuned_ode`: {args.ode_num_inference_steps} steps of the ODE"
-        if not self.renoises:
+        if args.kernel != "renoise" or args.eta != 1:
             return {"sampling": call | {"num_inference_steps": args.ode_num_inference_steps}, "sampling_note": note}
         steps = args.num_inference_steps
         grid = [round(level, 4) for level in torch.linspace(1, 1 / steps, steps).tolist()]
-        return {"sampling": call | {"num_inference_steps": steps, "sigmas": grid}, "sampling_note": note}
-
-    @property
-    def renoises(self) -> bool:
-        """With the kernel and the eta that the stock scheduler has too."""
-        return self.args.kernel == "renoise" and self.args.eta == 1
+        return {
+            "sampling": call | {"num_inference_steps": steps, "sigmas": grid},
+            "sampling_note": note,
+            "scheduler": self.flow.scheduler_code(renoises=True),
+        }
 
     def card_settings(self) -> dict[str, Any]:
         """What the card shows of the method."""

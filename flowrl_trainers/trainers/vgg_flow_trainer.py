@@ -4,7 +4,7 @@ The optimal correction of the velocity in the control problem of reward r, weigh
 gradient, which is modelled as the reward's gradient at the clean estimate, scaled by eta, and a learned residual c.
 All in velocity units and our time direction (sigma from 1 to 0, v = noise - data):
 
-    (1)  G(x, sigma) = -beta eta(1 - sigma) R + c(x, sigma),   R = grad r at [x - sigma v_theta(x, sigma)]
+    (1)  G(x, sigma) = -beta eta(sigma) R + c(x, sigma),   R = grad r at [x - sigma v_theta(x, sigma)]
     (2)  matching     mean_d (v_theta - [v_base + G])^2
     (3)  consistency  mean_d ( (G(x - eps [u], sigma - eps) - G(x, sigma)) / eps - [J_base^T G] )^2,    u = v_base + G
     (4)  boundary     mean_d c(x_N, 0)^2
@@ -121,14 +121,12 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
         super().__init__(*args, **kwargs)
 
     def make_head(self) -> tuple[str, nn.Module] | None:
-        """The value network."""
-        if self.given_network is not None:
-            return "value_network", self.given_network
-        return (
-            None
-            if self.args.value_network == "none"
-            else ("value_network", value_network(*self.latent_and_prompt_sizes()))
-        )
+        """The value network; raises `ValueError` for one that is passed where the settings ask for none."""
+        if self.given_network is None and self.args.value_network == "none":
+            return None
+        if self.args.value_network == "none":
+            raise ValueError("`value_network` is passed, but `args.value_network` is 'none': leave out one of them.")
+        return "value_network", self.given_network or value_network(*self.latent_and_prompt_sizes())
 
     def head_learning_rate(self) -> float:
         """`value_network_learning_rate`."""
@@ -180,15 +178,18 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
         """Reward gradients of (1), their clipping and scale, base velocities, and all that (3) needs beside c."""
         with self.metrics.timed("reward_gradient"):
             scores = [self.scorer.score(batch.record.final, batch.examples) for batch in rollout]
-            self.log_rewards(torch.cat(scores), [key for batch in rollout for key in batch.keys])
+            self.log_rewards(torch.cat(scores), rollout)
             found = [self._state_gradients(batch) for batch in rollout]
-            rollout = [batch.with_record(batch.record, good) for batch, (_, good) in zip(rollout, found, strict=True)]
+            rollout = [batch.keeping(good) for batch, (_, good) in zip(rollout, found, strict=True)]
             gradients = [gradient for gradient, _ in found]
             threshold = self.clip_threshold(torch.cat([g.flatten(2).norm(dim=2).flatten() for g in gradients]))
             gradients = [self.clip(gradient, threshold, batch_dims=2) for gradient in gradients]
         self.count_bad_samples("reward_gradient", ~torch.cat([batch.good for batch in rollout]))
         with self.metrics.timed("base"):
-            base_velocities = [self._base_velocities(batch) for batch in rollout]
+            base_velocities = [
+                self.base_velocities(batch.record.states, batch.record.sigmas, self.condition(batch.examples))
+                for batch in rollout
+            ]
             if self.reward_scale is None:
                 self.reward_scale = self._find_reward_scale(rollout, gradients, base_velocities)
         batches = [
@@ -208,7 +209,7 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
             with self.metrics.timed("consistency"):
                 pairs = zip(batches, rollout, strict=True)
                 batches = [self._with_consistency(batch, drawn.record.final, threshold) for batch, drawn in pairs]
-        batches = [batch.with_finite_alone() for batch in batches]
+        batches = [batch.zero_not_finite() for batch in batches]
         self.count_bad_samples("target", ~torch.cat([batch.good for batch in batches]))
         self.metrics.note("reward_scale", self.known_scale)
         reward_terms = [batch.record.reward_terms for batch in batches]
@@ -226,14 +227,6 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
     def _reward_term(self, gradient: Tensor, sigma: Tensor) -> Tensor:
         """-beta eta R of clipped gradients (B, ...) at levels (B,), or of (B, K, ...) at (B, K)."""
         return expand_like(-self.known_scale * self.eta(sigma), gradient) * gradient
-
-    @torch.no_grad()
-    def _base_velocities(self, batch: MicroBatch[VGGFlowRollout]) -> Tensor:
-        """v_base at all states, (B, K, ...)."""
-        conditioning = self.condition(batch.examples)
-        states = zip(batch.record.states.unbind(1), batch.record.sigmas.unbind(1), strict=True)
-        with self.model.reference():
-            return torch.stack([self.model(x, s, conditioning, guidance=True) for x, s in states], dim=1)
 
     def _find_reward_scale(
         self, rollout: list[MicroBatch[VGGFlowRollout]], gradients: list[Tensor], base_velocities: list[Tensor]
@@ -335,5 +328,4 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
         return {
             "eta, states per trajectory": f"{args.eta_schedule}, {args.timestep_bins}",
             "value network": "none" if head is None else type(head).__name__,
-            "reward scale": "not found yet" if self.reward_scale is None else f"{self.reward_scale:.4g}",
-        }
+        } | super().card_settings()
