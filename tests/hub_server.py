@@ -5,9 +5,13 @@ takes.
 import base64
 import hashlib
 import json
+import os
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 
@@ -144,3 +148,12 @@ def serve():
     finally:
         server.shutdown()
         thread.join()
+
+
+def run_against(script: str, address: str, home: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """A Python script in a process of its own, for which the server is the Hub."""
+    environment = os.environ | {
+        "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_of_a_test", "HF_HOME": str(home),
+        "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1",
+    }  # fmt: skip
+    return subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=environment)

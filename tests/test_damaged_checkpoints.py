@@ -28,8 +28,7 @@ from flowrl_trainers.run_folder.checkpoints import (
 from flowrl_trainers.trainers import checkpointed_trainer
 
 from .helpers import adjoint_matching
-from .hub_server import serve
-from .test_hub import python
+from .hub_server import run_against, serve
 from .tiny import tiny_sd3
 
 
@@ -426,7 +425,7 @@ for strategy in ("end", "every_save", "checkpoint", "all_checkpoints"):
 
 def test_what_each_strategy_of_the_hub_leaves(tmp_path):
     with serve() as hub:
-        done = python(PUSH_AND_GO_ON, hub.address, tmp_path / "home", str(tmp_path))
+        done = run_against(PUSH_AND_GO_ON, hub.address, tmp_path / "home", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if not line.startswith("{")] == [
         "end",

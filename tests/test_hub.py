@@ -1,17 +1,12 @@
 """What a run leaves on the Hub, with the real client against a server on loopback, and the card."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import yaml
 
 from flowrl_trainers.run_folder import CardFacts, before_after, model_card
 
-from .hub_server import serve
+from .hub_server import run_against, serve
 
 PUSH = """
 import os
@@ -52,17 +47,9 @@ print("loaded")
 """
 
 
-def python(script: str, address: str, home: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {
-        "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_of_a_test", "HF_HOME": str(home),
-        "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1",
-    }  # fmt: skip
-    return subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=environment)
-
-
 def test_a_run_is_pushed_and_loads_from_there(tmp_path):
     with serve() as hub:
-        pushed = python(PUSH, hub.address, tmp_path / "home", str(tmp_path / "run"), "checkpoint")
+        pushed = run_against(PUSH, hub.address, tmp_path / "home", str(tmp_path / "run"), "checkpoint")
         assert pushed.returncode == 0, pushed.stderr
         files = hub.files["somebody/red-shapes"]
         assert {
@@ -87,7 +74,7 @@ def test_a_run_is_pushed_and_loads_from_there(tmp_path):
         assert 'pipe.load_lora_weights("somebody/red-shapes")' in card
         assert "(samples/step-000001.png)" in card
         assert [message for _, message in hub.commits][-1] == "End of training"
-        loaded = python(LOAD, hub.address, tmp_path / "another home")
+        loaded = run_against(LOAD, hub.address, tmp_path / "another home")
         assert loaded.returncode == 0, loaded.stderr
         assert "loaded" in loaded.stdout
 

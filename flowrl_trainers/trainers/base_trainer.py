@@ -422,8 +422,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             # NaN marks a reward that returned None, which is allowed; inf marks an invalid score.
             if column.isinf().any() and not column.isfinite().any():
                 raise ValueError(
-                    f"Reward {reward.name!r} gave no finite score to {PROBE_IMAGES} probe pictures ({column.tolist()}): call "
-                    "it on two pictures of the model to see why."
+                    f"Reward {reward.name!r} gave no finite score to {PROBE_IMAGES} probe pictures "
+                    f"({column.tolist()}): call it on two pictures of the model to see why."
                 )
         check_best_metric(self.args, [*self.rewards, *self.eval_rewards], self.metrics.noted)
         self.metrics.clear()

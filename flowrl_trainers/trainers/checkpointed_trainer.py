@@ -331,8 +331,8 @@ class CheckpointedTrainer(Trainer, ABC):
             )
         if values is None:
             raise ValueError(
-                f"{folder} has no {self._values_file(folder).name}, as fewer processes than the {self.args.world_size} "
-                "of this run saved it: resume with as many as then."
+                f"{folder} has no {self._values_file(folder).name}, as fewer processes than the "
+                f"{self.args.world_size} of this run saved it: resume with as many as then."
             )
         self.load_training_state(values, folder, resume=True)
         self._load_tensors(folder)
