@@ -16,7 +16,6 @@ import io
 import json
 import logging
 import math
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +38,6 @@ KEYS = ("images", "prompts", "columns")
 # The keywords with which a reward is called, and the first argument of its methods: no column may bear such a name.
 OWN = ("images", "prompts", "trainer_state", "log_extra", "log_metric", "self")
 CLOSED = 499  # nginx's status for a request whose sender has gone; nobody reads the answer
-# The exceptions that Pillow raises for a broken PNG.
-BROKEN = (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError)
 MAX_DEPTH = 32  # of lists and objects in a column: far below the depth at which Python's recursion ends
 MAX_DIGITS = 309  # of an integer: those of the largest float
 Score = float | str | None
@@ -331,7 +328,7 @@ def open_picture(number: int, encoded: str, max_pixels: int) -> Image.Image:
         image = Image.open(io.BytesIO(base64.b64decode(encoded, validate=True)), formats=["PNG"])
     except Image.DecompressionBombError as error:
         raise HTTPException(413, f"Picture {number} is far larger than `max_pixels` ({max_pixels}) allows.") from error
-    except BROKEN as error:
+    except Exception as error:  # Pillow raises many, down to an IndexError for an empty colour profile
         raise HTTPException(422, f"Picture {number} is no base64 of a PNG.") from error
     if image.width * image.height > max_pixels:
         raise HTTPException(
@@ -350,7 +347,7 @@ def decode(images: list[Image.Image]) -> Tensor:
     for number, image in enumerate(images):
         try:
             pixels.append(np.array(image))
-        except BROKEN as error:
+        except Exception as error:  # as above
             raise HTTPException(422, f"Picture {number} is a broken PNG: {error}.") from error
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous() / 255
 
