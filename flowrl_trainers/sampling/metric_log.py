@@ -51,7 +51,7 @@ class MetricLog:
 
     def state_dict(self) -> dict[str, list[float]]:
         """What was noted since the last log."""
-        return dict(self.noted)
+        return {name: list(values) for name, values in self.noted.items()}
 
     def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
         """Go on from what `state_dict` returned."""
