@@ -368,6 +368,7 @@ def test_the_disk_has_everything_before_the_manifest(tmp_path, monkeypatch):
     (folder / "critic").mkdir(parents=True)
     (folder / "weights").write_bytes(b"some bytes")
     (folder / "critic" / "weights").write_bytes(b"more bytes")
+    (folder / f"{MANIFEST}.part").write_text("of an attempt before")
     events = []
 
     def note(descriptor: int) -> None:
