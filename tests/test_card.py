@@ -1,9 +1,13 @@
 """What a run writes about itself: a card that no name or prompt breaks, valid JSON, a base model that others can load."""
 
 import ast
+import hashlib
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from collections import defaultdict
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,8 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from diffusers import StableDiffusion3Pipeline
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import safe_open
 
 from flowrl_trainers.pipelines import FlowPipeline
 from flowrl_trainers.rewards import differentiable
@@ -193,3 +200,104 @@ def test_a_run_whose_judge_gives_nothing_leaves_json_and_goes_on_from_its_checkp
     assert "| tuned |" in (tmp_path / "checkpoint-2" / "README.md").read_text()
     for file in [*tmp_path.glob("samples/*.json"), *tmp_path.glob("checkpoint-*/metrics.json")]:
         strictly(file)
+
+
+# ---- the base model -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["stabilityai/stable-diffusion-3.5-medium", "model", "flowrl_trainers.shapes"])
+def test_a_hub_id_names_the_base_model(name):
+    pipeline = tiny_sd3()
+    pipeline.register_to_config(_name_or_path=name)
+    assert FlowPipeline.from_pipeline(pipeline).name == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/models/sd3", "./sd3", "../sd3", "~/sd3", "C:\\models\\sd3", "models\\sd3", "a/b/c", "models/sd3/", "a b/c", ".",
+     "models/sd3.git", "", None],
+)  # fmt: skip
+def test_a_path_never_names_the_base_model(name):
+    pipeline = tiny_sd3()
+    pipeline.register_to_config(_name_or_path=name)
+    flow = FlowPipeline.from_pipeline(pipeline)
+    assert flow.name is None
+    assert flow.advice(20) == []
+
+
+def test_a_folder_loaded_elsewhere_stays_a_folder(tmp_path, monkeypatch):
+    """Wrapped where it was found, or, by the path that its transformer notes, wrapped where it is no longer found."""
+    monkeypatch.chdir(tmp_path)
+    tiny_sd3().save_pretrained("models/mine")
+    pipeline = StableDiffusion3Pipeline.from_pretrained("models/mine")
+    before = FlowPipeline.from_pipeline(pipeline)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert before.name is None
+    assert FlowPipeline.from_pipeline(pipeline).name is None
+    other = tiny_sd3()
+    other.register_to_config(_name_or_path="models/mine")
+    monkeypatch.chdir(tmp_path)
+    found = FlowPipeline.from_pipeline(other)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert found.name is None
+
+
+# ---- the adapter's bytes --------------------------------------------------------------------------------------------
+
+
+def adapted_flow() -> FlowPipeline:
+    """A tiny pipeline with an adapter of fixed weights, whose configuration holds sets and non-ASCII text."""
+    flow = FlowPipeline.from_pipeline(tiny_sd3())
+    layers = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj"]
+    torch.manual_seed(1)
+    flow.transformer.add_adapter(LoraConfig(r=2, lora_alpha=8, target_modules=layers, revision="rouge-é"))
+    for name, parameter in flow.transformer.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    return flow
+
+
+def hashes_of_adapters(folder: Path, count: int) -> set[str]:
+    flow = adapted_flow()
+    for i in range(count):
+        flow.save_lora(folder / str(i))
+    files = folder.glob("*/pytorch_lora_weights.safetensors")
+    return {hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def test_adapters_of_the_same_weights_are_the_same_bytes_in_every_process(tmp_path):
+    """Eight saves, two orders of hashing; safetensors alone shuffles two keys, so a miss would be one in 128."""
+    found = set()
+    for seed in ("1", "2"):
+        (tmp_path / seed).mkdir()
+        script = (
+            "from pathlib import Path; from tests.test_card import hashes_of_adapters; "
+            f"print(*hashes_of_adapters(Path({str(tmp_path / seed)!r}), 4))"
+        )
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        root = Path(__file__).parents[1]
+        run = subprocess.run([sys.executable, "-c", script], env=environment, cwd=root, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        found |= set(run.stdout.split())
+    assert len(found) == 1
+
+
+def test_the_stock_loader_reads_the_adapter_with_its_metadata(tmp_path):
+    flow = adapted_flow()
+    flow.save_lora(tmp_path)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+        assert metadata["format"] == "pt"
+        described = json.loads(metadata["lora_adapter_metadata"])
+        assert described["transformer.lora_alpha"] == 8
+        assert described["transformer.revision"] == "rouge-é"
+    assert (8 + int.from_bytes(file.read_bytes()[:8], "little")) % 8 == 0
+    stock = tiny_sd3()
+    stock.load_lora_weights(tmp_path)
+    ours = get_peft_model_state_dict(flow.transformer, adapter_name="default")
+    theirs = get_peft_model_state_dict(stock.transformer, adapter_name="default_0")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert stock.transformer.peft_config["default_0"].lora_alpha == 8
