@@ -1,6 +1,7 @@
 """What all families of diffusers share; a family adds how it encodes, calls its network and decodes."""
 
 import copy
+import json
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -8,6 +9,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -15,6 +18,7 @@ from .base import Conditioning, FlowPipeline, Generators, Settings
 from .checkpoints import CHECKPOINTS
 
 NEGATIVE = "negative_"
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 
 # What a LoRA adapts by default: the projections of every attention layer, and in networks whose pictures and prompts
 # attend to each other jointly also those of the prompt.
@@ -42,6 +46,7 @@ class DiffusersFlowPipeline(FlowPipeline):
 
     def __init__(self, pipeline: Any, **settings: Any) -> None:
         self.pipeline = pipeline
+        self._name = _hub_id(pipeline)  # now, as a folder with a relative path may not be found later
         self._refuse_missing_parts()
         size = self.default_size()
         self.settings = {"height": size, "width": size} | self.default_settings | settings
@@ -145,8 +150,7 @@ class DiffusersFlowPipeline(FlowPipeline):
 
     @property
     def name(self) -> str | None:
-        name = self.pipeline.config.get("_name_or_path")
-        return name if name and not Path(name).exists() else None
+        return self._name
 
     def call_arguments(self) -> dict[str, Any]:
         return {name: value for name, value in self.settings.items() if value not in ("", None)}
@@ -264,10 +268,44 @@ class DiffusersFlowPipeline(FlowPipeline):
             transformer_lora_layers=get_peft_model_state_dict(self.transformer, adapter_name=name),
             # Without this metadata the loader takes lora_alpha = r.
             transformer_lora_adapter_metadata={k: sorted(v) if isinstance(v, set) else v for k, v in config.items()},
+            weight_name=ADAPTER_FILE,
         )
+        _sort_metadata(Path(directory) / ADAPTER_FILE)
 
     def save_transformer(self, directory: str | Path) -> None:
         self.transformer.save_pretrained(directory)
+
+
+def _hub_id(pipeline: Any) -> str | None:
+    """The Hub id from which a pipeline was loaded; None for one that was made here or loaded from a folder.
+
+    diffusers notes a folder's path in the same place as an id. A path is told from an id by what the Hub allows in ids
+    (at most one slash, and nothing that begins with `/`, `./`, `../` or `~`), and by the folder itself. A transformer
+    that was loaded with its pipeline notes its path too: for a Hub id, that of a snapshot in the cache.
+    """
+    name = pipeline.config.get("_name_or_path")
+    beside = Path(pipeline.transformer.config.get("_name_or_path") or "")
+    if not name or Path(name).exists() or beside == Path(name, "transformer"):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def _sort_metadata(path: Path) -> None:
+    """Rewrite a safetensors file with the keys of its metadata in order: safetensors shuffles them at every save.
+
+    The file is 8 bytes with the length of its header, the header in JSON, and the numbers, which stay as they are.
+    """
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers stay aligned
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
 
 
 def rounded_sigma(sigma: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,5 +1,7 @@
 """The model card of a run."""
 
+import math
+import re
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -8,6 +10,7 @@ from huggingface_hub import ModelCardData
 
 SHAPES = "flowrl_trainers.shapes"
 LIBRARIES = ("flowrl-trainers", "trl", "diffusers", "transformers", "peft", "torch")
+NO_NUMBER = "\u2014"
 
 
 @dataclass
@@ -16,8 +19,8 @@ class CardFacts:
 
     base_model: a Hub id, `flowrl_trainers.shapes`, or None if it is known under no name others could load. rows:
     `base` and `tuned` of the last evaluation, empty if there was none. sampling: the arguments of the pipeline's call;
-    sampling_note: what they leave unsaid; scheduler: the lines that set the one which the pipeline needs, None for its
-    own. loader: module and class that load the base model. prompt: an example of what it draws. task: its
+    sampling_note: what they leave unsaid, in Markdown; scheduler: the lines that set the one which the pipeline needs,
+    None for its own. loader: module and class that load the base model. prompt: an example of what it draws. task: its
     `pipeline_tag`, None where the Hub knows none. license, further_tags: what the user said. picture: the path of a
     sheet beside the card.
     """
@@ -45,7 +48,11 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts) -> str:
-    """The card in Markdown with its YAML head."""
+    """The card in Markdown with its YAML head.
+
+    Names, prompts and values appear as they are: `_plain`, `_code` and `_literal` escape what Markdown, HTML or Python
+    would read as something else. A number that is missing or not finite is a dash.
+    """
     known = facts.base_model is not None and facts.base_model != SHAPES
     head = ModelCardData(
         library_name="diffusers",
@@ -57,67 +64,94 @@ def model_card(facts: CardFacts) -> str:
         + (["lora"] if facts.has_adapter else [])
         + facts.further_tags,
     )
-    parts = [f"---\n{head.to_yaml()}\n---", f"# {facts.name}", _summary(facts)]
+    parts = [f"---\n{head.to_yaml()}\n---", f"# {_plain(facts.name)}", _summary(facts)]
     if facts.picture:
         parts += [f"![Pictures of the base model and of the tuned one, same prompts and seeds]({facts.picture})"]
     if facts.rows:
         parts += ["## What it brought", _table(facts)]
     parts += ["## Use", _usage(facts), "## How it was trained", _training(facts)]
-    return "\n\n".join(parts) + "\n"
+    return ("\n\n".join(parts) + "\n").encode(errors="backslashreplace").decode()  # half of a pair has no bytes
+
+
+def _plain(text: str) -> str:
+    """A text in one line, with a backslash before what Markdown or HTML would read as something else."""
+    flat = " ".join(text.split())
+    return re.sub(r"[\\`*\[\]<>&|#~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", flat)
+
+
+def _code(text: str) -> str:
+    """A text in the type of code, also in the cell of a table."""
+    flat = " ".join(text.split())
+    return f"`{flat}`" if flat and not set("`|") & set(flat) else f"<code>{_plain(flat)}</code>"
+
+
+def _literal(value: Any) -> str:
+    """A value as Python code; strings in double quotes."""
+    if not isinstance(value, str):
+        return repr(value)
+    # `repr` takes double quotes where a text has single ones alone.
+    return '"' + '\\"'.join(repr("'" + part)[2:-1] for part in value.split('"')) + '"'
 
 
 def _summary(facts: CardFacts) -> str:
     what = "A LoRA for" if facts.has_adapter else "The fine-tuned transformer of"
-    base = f"`{facts.base_model}`" if facts.base_model else "a flow-matching pipeline"
+    base = _code(facts.base_model) if facts.base_model else "a flow-matching pipeline"
     aims = []
     for verb, sign in (("raise", 1), ("lower", -1)):
         named = [
-            f"`{name}`" + ("" if abs(w) == 1 else f" (weight {abs(w):g})")
+            _code(name) + ("" if abs(w) == 1 else f" (weight {abs(w):g})")
             for name, w in facts.rewards.items()
             if sign * w > 0
         ]
         aims += [f"{verb} {' and '.join(named)}"] if named else []
-    return f"{what} {base}, tuned by {facts.method} to {' and to '.join(aims)} with flowrl-trainers."
+    aim = f" to {' and to '.join(aims)}" if aims else ""
+    return f"{what} {base}, tuned by {_plain(facts.method)}{aim} with flowrl-trainers."
 
 
 def _table(facts: CardFacts) -> str:
     names = list({name: None for row in facts.rows.values() for name in row})
-    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    lines = ["| | " + " | ".join(map(_plain, names)) + " |", "|---|" + "---:|" * len(names)]
     # Numbers that a reward logged are of the tuned model alone, and diversity needs two right pictures of a prompt.
     for label, row in facts.rows.items():
-        lines += [f"| {label} | " + " | ".join(f"{row[name]:.3f}" if name in row else "" for name in names) + " |"]
-    sampling = ", ".join(f"{name} {value}" for name, value in facts.sampling.items())
-    trained = ", ".join(f"`{name}`" for name in facts.rewards)
+        lines += [f"| {_plain(label)} | " + " | ".join(_number(row.get(name)) for name in names) + " |"]
+    sampling = ", ".join(f"{name} {_plain(_literal(value))}" for name, value in facts.sampling.items())
+    trained = ", ".join(map(_code, facts.rewards))
     sampling += f"; {facts.sampling_note}" if facts.sampling_note else ""
     seen = f"Training saw {trained} alone; what else is listed, it never saw."
     note = f"Held-out prompts, the same seeds for all rows ({sampling}). {seen}"
     return "\n".join([*lines, "", note])
 
 
+def _number(value: float | None) -> str:
+    return f"{value:.3f}" if value is not None and math.isfinite(value) else NO_NUMBER
+
+
 def _usage(facts: CardFacts) -> str:
-    here = facts.repository or "."
+    here = _literal(facts.repository or ".")
     if facts.base_model == SHAPES:
         load = "from flowrl_trainers.shapes import load_pipeline\n\npipe = load_pipeline()"
     else:
         base = facts.base_model or "path/to/the/base/model"
         module, loader = facts.loader
-        load = f'from {module} import {loader}\n\npipe = {loader}.from_pretrained("{base}")'
+        load = f"from {module} import {loader}\n\npipe = {loader}.from_pretrained({_literal(base)})"
     if facts.has_adapter:
-        load += f'\npipe.load_lora_weights("{here}")'
+        load += f"\npipe.load_lora_weights({here})"
     else:
-        load += f'\npipe.transformer = type(pipe.transformer).from_pretrained("{here}", subfolder="transformer")'
+        load += f'\npipe.transformer = type(pipe.transformer).from_pretrained({here}, subfolder="transformer")'
     if facts.scheduler is not None:
         load += f"\n{facts.scheduler}"
-    arguments = ", ".join(f"{name}={value!r}" for name, value in facts.sampling.items())
-    return f'```python\n{load}\nimage = pipe("{facts.prompt}", {arguments}).images[0]\n```'
+    call = ", ".join(
+        [_literal(facts.prompt), *(f"{name}={_literal(value)}" for name, value in facts.sampling.items())]
+    )
+    return f"```python\n{load}\nimage = pipe({call}).images[0]\n```"
 
 
 def _training(facts: CardFacts) -> str:
-    rows = "\n".join(f"| `{name}` | {value} |" for name, value in facts.settings.items())
+    rows = "\n".join(f"| {_code(name)} | {_plain(str(value))} |" for name, value in facts.settings.items())
     versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
-    method = facts.method
+    method = _plain(facts.method)
     if facts.paper is not None:
-        paper = f"[{facts.paper['title']}](https://huggingface.co/papers/{facts.paper['id']})"
+        paper = f"[{_plain(facts.paper['title'])}](https://huggingface.co/papers/{facts.paper['id']})"
         method += f", after {paper}{facts.paper.get('note', '')}"
     return (
         f"Method: {method}. Every setting is in `config.yaml`; the main ones:\n\n"

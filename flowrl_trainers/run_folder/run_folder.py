@@ -1,6 +1,7 @@
 """`RunFolder`: the files of a run beside its checkpoints."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -66,7 +67,7 @@ class RunFolder:
         """
         (folder / "config.yaml").write_text(yaml.safe_dump(dict(settings), sort_keys=False))
         report = self.rows | {"seconds": {phase: round(value, 1) for phase, value in seconds.items()}}
-        (folder / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
+        (folder / "metrics.json").write_text(_json(report))
         self.write_card(folder, facts)
 
     def write_card(self, folder: Path, facts: CardFacts) -> None:
@@ -90,8 +91,7 @@ class RunFolder:
         self.sheet = folder / f"step-{step:06d}.png"
         sheet.save(self.sheet)
         facts = {"prompts": base.prompts, "seeds": base.seeds, "base": base.scores, "tuned": tuned.scores}
-        text = json.dumps(facts | {"extra": tuned.extra}, indent=2, default=str)
-        self.sheet.with_suffix(".json").write_text(text + "\n")
+        self.sheet.with_suffix(".json").write_text(_json(facts | {"extra": tuned.extra}))
 
     def take_up_evaluation(self, checkpoint: Path, step: int) -> None:
         """Take up the last evaluation before a checkpoint, of which its card tells, and its sheet of pictures.
@@ -100,7 +100,28 @@ class RunFolder:
             checkpoint: Its folder.
             step: Its update.
         """
-        self.rows = json.loads((checkpoint / "metrics.json").read_text())
-        self.rows.pop("seconds")
+        rows = json.loads((checkpoint / "metrics.json").read_text())
+        del rows["seconds"]
+        self.rows = {
+            label: {name: math.nan if value is None else value for name, value in row.items()}
+            for label, row in rows.items()
+        }
         sheets = sorted((self.path / "samples").glob("step-*.png"), reverse=True)
         self.sheet = next((sheet for sheet in sheets if self.rows and sheet.stem <= f"step-{step:06d}"), None)
+
+
+def _json(value: Any) -> str:
+    """A value as JSON, with null for each number that is not finite, as JSON has no sign for those."""
+    return json.dumps(_finite(value), indent=2, default=str, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {str(name): _finite(entry) for name, entry in value.items()}
+        case list() | tuple():
+            return [_finite(entry) for entry in value]
+        case _:
+            return value
