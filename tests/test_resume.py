@@ -93,7 +93,7 @@ def test_a_resumed_run_must_deal_its_images_as_before(tmp_path):
             "was saved with per_device_train_batch_size 2, but this run has 4",
         ),
         ({"reward_weights": [2.0]}, "was saved with reward_weights [1.0], but this run has [2.0]"),
-        ({"guidance_scale": 4.0}, "was saved with arguments of the pipeline {"),
+        ({"guidance_scale": 4.0}, "was saved with guidance_scale 1.0, but this run has 4.0"),
     ):
         refused = run(tmp_path, name, WINDOW | changes, resume=True)
         assert refused.returncode != 0
