@@ -1,6 +1,5 @@
 """`flowrl demo`: tune the embedded pipeline, and show the pictures before and after."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 
 from ..run_folder import sheet_of
+from ..run_folder.text_files import write_json
 from ..shapes import prompts
 from ..trainers import FlowRLTrainer
 from .arguments import TRAINERS, parse
@@ -129,7 +129,7 @@ def _draw_before_after(trainer: FlowRLTrainer, folder: Path) -> None:
     sheet, boxes = sheet_of({"base": base, "tuned": tuned})
     sheet.save(folder / "before_after.png")
     facts = {"prompts": tuned.prompts, "seeds": tuned.seeds, "tuned_boxes": boxes["tuned"]}
-    (folder / "before_after.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_json(folder / "before_after.json", facts)
 
 
 def _draw_reward_curve(trainer: FlowRLTrainer, folder: Path) -> None:

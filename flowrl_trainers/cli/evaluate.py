@@ -1,6 +1,5 @@
 """`flowrl evaluate`: adapters beside their base model, on the same prompts and seeds."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from ..metrics import signs_of_over_optimisation, standard_error_of_change
 from ..pipelines import FlowPipeline
 from ..rewards import Reward, as_rewards
 from ..run_folder import sheet_of
+from ..run_folder.text_files import write_json, write_text
 from ..sampling.conditioning import ConditioningCache
 from ..sampling.evaluator import Evaluator, ode_sampler
 from ..sampling.pictures import Pictures
@@ -46,8 +46,8 @@ def evaluate(arguments: list[str]) -> None:
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     table = _table(rows, args)
-    (folder / "table.md").write_text(table + "\n")
-    (folder / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
+    write_text(folder / "table.md", table + "\n")
+    write_json(folder / "table.json", rows)
     sheet, _ = sheet_of(pictures)
     sheet.save(folder / "pictures.png")
     print(f"\n{table}\n")

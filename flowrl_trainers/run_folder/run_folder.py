@@ -16,6 +16,7 @@ from ..pipelines import FlowPipeline
 from ..sampling.pictures import Pictures
 from .card import CardFacts, model_card
 from .gallery import sheet_of
+from .text_files import write_json, write_text
 
 
 class RunFolder:
@@ -65,9 +66,9 @@ class RunFolder:
             seconds: By phase.
             facts: What the card says; rows and picture are added here.
         """
-        (folder / "config.yaml").write_text(yaml.safe_dump(dict(settings), sort_keys=False))
+        write_text(folder / "config.yaml", yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
         report = self.rows | {"seconds": {phase: round(value, 1) for phase, value in seconds.items()}}
-        (folder / "metrics.json").write_text(_json(report))
+        write_json(folder / "metrics.json", report)
         self.write_card(folder, facts)
 
     def write_card(self, folder: Path, facts: CardFacts) -> None:
@@ -75,7 +76,7 @@ class RunFolder:
         sheet = next((s for s in (self.path / "before_after.png", self.sheet) if s is not None and s.exists()), None)
         beside = sheet is not None and folder.resolve() == self.path.resolve()
         picture = sheet.relative_to(self.path).as_posix() if sheet is not None and beside else None
-        (folder / "README.md").write_text(model_card(replace(facts, rows=self.rows, picture=picture)))
+        write_text(folder / "README.md", model_card(replace(facts, rows=self.rows, picture=picture)))
 
     def write_sheet(self, base: Pictures, tuned: Pictures, step: int) -> None:
         """Write `samples/step-N.png`, base and tuned pictures under one another, and a JSON file of their facts.
@@ -91,7 +92,7 @@ class RunFolder:
         self.sheet = folder / f"step-{step:06d}.png"
         sheet.save(self.sheet)
         facts = {"prompts": base.prompts, "seeds": base.seeds, "base": base.scores, "tuned": tuned.scores}
-        self.sheet.with_suffix(".json").write_text(_json(facts | {"extra": tuned.extra}))
+        write_json(self.sheet.with_suffix(".json"), facts | {"extra": tuned.extra})
 
     def take_up_evaluation(self, checkpoint: Path, step: int) -> None:
         """Take up the last evaluation before a checkpoint, of which its card tells, and its sheet of pictures.
@@ -100,7 +101,7 @@ class RunFolder:
             checkpoint: Its folder.
             step: Its update.
         """
-        rows = json.loads((checkpoint / "metrics.json").read_text())
+        rows = json.loads((checkpoint / "metrics.json").read_text(encoding="utf-8"))
         del rows["seconds"]
         self.rows = {
             label: {name: math.nan if value is None else value for name, value in row.items()}
@@ -108,20 +109,3 @@ class RunFolder:
         }
         sheets = sorted((self.path / "samples").glob("step-*.png"), reverse=True)
         self.sheet = next((sheet for sheet in sheets if self.rows and sheet.stem <= f"step-{step:06d}"), None)
-
-
-def _json(value: Any) -> str:
-    """A value as JSON, with null for each number that is not finite, as JSON has no sign for those."""
-    return json.dumps(_finite(value), indent=2, default=str, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    match value:
-        case float():
-            return value if math.isfinite(value) else None
-        case Mapping():
-            return {str(name): _finite(entry) for name, entry in value.items()}
-        case list() | tuple():
-            return [_finite(entry) for entry in value]
-        case _:
-            return value
