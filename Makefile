@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install test test-slow lint format types docs demo table clean
+.PHONY: install test test-slow test-arithmetic lint format types docs demo table clean
 
 install: $(INSTALLED)
 
@@ -23,6 +23,13 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# The tests where float32 sums are taken in another order: other vector units of the CPU, two threads.
+test-arithmetic: install
+	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
+	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
+	ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
+	FLOWRL_TEST_THREADS=2 $(BIN)/python -m pytest -m 'not slow'
 
 lint: install
 	$(BIN)/ruff check .
