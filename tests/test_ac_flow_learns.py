@@ -1,8 +1,9 @@
 """AC-Flow learns what it should: the critic the conditional mean of the reward, the actor the weighted images.
 
-Long runs, apart from `test_ac_flow.py`, so that two processes can share them.
+Long runs, of `make test-slow`.
 """
 
+import pytest
 import torch
 
 from flowrl_trainers.flow import explained_variance
@@ -11,6 +12,7 @@ from .ac_flow import Velocities, ac_flow, exact_images
 from .gaussian import closeness
 
 
+@pytest.mark.slow
 def test_the_critic_learns_the_conditional_mean_of_the_reward(tmp_path):
     """V* = b z. Mean squared error at most 0.02 Var r in every bin, explained variance of V* at least 0.95 where b z
     explains 10 %.
@@ -60,6 +62,7 @@ def spread_after(folder, rounds: int, alpha: float, seed: int = 0, weights=None)
     return mean, variance
 
 
+@pytest.mark.slow
 def test_without_an_anchor_the_variance_collapses_and_with_it_it_does_not(tmp_path):
     """Everything moves towards the single best image, 1; the anchor holds a part of the base's variance of 1."""
     free, anchored = (spread_after(tmp_path, 300, alpha) for alpha in (0.0, 1.0))
@@ -68,6 +71,7 @@ def test_without_an_anchor_the_variance_collapses_and_with_it_it_does_not(tmp_pa
     assert free[1] < 0.1 < 0.25 < anchored[1]
 
 
+@pytest.mark.slow
 def test_shuffled_weights_lose_the_gain(tmp_path):
     """Weights dealt to the wrong images: nothing is learned of the reward."""
 

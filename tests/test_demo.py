@@ -66,7 +66,10 @@ SHORT = {
 }
 
 
-@pytest.mark.parametrize("trainer", METHODS)
+@pytest.mark.parametrize(
+    "trainer",
+    ["adjoint_matching", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m != "adjoint_matching")],
+)
 def test_a_short_demo_leaves_what_it_says(tmp_path, trainer):
     result = run_demo(
         tmp_path, "--trainer", trainer, "--max_steps", "1", "--per_device_train_batch_size", "4", *SHORT[trainer]

@@ -43,7 +43,12 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 @pytest.mark.parametrize(
-    "kill_at", [3, 4, 10], ids=["middle of a window", "between windows", "middle of a window of the second epoch"]
+    "kill_at",
+    [
+        pytest.param(3, id="middle of a window"),
+        pytest.param(4, id="between windows", marks=pytest.mark.slow),
+        pytest.param(10, id="middle of a window of the second epoch", marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, uninterrupted, trainer, kill_at):
     killed = run(tmp_path, trainer, WINDOW, kill_at=kill_at)

@@ -91,6 +91,7 @@ def test_a_reduced_run_leaves_a_pipeline_of_the_shipped_layout(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_run_is_a_function_of_its_seed_also_where_it_was_cut_off(tmp_path):
     train(tmp_path / "first", "0.002")
     for part in ("vae", "clip"):  # what a run has left that was cut off in its last part
