@@ -56,7 +56,11 @@ def ask_rewards(
     prompts = [e.prompt for e in examples]
     results: list[Any] = []
     for reward in rewards:
-        given: dict[str, Any] = {"images": images.clone(), "prompts": list(prompts), **copy.deepcopy(columns)}
+        given: dict[str, Any] = {
+            "images": images.clone(),
+            "prompts": list(prompts),
+            **{n: _copied(v) for n, v in columns.items()},
+        }
         with _named(reward, prompts, context):
             results.append(reward(**given, **context))
     waiting = {i: result for i, result in enumerate(results) if inspect.isawaitable(result)}
@@ -74,6 +78,14 @@ def ask_rewards(
         return torch.stack([_as_tensor(r, s, images) for r, s in zip(rewards, results, strict=True)], dim=1)
 
     return scores
+
+
+def _copied(column: list[Any]) -> list[Any]:
+    """A copy of a column; of values that cannot be copied (open files, endless nesting), the list alone."""
+    try:
+        return copy.deepcopy(column)
+    except (TypeError, RecursionError):
+        return list(column)
 
 
 @contextmanager
