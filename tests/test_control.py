@@ -70,11 +70,11 @@ START = torch.randn(256, 2, generator=torch.Generator().manual_seed(1))
 class WrongPairing(AdjointMatchingTrainer):
     """Pairs the control at step k with g_k."""
 
-    def _adjoints(self, batch, kind, reward_scale):
-        adjoints = super()._adjoints(batch, kind, reward_scale)
+    def _adjoints(self, batch, terminal, kind):
+        adjoints, base_velocities = super()._adjoints(batch, terminal, kind)
         h = self.window_sigmas[:-1] - self.window_sigmas[1:]
         slope, _ = base_coefficients(self.window_sigmas[:-1], 0.5, 0.5)
-        return adjoints * (1 - h * slope)[None, :, None]
+        return adjoints * (1 - h * slope)[None, :, None], base_velocities
 
 
 def train_adjoint_matching(
