@@ -29,7 +29,7 @@ from ..sampling.metric_log import MetricLog
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "format"  # of what a checkpoint keeps; a change of it gets the next number, so that others can be refused
+FORMAT = 2  # of what a checkpoint keeps: a change of it takes the next number, so that the others are refused
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """What saving raises where it cannot write; `RuntimeError` is what torch makes of a full disk."""
@@ -228,7 +228,7 @@ class CheckpointedTrainer(Trainer, ABC):
         super()._save_checkpoint(model, trial)
         state = self.training_state()
         if not self.args.save_only_model:
-            torch.save({FORMAT: 2} | state.values, self._values_file(folder))
+            torch.save({"format": FORMAT} | state.values, self._values_file(folder))
         if self.args.should_save:
             save_file({name: value.detach().contiguous() for name, value in state.tensors.items()}, folder / WEIGHTS)
         self.accelerator.wait_for_everyone()
@@ -324,7 +324,7 @@ class CheckpointedTrainer(Trainer, ABC):
         folder = Path(resume_from_checkpoint)
         values = self._saved_values(folder)
         old = (folder / f"loop_state_{self.args.process_index}.pt").exists()
-        if old or (values is not None and values[FORMAT] != 2):
+        if old or (values is not None and values.get("format") != FORMAT):
             raise ValueError(
                 f"{folder} was saved by another version of flowrl-trainers, which kept other things: finish that run "
                 "with that version, or start anew."
