@@ -234,7 +234,5 @@ def test_a_checkpoint_of_the_former_layout_is_refused(tmp_path, runs):
             (checkpoint / name).write_bytes(path.read_bytes())
     write_manifest(checkpoint)
     resumed = make_trainer("AdjointMatchingTrainer", tmp_path, **RUN | {"max_steps": 2})
-    with pytest.raises(
-        ValueError, match=r"checkpoint-1 was saved by another version of flowrl-trainers, .*: finish"
-    ):
+    with pytest.raises(ValueError, match=r"checkpoint-1 was saved by another version of flowrl-trainers, .*: finish"):
         resumed.train(resume_from_checkpoint=True)
