@@ -34,6 +34,12 @@ def rounding(count: int) -> float:
     return DEVIATIONS * UNIT_ROUNDOFF * math.sqrt(count)
 
 
+def in_bfloat16(network: nn.Module) -> float:
+    """Of a network's output, relative to it: sums are float32, and every layer rounds its output to 8 bits once."""
+    layers = [m for m in network.modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.LayerNorm))]
+    return DEVIATIONS * 2**-9 * math.sqrt(len(layers))
+
+
 def of_velocities(flow: FlowPipeline, steps: int = 1) -> float:
     """Of the network's output after so many steps."""
     return rounding(steps * terms(flow.transformer))
