@@ -760,7 +760,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
 
     @cached_property
     def _base_identity(self) -> str:
-        return weights_identity(self.model.frozen or self.model.transformer)
+        frozen = self.model.frozen
+        return weights_identity(self.model.transformer if frozen is None else frozen)
 
     @property
     def optimizer_kind(self) -> str:
