@@ -90,3 +90,15 @@ def test_tensorboard_gets_the_pictures(tmp_path, tiny_pipeline, monkeypatch):
     events.Reload()
     assert {"samples/base", "samples/tuned"} <= {tag.split("/image")[0] for tag in events.Tags()["images"]}
     assert "train/reward/redness" in events.Tags()["scalars"]
+
+
+def test_the_base_model_is_drawn_once_for_each_set_of_prompts(tmp_path, tiny_pipeline, monkeypatch):
+    t = adjoint_matching(tmp_path, tiny_pipeline, eval_dataset=Dataset.from_dict({"prompt": ["a cat"]}), log_images=0)
+    drawn, row = [], t.comparison.row
+    monkeypatch.setattr(
+        t.comparison, "row", lambda data, sampler, label: drawn.append(label) or row(data, sampler, label)
+    )
+    for _ in range(2):
+        t.evaluate()
+    t.evaluate(Dataset.from_dict({"prompt": ["a dog"]}))
+    assert drawn == ["tuned", "base", "tuned", "tuned", "base"]

@@ -3,6 +3,7 @@ learned; a change of any other is refused by its name.
 """
 
 import copy
+import shutil
 from dataclasses import fields
 from enum import Enum
 from pathlib import Path
@@ -224,14 +225,16 @@ def test_an_anchor_cannot_be_added_in_the_middle_of_a_window(tmp_path):
         resumed.train(resume_from_checkpoint=True)
 
 
-def test_a_checkpoint_of_the_former_layout_is_refused(tmp_path, runs):
+@pytest.mark.parametrize("former", ["another file", "another number"])
+def test_a_checkpoint_of_another_version_is_refused(tmp_path, runs, former):
     folder, *_ = runs("AdjointMatchingTrainer")
     checkpoint = tmp_path / "checkpoint-1"
-    checkpoint.mkdir()
-    for path in (folder / "checkpoint-1").iterdir():
-        if path.is_file():
-            name = "loop_state_0.pt" if path.name == "training_state_0.pt" else path.name
-            (checkpoint / name).write_bytes(path.read_bytes())
+    shutil.copytree(folder / "checkpoint-1", checkpoint)
+    state = checkpoint / "training_state_0.pt"
+    if former == "another file":
+        state.rename(checkpoint / "loop_state_0.pt")
+    else:
+        torch.save(torch.load(state, weights_only=True) | {"format": 1}, state)
     write_manifest(checkpoint)
     resumed = make_trainer("AdjointMatchingTrainer", tmp_path, **RUN | {"max_steps": 2})
     with pytest.raises(ValueError, match=r"checkpoint-1 was saved by another version of flowrl-trainers, .*: finish"):

@@ -227,17 +227,18 @@ def test_one_picture_per_prompt_has_nothing_to_differ_from():
     assert not any(watch.observe(torch.ones(4, 1), torch.arange(4)) for _ in range(12))
 
 
-def test_ac_flow_does_not_move_where_no_picture_earns_more_than_another(tmp_path, caplog):
+@pytest.mark.parametrize("score", [None, 1.0])
+def test_ac_flow_does_not_move_where_no_picture_earns_more_than_another(tmp_path, caplog, score):
     """Weights that are all equal would imitate every picture, flaws included."""
 
-    def says_nothing(images, prompts, **columns):
-        return [None] * len(prompts)
+    def the_same(images, prompts, **columns):
+        return [score] * len(prompts)
 
-    t = make_trainer("ACFlowTrainer", tmp_path, reward=says_nothing, critic_warmup_max_steps=0, learning_rate=0.1)
+    t = make_trainer("ACFlowTrainer", tmp_path, reward=the_same, critic_warmup_max_steps=0, learning_rate=0.1)
     before = [p.detach().clone() for p in t.trained_parameters()]
     t.train()
     assert all(torch.equal(a, b) for a, b in zip(before, t.trained_parameters(), strict=True))
-    assert "Reward 'says_nothing' has given no score so far" in caplog.text
+    assert ("Reward 'the_same' has given no score so far" in caplog.text) == (score is None)
 
 
 def test_the_others_are_trained_on_where_one_reward_says_nothing(tmp_path):

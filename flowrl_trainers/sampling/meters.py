@@ -1,5 +1,6 @@
 """What an evaluation measures of pictures: meters that see every batch and say at the end what they found."""
 
+from collections import Counter
 from typing import Protocol
 
 import torch
@@ -79,17 +80,14 @@ class DiversityMeter:
 
     def __init__(self, rewards: list[Reward], rows: list[Example]) -> None:
         self.checker = next((i for i, reward in enumerate(rewards) if isinstance(reward, CheckerReward)), None)
-        self.left: dict[str, int] = {}
-        for example in rows:
-            self.left[example.prompt] = self.left.get(example.prompt, 0) + 1
-        self.alone = {prompt for prompt, count in self.left.items() if count == 1}
+        self.left = Counter(example.prompt for example in rows)
         self.kept: dict[str, list[Tensor]] = {}
         self.distances: list[float] = []
 
     def add(self, examples: list[Example], images: Tensor, scores: Tensor) -> None:
         for image, example, score in zip(images.cpu(), examples, scores.tolist(), strict=True):
             prompt = example.prompt
-            if prompt not in self.alone and (self.checker is None or score[self.checker] == 1):
+            if self.checker is None or score[self.checker] == 1:
                 self.kept.setdefault(prompt, []).append(image)
             self.left[prompt] -= 1
             group = self.kept.pop(prompt, []) if self.left[prompt] == 0 else []
