@@ -1,4 +1,4 @@
-"""AC-Flow on a Gaussian in one dimension: a velocity that can learn, the trainer, and images that are drawn exactly."""
+"""AC-Flow on a Gaussian in one dimension: a velocity that can learn, the trainer, images that are drawn exactly."""
 
 import torch
 from torch import nn
@@ -30,7 +30,8 @@ class Velocities(nn.Module):
 def ac_flow(folder, network=None, reward=height, given=None, **changes) -> ACFlowTrainer:
     defaults = settings(
         folder, num_inference_steps=16, num_generations=4, max_steps=1, reward_shaping="none", advantage_clip=None,
-        normalize_weights=False, critic="none" if given is None else "default", critic_warmup_max_steps=0, wasserstein_coefficient=0.0,
+        normalize_weights=False, critic="none" if given is None else "default", critic_warmup_max_steps=0,
+        wasserstein_coefficient=0.0,
     )  # fmt: skip
     del defaults["reward_gradient_clip_quantile"]
     t = ACFlowTrainer(

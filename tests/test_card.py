@@ -1,4 +1,4 @@
-"""What a run writes about itself: a card that no name or prompt breaks, valid JSON, a base model that others can load."""
+"""What a run writes about itself: a card that nothing breaks, valid JSON, a base model that others can load."""
 
 import ast
 import hashlib

@@ -1,4 +1,4 @@
-"""The parts that trainers have, each alone: records and their buffer, the warm-up of a network, the log of numbers, the
+"""The parts that trainers have, each alone: records and their buffer, a network's warm-up, the log of numbers, the
 meters of an evaluation.
 """
 
@@ -278,3 +278,11 @@ def test_a_picture_that_the_checker_rejects_is_no_variety():
     nobody = DiversityMeter([HEIGHT, CHECKER], asked)
     nobody.add(asked, pictures(0.0, 0.9, 0.2, 0.5, 0.6), torch.zeros(5, 2))
     assert nobody.row() == {}
+
+
+def test_what_a_checkpoint_keeps_of_the_log_is_that_of_its_moment():
+    log = MetricLog()
+    log.note("loss", 1.0)
+    kept = log.state_dict()
+    log.note("loss", 2.0)
+    assert kept == {"loss": [1.0]}

@@ -1,4 +1,4 @@
-"""A resumed run is the run it says it is: other prompts, rewards, adapters, base models and settings are refused by name."""
+"""A resumed run is the run it says it is: other prompts, rewards, adapters, base models and settings are refused."""
 
 import pytest
 import torch

@@ -1,7 +1,8 @@
 """A training run of a tiny pipeline as a process of its own: `python training_script.py settings.json`.
 
 settings: `trainer`, the class; `config`, its settings; `kill_at`, an update after which the process kills itself, or
-null; `resume`. Leaves `result.pt` (of process 0), and `rollout_<rank>.pt` and `scores_<rank>.pt` (of every rollout), in the output folder.
+null; `resume`. Leaves `result.pt` (of process 0), and `rollout_<rank>.pt` and `scores_<rank>.pt` (of every rollout), in
+the output folder.
 """
 
 import json
