@@ -19,16 +19,16 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # Two processes of one thread each.
 test: install
-	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile --durations 15
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile --no-loadscope-reorder --durations 15
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
 
 # The tests where float32 sums are taken in another order: other vector units of the CPU, two threads.
 test-arithmetic: install
-	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
-	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
-	ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile
+	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile --no-loadscope-reorder
+	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile --no-loadscope-reorder
+	ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile --no-loadscope-reorder
 	FLOWRL_TEST_THREADS=2 $(BIN)/python -m pytest -m 'not slow'
 
 lint: install

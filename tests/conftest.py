@@ -25,6 +25,13 @@ from .tiny import tiny_sd3
 from .tiny_image_reward import official_checkpoint, tiny_blip, write_tokenizer
 from .tiny_rewards import JOINT, OpenCLIP, clip_config, vision_settings, write_clip, write_processor
 
+# Files of a minute or more, before the others, so that the two processes of `make test` end at about the same time.
+LONG = ("test_evaluate", "test_resume", "test_two_processes", "test_cli", "test_families", "test_control")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
 
 @pytest.fixture(autouse=True)
 def _threads():

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from . import forked
 from .helpers import TRAINERS
 
 SCRIPT = Path(__file__).parent / "training_script.py"
@@ -36,7 +37,7 @@ def run(
     """A run in one process; `kill_at`: the update after which it kills itself."""
     settings = write_settings(folder, trainer, config, kill_at, resume)
     environment = {k: v for k, v in os.environ.items() if k != "CI"}
-    return subprocess.run([sys.executable, SCRIPT, settings], capture_output=True, text=True, env=environment)
+    return forked.script(SCRIPT, settings, environment=environment)
 
 
 def free_port() -> int:

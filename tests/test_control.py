@@ -245,6 +245,7 @@ def test_without_a_value_network_vgg_flow_misses_the_value_gradient_by_what_its_
     assert error == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.slow
 def test_with_its_value_network_vgg_flow_learns_the_continuous_value_gradient(tmp_path):
     t = train_vgg_flow(tmp_path, eta_schedule="quadratic", max_steps=800)
     error = vgg_flow_error(t)

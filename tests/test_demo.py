@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from flowrl_trainers.cli.demo import METHODS, _table
 
-FLOWRL = Path(sys.executable).parent / "flowrl"
+from .forked import flowrl
 
 REDRAW = """
 import json, sys
@@ -42,7 +42,7 @@ def load_lora_config(folder: Path) -> dict:
 
 
 def run_demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([FLOWRL, "demo", "--output_dir", folder, *arguments], capture_output=True, text=True)
+    return flowrl(folder, "demo", "--output_dir", folder, *arguments)
 
 
 def assert_stock_diffusers_redraws_the_tuned_row(folder: Path, steps: int) -> None:

@@ -2,8 +2,6 @@
 
 import re
 import runpy
-import subprocess
-import sys
 import textwrap
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +14,7 @@ from peft import LoraConfig
 from flowrl_trainers import FlowPipeline, trainers
 from flowrl_trainers.cli.arguments import TRAINERS, parse
 
+from .forked import script
 from .tiny_families import FAMILIES, tiny
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +27,8 @@ def python_blocks(path: Path) -> list[str]:
 def test_the_first_python_example_runs_as_it_stands(tmp_path):
     code = python_blocks(ROOT / "README.md")[0].replace("max_steps=20", "max_steps=1, log_images=2, use_cpu=True")
     assert "max_steps=1," in code
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    (tmp_path / "example.py").write_text(code)
+    result = script(tmp_path / "example.py", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "eval_base_reward/shapes" in result.stdout
     assert (tmp_path / "tuned-shapes" / "pytorch_lora_weights.safetensors").exists()

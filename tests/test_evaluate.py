@@ -7,9 +7,6 @@ import logging
 import math
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,14 +21,10 @@ from flowrl_trainers.metrics import signs_of_over_optimisation, standard_error_o
 from flowrl_trainers.rewards import differentiable
 from flowrl_trainers.shapes import prompts
 
+from .forked import flowrl
 from .tiny import tiny_sd3
 
-FLOWRL = Path(sys.executable).parent / "flowrl"
 SHORT = ["--num_inference_steps", "3", "--seed", "7"]
-
-
-def flowrl(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([FLOWRL, *arguments], capture_output=True, text=True, cwd=folder)
 
 
 def test_the_rows_are_those_of_the_demo(tmp_path):
@@ -207,12 +200,12 @@ def whiteness(images, prompts, **columns):
 def test_a_planted_hack_shows_in_the_table_and_the_log(tmp_path, shapes_pipeline, caplog):
     """A reward that pays for white pixels: it rises, and everything that was not trained on falls."""
     config = VGGFlowConfig(
-        output_dir=str(tmp_path), max_steps=25, per_device_train_batch_size=16, num_inference_steps=6,
-        value_network="none", control_to_velocity_ratio=2.0, learning_rate=3e-3, guidance_scale=1.0,
+        output_dir=str(tmp_path), max_steps=8, per_device_train_batch_size=8, num_inference_steps=6,
+        value_network="none", control_to_velocity_ratio=2.0, learning_rate=1e-2, guidance_scale=1.0,
         max_sequence_length=8, per_device_eval_batch_size=32, save_strategy="no", report_to="none", use_cpu=True,
         disable_tqdm=True,
     )  # fmt: skip
-    held_out = Dataset.from_dict({"prompt": prompts("held_out")["prompt"][:16] * 4})
+    held_out = Dataset.from_dict({"prompt": prompts("held_out")["prompt"][:16] * 2})
     t = VGGFlowTrainer(
         shapes_pipeline, whiteness, config, prompts("train"), eval_dataset=held_out,
         eval_reward_funcs=["shapes", "checker"], peft_config=LoraConfig(r=16, lora_alpha=32),

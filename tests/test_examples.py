@@ -1,8 +1,6 @@
 """What users are shown as a start works as it stands: a model of their own, and an algorithm of their own."""
 
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +11,7 @@ from flowrl_trainers import FlowRLConfig, FlowRLTrainer
 from flowrl_trainers.flow import euler_step
 from flowrl_trainers.sampling.buffer import Record
 
+from .forked import script
 from .gaussian import NUMBERED, GaussianFlow, Shifted, height
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "custom_model.py"
@@ -20,7 +19,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "custom_model.py"
 
 def test_a_model_of_ones_own_is_tuned_by_all_four_trainers(tmp_path):
     assert len([line for line in EXAMPLE.read_text().splitlines() if line.strip()]) < 60
-    done = subprocess.run([sys.executable, EXAMPLE], capture_output=True, text=True, cwd=tmp_path)
+    done = script(EXAMPLE, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^(\w+)  base (\S+)  tuned (\S+)", done.stdout, flags=re.M)
     assert [name for name, _, _ in rows] == ["AdjointMatching", "VGGFlow", "ACFlow", "TAFSGRPO"]

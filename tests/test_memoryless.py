@@ -76,7 +76,7 @@ def test_the_fixed_point_tends_to_the_tilted_gaussian_with_order_one():
             assert 1.7 < a / b < 2.2
 
 
-@pytest.mark.parametrize("steps", [20, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [8, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (20, 40))])
 def test_the_tuned_model_draws_what_the_fixed_point_draws(tmp_path, steps):
     """Mean and variance within 2 %, computed from the learned coefficients, so that no sampling error enters."""
     network = StepControl(uniform_sigmas(steps), 1, STD, MEAN)

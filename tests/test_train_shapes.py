@@ -3,8 +3,6 @@
 import importlib.util
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,8 @@ import torch
 
 from flowrl_trainers.shapes import load_pipeline
 from flowrl_trainers.shapes.models import WEIGHTS
+
+from . import forked
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples" / "train_shapes.py"
@@ -66,13 +66,12 @@ def test_scenes_are_in_reading_order_and_the_checker_accepts_them(script):
 
 
 def train(folder: Path, scale: str) -> str:
-    result = subprocess.run(
-        [sys.executable, SCRIPT, "--out", folder, "--scale", scale, "--threads", "1"], capture_output=True, text=True
-    )
+    result = forked.script(SCRIPT, "--out", folder, "--scale", scale, "--threads", "1")
     assert result.returncode == 0, result.stderr
     return (folder / "train_shapes.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_reduced_run_leaves_a_pipeline_of_the_shipped_layout(tmp_path):
     log = train(tmp_path, "0.001")
     for part in ("pictures", "autoencoder", "clip", "stock pipeline"):
@@ -90,7 +89,6 @@ def test_a_reduced_run_leaves_a_pipeline_of_the_shipped_layout(tmp_path):
     assert trained.tokenizer.model_max_length == shipped.tokenizer.model_max_length
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_a_run_is_a_function_of_its_seed_also_where_it_was_cut_off(tmp_path):
     train(tmp_path / "first", "0.002")
