@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -45,6 +46,7 @@ class Killer(TrainerCallback):
 
 
 def main() -> None:
+    import_module("flowrl_trainers.networks.value_network").WIDTHS = (64,) * 4  # the default: checkpoints of 240 MB
     torch.set_num_threads(int(os.environ.get("FLOWRL_TEST_THREADS", "1")))
     settings = json.loads(Path(sys.argv[1]).read_text())
     trainer_class = getattr(flowrl_trainers, settings["trainer"])
