@@ -1,5 +1,6 @@
 """What README and docs show is there, and what they show as code runs or can be built."""
 
+import ast
 import re
 import runpy
 import textwrap
@@ -145,6 +146,27 @@ def test_what_a_page_links_to_or_includes_exists(path):
     assert "--8 <" not in text  # what a formatter makes of an include in a block of code
     for target in re.findall(r'--8<-- "([^"]+)"', text):
         assert (ROOT / target).exists(), target
+
+
+def sentences() -> list[str]:
+    """The texts of the package, with a star for each value that is put into them."""
+    found = []
+    for path in (ROOT / "flowrl_trainers").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(p.value if isinstance(p, ast.Constant) else "*" for p in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(re.sub(r"%[\w.]+", "*", node.value))
+    return found
+
+
+def test_the_questions_are_headed_by_sentences_of_the_package():
+    headings = re.findall(r"^### `+(.+?)`+$", (ROOT / "docs" / "faq.md").read_text(), flags=re.M)
+    assert len(headings) >= 20
+    said = sentences()
+    for heading in headings:
+        pattern = re.compile(".*".join(re.escape(part.strip()) for part in heading.split("…")))
+        assert any(pattern.search(sentence) for sentence in said), heading
 
 
 def test_the_invariants_name_tests_that_exist():
