@@ -45,7 +45,10 @@ def adapter_settings(adapter: LoraConfig | None) -> dict[str, Any]:
     """
     if adapter is None:
         return {"lora_r": 0}
-    values = {name: sorted(v) if isinstance(v, set) else v for name, v in adapter.to_dict().items()}
+    values = adapter.to_dict()
+    for name in ("target_modules", "exclude_modules"):  # lists of the family become sets when they are read again
+        if isinstance(values[name], (list, set)):
+            values[name] = sorted(values[name])
     defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(adapter)}
     for name in (*FLAGS, *KEPT):
         if not _is_plain(values[name]):
@@ -74,4 +77,4 @@ def _is_plain(value: Any) -> bool:
         return all(isinstance(key, str) and _is_plain(part) for key, part in value.items())
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
-    return value is None or type(value) in (bool, int, float, str)
+    return value is None or isinstance(value, (bool, int, float, str))

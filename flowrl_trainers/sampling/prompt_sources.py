@@ -3,13 +3,15 @@
 import glob
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from pandas.errors import ParserWarning
 
 PromptSource = Dataset | str | PathLike[str] | list[str]
@@ -92,7 +94,7 @@ def read_prompt_file(path: str | PathLike[str], column: str = "prompt") -> Datas
         options = {**options, "converters": {column: str}}
     files = glob.escape(str(path.resolve()))
     try:
-        with tempfile.TemporaryDirectory() as cache, warnings.catch_warnings():
+        with _no_bars(), tempfile.TemporaryDirectory() as cache, warnings.catch_warnings():
             warnings.simplefilter("error", ParserWarning)  # of cells that have no column, and would be left out
             dataset = load_dataset(
                 loader, data_files=files, split="train", cache_dir=cache, keep_in_memory=True, **options
@@ -102,6 +104,18 @@ def read_prompt_file(path: str | PathLike[str], column: str = "prompt") -> Datas
         mend = "put a prompt that holds a separator into double quotes" if loader == "csv" else "mend the file"
         raise ValueError(f"The prompts {str(path)!r} cannot be read as {suffix} ({cause}): {mend}.") from error
     return dataset.rename_column("text", "prompt") if loader == "text" else dataset
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the progress bars of `datasets`, which a small file does not need."""
+    were_shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if were_shown:
+            enable_progress_bars()
 
 
 def refuse_blank_prompts(dataset: Dataset, path: str | PathLike[str]) -> Dataset:
