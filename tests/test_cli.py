@@ -175,14 +175,6 @@ def test_a_wrong_yaml_file_gets_one_sentence_and_status_2(tmp_path, refused, cha
     assert sentence in said
 
 
-def test_a_file_that_is_no_yaml_gets_one_sentence(tmp_path):
-    (tmp_path / "run.yaml").write_text("model: [shapes\n")
-    result = flowrl(tmp_path, "adjoint_matching", "--config=run.yaml")
-    assert result.returncode == 2
-    assert "while parsing a flow sequence" in result.stderr
-    assert "Traceback" not in result.stderr
-
-
 def test_the_column_of_the_prompts_may_have_another_name(tmp_path):
     (tmp_path / "captions").mkdir()
     (tmp_path / "captions" / "train.jsonl").write_text('{"caption": "a red circle"}\n{"caption": "a blue cross"}\n')

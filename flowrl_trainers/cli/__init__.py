@@ -2,14 +2,20 @@
 
 import sys
 import traceback
+from importlib.metadata import version
 from pathlib import Path
+
+from .suggestions import did_you_mean
 
 METHODS = ("adjoint_matching", "vgg_flow", "ac_flow", "tafs_grpo")
 COMMANDS = (*METHODS, "demo", "evaluate", "serve_reward", "convert_sit", "convert_image_reward", "env")
 
 READ_HERE = ("--config=", "--trainer=", "--accelerate_config=", "--num_processes=")
 
+GO_ON = "; if it has saved a checkpoint, `--resume_from_checkpoint true` goes on from there"
+
 USAGE = """usage: flowrl COMMAND [--config run.yaml] [--field value ...] [--help]
+       flowrl --version
 
 commands:
   adjoint_matching   tune a pipeline by adjoint matching, for differentiable rewards
@@ -42,11 +48,20 @@ def main(arguments: list[str] | None = None) -> int:
     if command in ("-h", "--help"):
         print(USAGE)
         return 0
+    if command == "--version":
+        print(f"flowrl-trainers {version('flowrl-trainers')}")
+        return 0
     if command not in COMMANDS:
-        print(f"flowrl: there is no command {command!r}: choose {', '.join(COMMANDS)}.", file=sys.stderr)
+        meant = did_you_mean([command], COMMANDS)
+        print(f"flowrl: there is no command {command!r}{meant}: choose {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     try:
         return _run(command, rest)
+    except KeyboardInterrupt:
+        print(
+            f"flowrl: `flowrl {command}` was stopped by Ctrl-C{GO_ON if command in METHODS else ''}.", file=sys.stderr
+        )
+        return 130
     except (ValueError, TypeError, RuntimeError) as error:
         # An error that this package raises is a sentence to the user; any other is a fault, and keeps its traceback.
         if not _is_ours(error):

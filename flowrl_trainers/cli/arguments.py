@@ -1,14 +1,12 @@
 """The settings of a run from the command line beside those of its trainer."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from transformers.hf_argparser import HfArg
-from trl import TrlParser
 
+from ..sampling.prompt_sources import is_prompt_file
 from ..trainers import (
     ACFlowTrainer,
     AdjointMatchingTrainer,
@@ -18,6 +16,8 @@ from ..trainers import (
     VGGFlowTrainer,
 )
 from ..trainers.config_checks import Range, check_fields
+from .adapter import lora_fields
+from .parser import SettingsParser, config_file
 
 TRAINERS: dict[str, type[FlowRLTrainer]] = {
     "adjoint_matching": AdjointMatchingTrainer,
@@ -40,14 +40,22 @@ class RunArguments:
         help="The pipeline to tune: a Hub id, a folder, or 'shapes' for the small one that ships with the package."
     )
     dataset: str = HfArg(
-        help="The prompts: a data set of the Hub or a folder, or 'shapes' for the captions of the world of shapes."
+        help="The prompts: a file (.txt with a prompt on each line, .csv, .tsv, .json, .jsonl or .parquet; looked up "
+        "beside the YAML file too), a data set of the Hub, a folder, or 'shapes' for the captions of the world of "
+        "shapes."
     )
     dataset_config: str | None = HfArg(default=None, help="The configuration of the data set, where it has several.")
     prompt_column: str = HfArg(default="prompt", help="The column that holds the prompts, such as 'caption'.")
     train_split: str = HfArg(default="train", help="The split of the training prompts.")
     eval_split: str | None = HfArg(
         default=None,
-        help="The split of held-out prompts for evaluation ('held_out' for shapes). Default: no evaluation.",
+        help="The split of held-out prompts for evaluation ('held_out' for shapes). Default: no evaluation, unless "
+        "`eval_dataset` is a file.",
+    )
+    eval_dataset: str | None = HfArg(
+        default=None,
+        help="The held-out prompts where they are no split of `dataset`: a second file, or another data set, whose "
+        "split is `eval_split`. Default: those of `dataset`.",
     )
     reward_funcs: list[str] = HfArg(
         default_factory=list,
@@ -67,7 +75,14 @@ class RunArguments:
         default=0.0, help="The dropout on the LoRA's input during updates."
     )
     lora_target_modules: list[str] | None = HfArg(
-        default=None, help="The names of the layers that the LoRA adapts. Default: those of the pipeline's family."
+        default=None,
+        help="The names of the layers that the LoRA adapts; or one regular expression of their whole paths, such as "
+        "'.*attn\\.to_[qk]'; or 'all-linear'. Default: those of the pipeline's family.",
+    )
+    lora_config: dict[str, Any] | str | None = HfArg(
+        default=None,
+        help="Further fields of peft's `LoraConfig` by their names, a mapping in YAML and JSON on the command line, "
+        "such as '{\"use_dora\": true}'. Default: those of peft.",
     )
 
     def __post_init__(self) -> None:
@@ -75,17 +90,18 @@ class RunArguments:
         if self.lora_target_modules is not None:
             self.lora_target_modules = as_list(self.lora_target_modules)
         check_fields(self)
+        if self.lora_config is not None:
+            self.lora_config = lora_fields(self.lora_config)
+            if self.lora_r == 0:
+                raise ValueError("`lora_config` is set, but `lora_r` is 0, which trains all weights: leave one out.")
 
 
-@contextmanager
-def wrong_arguments() -> Iterator[None]:
-    """Turn the errors of `TrlParser` into `ValueError`, which `flowrl` shows as one sentence."""
-    try:
-        yield
-    except IndexError as error:
-        raise ValueError("`--config` needs the name of a YAML file.") from error
-    except (ValueError, OSError, yaml.YAMLError) as error:
-        raise ValueError(str(error)) from error
+def beside(config: Path | None, name: str) -> str:
+    """The path of a prompt file that is missing in the current folder but lies beside the YAML file; else the name."""
+    if config is None or Path(name).exists() or not is_prompt_file(name):
+        return name
+    found = config.parent / name
+    return str(found) if found.is_file() else name
 
 
 def parse(
@@ -110,16 +126,10 @@ def parse(
     """
     method = "[--trainer METHOD] " if command == "demo" else ""
     usage = f"flowrl {command} {method}[--config run.yaml] [--field value ...]"
-    parser = TrlParser([RunArguments, config_class], prog=f"flowrl {command}", usage=usage, allow_abbrev=False)
+    parser = SettingsParser([RunArguments, config_class], prog=f"flowrl {command}", usage=usage, allow_abbrev=False)
     parser.set_defaults_with_config(**defaults)
-    with wrong_arguments():
-        run, config, from_file, from_flags = parser.parse_args_and_config(
-            arguments, return_remaining_strings=True, separate_remaining_strings=True
-        )
-    for source, unknown in (("the YAML file", from_file), ("the command line", from_flags)):
-        if unknown:
-            name = unknown[0].removeprefix("--").split("=")[0]
-            raise ValueError(
-                f"{name!r} in {source} is no setting of `flowrl {command}`: see `flowrl {command} --help`."
-            )
+    run, config = parser.read(arguments)
+    run.dataset = beside(config_file(arguments), run.dataset)
+    if run.eval_dataset is not None:
+        run.eval_dataset = beside(config_file(arguments), run.eval_dataset)
     return run, config

@@ -8,7 +8,6 @@ from accelerate import Accelerator, PartialState
 from datasets import Dataset
 from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor
-from trl import TrlParser
 
 from ..metrics import signs_of_over_optimisation, standard_error_of_change
 from ..pipelines import FlowPipeline
@@ -18,10 +17,12 @@ from ..run_folder.text_files import write_json, write_text
 from ..sampling.conditioning import ConditioningCache
 from ..sampling.evaluator import Evaluator, ode_sampler
 from ..sampling.pictures import Pictures
+from ..sampling.prompt_sources import is_prompt_file
 from ..trainers.base_trainer import PIPELINE_SETTINGS
-from ..trainers.input_checks import check_dataset
-from .arguments import wrong_arguments
+from ..trainers.input_checks import check_columns, check_dataset
+from .arguments import beside
 from .evaluate_arguments import EvaluateArguments
+from .parser import SettingsParser, config_file
 from .run import load_model, load_prompts, named_reward
 
 SHOWN = 8
@@ -37,10 +38,13 @@ def evaluate(arguments: list[str]) -> None:
     unknown = set(args.trained) - set(args.rewards)
     if unknown:
         raise ValueError(f"`trained` names {', '.join(sorted(unknown))}, which `rewards` does not: add it there.")
+    split = args.split or ("train" if is_prompt_file(args.dataset) else "held_out")
+    prompts = check_dataset(load_prompts(args.dataset, args.dataset_config, split, args.prompt_column), "dataset")
     rewards = as_rewards([named_reward(name) for name in args.rewards], "rewards")
+    check_columns(rewards, prompts, "dataset")
     # A function given as `module.function` is a reward called `function`.
     called = {name: reward.name for name, reward in zip(args.rewards, rewards, strict=True)}
-    rows, scores, pictures = _rows(args, labels, rewards)
+    rows, scores, pictures = _rows(args, labels, rewards, prompts)
     if not PartialState().is_main_process:
         return
     folder = Path(args.out)
@@ -65,9 +69,9 @@ def evaluate(arguments: list[str]) -> None:
 
 def _parse(arguments: list[str]) -> EvaluateArguments:
     usage = "flowrl evaluate --model M --adapter A ... --rewards R ... [--field value ...]"
-    parser = TrlParser([EvaluateArguments], prog="flowrl evaluate", usage=usage, allow_abbrev=False)
-    with wrong_arguments():
-        (args,) = parser.parse_args_and_config(arguments)
+    parser = SettingsParser([EvaluateArguments], prog="flowrl evaluate", usage=usage, allow_abbrev=False)
+    (args,) = parser.read(arguments)
+    args.dataset = beside(config_file(arguments), args.dataset)
     return args
 
 
@@ -85,7 +89,7 @@ def _labels(adapters: list[str]) -> list[str]:
 
 
 def _rows(
-    args: EvaluateArguments, labels: list[str], rewards: list[Reward]
+    args: EvaluateArguments, labels: list[str], rewards: list[Reward], prompts: Dataset
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Tensor]], dict[str, Pictures]]:
     """Measure the base model and every adapter.
 
@@ -93,11 +97,11 @@ def _rows(
         args: The settings.
         labels: The names of the adapters' rows.
         rewards: The rewards to measure.
+        prompts: The prompts to draw.
 
     Returns:
         By label, "base" first: the row, the scores (N,) of every reward, and some pictures.
     """
-    prompts = check_dataset(load_prompts(args.dataset, args.dataset_config, args.split, args.prompt_column), "dataset")
     pipeline = load_model(args.model, DTYPES[args.dtype])
     flow = FlowPipeline.from_pipeline(pipeline, **{name: getattr(args, name) for name in PIPELINE_SETTINGS})
     transformer: PeftAdapterMixin | Any = flow.transformer

@@ -18,10 +18,15 @@ class EvaluateArguments:
     )
     adapter: list[str] = HfArg(help="The adapters, one or more: folders or Hub ids that `load_lora_weights` reads.")
     rewards: list[str] = HfArg(help="The rewards to measure, named as `reward_funcs` of a run.")
-    dataset: str = HfArg(default="shapes", help="The prompts: a data set of the Hub, a folder, or 'shapes'.")
+    dataset: str = HfArg(
+        default="shapes",
+        help="The prompts, named as `dataset` of a run: a file, a data set of the Hub, a folder, or 'shapes'.",
+    )
     dataset_config: str | None = HfArg(default=None, help="The configuration of the data set, where it has several.")
     prompt_column: str = HfArg(default="prompt", help="The column that holds the prompts, such as 'caption'.")
-    split: str = HfArg(default="held_out", help="The split of the prompts.")
+    split: str | None = HfArg(
+        default=None, help="The split of the prompts. Default: 'held_out', and the whole of a file."
+    )
     trained: list[str] = HfArg(
         default_factory=list,
         help="Those of the rewards that the adapters were trained on, to tell a hacked one. Default: none.",

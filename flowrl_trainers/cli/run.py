@@ -8,13 +8,14 @@ import torch
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 from diffusers import DiffusionPipeline
-from peft import LoraConfig
 
 from ..pipelines import families
-from ..rewards.named import RewardLike
+from ..rewards.named import RewardLike, refuse_unknown_names
 from ..run_folder.card import SHAPES
+from ..sampling.prompt_sources import is_prompt_file, read_prompt_file, refuse_blank_prompts
 from ..shapes import load_pipeline, prompts
 from ..trainers import FlowRLConfig, FlowRLTrainer
+from .adapter import lora_fields, make_lora_config
 from .arguments import TRAINERS, RunArguments, parse
 
 EMBEDDED = ("shapes", SHAPES)
@@ -51,30 +52,36 @@ def make_trainer(method: str, args: RunArguments, config: FlowRLConfig) -> FlowR
     if not args.reward_funcs:
         raise ValueError("`reward_funcs` is empty: name at least one reward.")
     rewards, judges = ([named_reward(name) for name in names] for names in (args.reward_funcs, args.eval_reward_funcs))
-    lora = LoraConfig(
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=args.lora_target_modules,
-    )
-
-    def prompts_of(split: str) -> Dataset:
-        return load_prompts(args.dataset, args.dataset_config, split, args.prompt_column)
-
+    refuse_unknown_names(rewards, "reward_funcs")
+    refuse_unknown_names(judges, "eval_reward_funcs")
+    further = lora_fields(args.lora_config or {})
+    lora = make_lora_config(args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules, further)
+    train_dataset = load_prompts(args.dataset, args.dataset_config, args.train_split, args.prompt_column)
+    eval_dataset = _held_out(args)
     trainer = TRAINERS[method](
         model=load_pipeline() if args.model in EMBEDDED else args.model,
         reward_funcs=rewards,
         args=config,
-        train_dataset=prompts_of(args.train_split),
-        eval_dataset=prompts_of(args.eval_split) if args.eval_split else None,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         eval_reward_funcs=judges or None,
         peft_config=lora if args.lora_r else None,
     )
     # For config.yaml, which can be run again: the trainer knows neither the data set nor the module of a reward.
     trainer.settings |= {name: value for name, value in vars(args).items() if value is not None}
-    if args.dataset != "shapes" and not Path(args.dataset).exists():
+    if args.dataset != "shapes" and not is_prompt_file(args.dataset) and not Path(args.dataset).exists():
         trainer.told_for_card["dataset"] = args.dataset
     return trainer
+
+
+def _held_out(args: RunArguments) -> Dataset | None:
+    """The prompts of evaluations, if the settings name some."""
+    name, split = args.eval_dataset or args.dataset, args.eval_split
+    if split is None and args.eval_dataset is not None:
+        if not is_prompt_file(name):
+            raise ValueError(f"`eval_dataset` is {name!r}: name its split with held-out prompts as `eval_split`.")
+        split = "train"
+    return load_prompts(name, args.dataset_config, split, args.prompt_column) if split else None
 
 
 def load_model(name: str, dtype: torch.dtype) -> DiffusionPipeline:
@@ -98,7 +105,7 @@ def load_prompts(name: str, config: str | None, split: str, column: str) -> Data
     """The prompts of one split, in the column 'prompt'.
 
     Args:
-        name: A data set of the Hub, a folder, or 'shapes'.
+        name: A file, a data set of the Hub, a folder, or 'shapes'.
         config: The configuration of the data set, where it has several.
         split: The split.
         column: The column that holds the prompts. It is renamed to 'prompt', and replaces a column of that name.
@@ -107,18 +114,21 @@ def load_prompts(name: str, config: str | None, split: str, column: str) -> Data
         ValueError: If the data set cannot be loaded, or has no such split or column.
     """
     if name != "shapes":
-        try:
-            dataset = load_dataset(name, config, split=split)
-        except (OSError, ValueError, DatasetsError) as error:
-            raise ValueError(f"The prompts {name!r}, split {split!r}, cannot be loaded: {error}") from error
+        if is_prompt_file(name):
+            dataset = _rows_of_file(name, config, split, column)
+        else:
+            try:
+                dataset = load_dataset(name, config, split=split)
+            except (OSError, ValueError, DatasetsError) as error:
+                raise ValueError(f"The prompts {name!r}, split {split!r}, cannot be loaded: {error}") from error
         if column not in dataset.column_names:
             columns = ", ".join(dataset.column_names)
             raise ValueError(
                 f"`prompt_column` is {column!r}, but the columns are {columns}: name the one with prompts."
             )
-        if column == "prompt":
-            return dataset
-        return dataset.remove_columns({"prompt"} & set(dataset.column_names)).rename_column(column, "prompt")
+        if column != "prompt":
+            dataset = dataset.remove_columns({"prompt"} & set(dataset.column_names)).rename_column(column, "prompt")
+        return refuse_blank_prompts(dataset, name) if is_prompt_file(name) else dataset
     if column != "prompt":
         raise ValueError(
             f"`prompt_column` is {column!r}, but the prompts of shapes have one column, 'prompt': leave it out."
@@ -126,3 +136,14 @@ def load_prompts(name: str, config: str | None, split: str, column: str) -> Data
     if split not in ("train", "held_out"):
         raise ValueError(f"The prompts of shapes have no split {split!r}: choose 'train' or 'held_out'.")
     return prompts("train" if split == "train" else "held_out")
+
+
+def _rows_of_file(name: str, config: str | None, split: str, column: str) -> Dataset:
+    if split != "train":
+        raise ValueError(
+            f"The prompts {name!r} have no split {split!r}, as a file is one split, 'train': give held-out prompts as "
+            "a second file, `eval_dataset`."
+        )
+    if config is not None:
+        raise ValueError(f"`dataset_config` is {config!r}, but the prompts {name!r} are a file: leave it out.")
+    return read_prompt_file(name, column)

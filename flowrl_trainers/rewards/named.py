@@ -1,7 +1,7 @@
 """The rewards that have a name, and `as_rewards`, which turns what a user passes as `reward_funcs` into rewards."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from .aesthetic import AestheticReward
@@ -44,6 +44,7 @@ def as_rewards(
         rewards = [_renamed(_as_reward(reward, argument), name) for name, reward in reward_funcs.items()]
     else:
         listed = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        refuse_unknown_names(listed, argument)
         rewards = [_as_reward(reward, argument) for reward in listed]
     if not rewards:
         raise ValueError(f"`{argument}` is empty: pass at least one reward.")
@@ -57,6 +58,16 @@ def as_rewards(
     return rewards
 
 
+def refuse_unknown_names(rewards: Iterable[RewardLike], argument: str) -> None:
+    """Raises `ValueError` for a name that no reward has, before any other reward is loaded."""
+    for reward in rewards:
+        if isinstance(reward, str) and reward not in NAMED_REWARDS:
+            raise ValueError(
+                f"`{argument}` names {reward!r}, which is no known reward: choose {', '.join(NAMED_REWARDS)} or pass "
+                "a callable."
+            )
+
+
 def _renamed(reward: Reward, name: str) -> Reward:
     reward = copy.copy(reward)  # the user's stays as it is
     reward.name = name
@@ -67,11 +78,7 @@ def _as_reward(reward: RewardLike, argument: str) -> Reward:
     if isinstance(reward, Reward):
         return reward
     if isinstance(reward, str):
-        if reward not in NAMED_REWARDS:
-            raise ValueError(
-                f"`{argument}` names {reward!r}, which is no known reward: choose {', '.join(NAMED_REWARDS)} or pass "
-                "a callable."
-            )
+        refuse_unknown_names([reward], argument)
         return NAMED_REWARDS[reward]()
     if isinstance(reward, type):
         raise TypeError(f"`{argument}` has the class {reward.__name__}: pass an instance of it.")

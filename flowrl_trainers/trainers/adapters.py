@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from typing import Any
 
 import torch
@@ -74,6 +75,7 @@ def _made(flow: FlowPipeline, config: LoraConfig) -> LoraConfig:
             "`diffusers.loaders.PeftAdapterMixin`, or pass no `peft_config` to train all weights."
         )
     _refuse_change_of_base(config)
+    _refuse_names_of_nothing(config, flow)
     config = copy.deepcopy(config)
     config.target_modules = config.target_modules or list(flow.lora_target_modules)
     config.exclude_modules = config.exclude_modules or list(flow.lora_exclude_modules) or None
@@ -97,6 +99,33 @@ def _refuse_change_of_base(config: LoraConfig) -> None:
             raise ValueError(
                 f"`peft_config.{name}` ({value!r}) changes the base model itself, which stays the reference of "
                 "training: leave it out."
+            )
+
+
+def _refuse_names_of_nothing(config: LoraConfig, flow: FlowPipeline) -> None:
+    """Raises `ValueError` for a name or pattern that matches no module of the transformer.
+
+    peft refuses a LoRA without any layer, but ignores a name among several; the family's names may be those of others.
+    """
+    modules = [name for name, _ in flow.transformer.named_modules()]
+    ours = {*flow.lora_target_modules, *flow.lora_exclude_modules}
+    for argument, names in (
+        ("target_modules", config.target_modules),
+        ("exclude_modules", config.exclude_modules),
+        ("rank_pattern", config.rank_pattern),
+        ("alpha_pattern", config.alpha_pattern),
+    ):
+        if isinstance(names, str):
+            known = names.lower() == "all-linear" or any(re.fullmatch(names, module) for module in modules)
+            unknown = [] if known else [names]
+        elif argument.endswith("_pattern"):
+            unknown = [n for n in names or () if not any(re.match(rf"(.*\.)?({n})$", module) for module in modules)]
+        else:
+            unknown = [n for n in names or () if not any(f".{module}".endswith(f".{n}") for module in modules)]
+        for name in sorted(set(unknown) - ours):
+            raise ValueError(
+                f"`peft_config` does not fit the transformer: {name!r} of `{argument}` matches none of its modules "
+                f"(such as {modules[-1]!r}), see `transformer.named_modules()`."
             )
 
 

@@ -105,6 +105,13 @@ class FlowRLConfig(TrainingArguments):
         default=None, help="One weight per reward; the reward that is maximised is the weighted sum. Default: all 1."
     )
 
+    __repr__ = TrainingArguments.__repr__  # hides tokens; `@dataclass` writes one that shows them
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = FlowRLConfig.__repr__
+
     @property
     def images_per_update(self) -> int:
         """The images of one update, over all micro-steps and processes."""

@@ -44,6 +44,7 @@ from ..sampling.flow_model import FlowModel
 from ..sampling.metric_log import MetricLog
 from ..sampling.pictures import Pictures
 from ..sampling.prompt_groups import Example, PromptDataset, PromptGroupSampler
+from ..sampling.prompt_sources import PromptSource
 from ..sampling.reward_watch import RewardWatch
 from ..sampling.scoring import Scorer, call_rewards, decoded
 from .adapters import prepare_adapter
@@ -74,8 +75,10 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         reward_funcs: A name, a callable, a `Reward`, a list of them, or a dictionary from names to them; see
             `flowrl_trainers.rewards.Reward`.
         args: The configuration; None for its defaults.
-        train_dataset: A `datasets.Dataset` with the column `prompt`; its other columns reach the rewards.
-        eval_dataset: Held-out prompts, one image each; a row that is repeated gives another image of the same prompt.
+        train_dataset: A `datasets.Dataset` with the column `prompt`, whose other columns reach the rewards; a path of
+            such a file (.txt, .csv, .tsv, .json, .jsonl, .parquet); or a list of prompts.
+        eval_dataset: Held-out prompts, passed in the same ways, one image each; a row that is repeated gives another
+            image of the same prompt.
         eval_reward_funcs: Rewards that evaluation adds to `reward_funcs` and training never sees.
         callbacks: As in `transformers.Trainer`.
         optimizers: As in `transformers.Trainer`, of all trained parameters; where these are made by the trainer (a
@@ -101,31 +104,32 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         model: str | Path | DiffusionPipeline | FlowPipeline,
         reward_funcs: RewardLike | list[RewardLike] | dict[str, RewardLike],
         args: FlowRLConfig | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | None = None,
+        train_dataset: PromptSource | None = None,
+        eval_dataset: PromptSource | None = None,
         eval_reward_funcs: RewardLike | list[RewardLike] | dict[str, RewardLike] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: LoraConfig | None = None,
     ) -> None:
-        # What needs no model.
+        # What needs no model; prompts before rewards, which may be large networks.
         args = args or self.config_class(output_dir=self._name.lower().replace(" ", "-"))
         check_args(args, self.config_class)
         check_output_dir(args)
-        self.rewards = as_rewards(reward_funcs)
-        self.eval_rewards = as_rewards(eval_reward_funcs, "eval_reward_funcs") if eval_reward_funcs else []
-        check_rewards(self.rewards, args, type(self).__name__ if self.needs_reward_gradient else None)
-        check_best_metric(args, [*self.rewards, *self.eval_rewards])
         train_dataset = check_dataset(train_dataset, "train_dataset", args)
-        check_columns(self.rewards, train_dataset, "train_dataset")
         if eval_dataset is not None:
-            check_dataset(eval_dataset, "eval_dataset")
-            check_columns([*self.rewards, *self.eval_rewards], eval_dataset, "eval_dataset")
+            eval_dataset = check_dataset(eval_dataset, "eval_dataset")
         elif args.eval_strategy != "no":
             raise ValueError(
                 f"`eval_strategy` is '{IntervalStrategy(args.eval_strategy).value}', but there is no `eval_dataset`: "
                 "pass held-out prompts."
             )
+        self.rewards = as_rewards(reward_funcs)
+        self.eval_rewards = as_rewards(eval_reward_funcs, "eval_reward_funcs") if eval_reward_funcs else []
+        check_rewards(self.rewards, args, type(self).__name__ if self.needs_reward_gradient else None)
+        check_best_metric(args, [*self.rewards, *self.eval_rewards])
+        check_columns(self.rewards, train_dataset, "train_dataset")
+        if eval_dataset is not None:
+            check_columns([*self.rewards, *self.eval_rewards], eval_dataset, "eval_dataset")
 
         # The model, and what is trained of it.
         self.flow = _flow_pipeline(model, args)
@@ -575,7 +579,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
 
     def evaluate(
         self,
-        eval_dataset: Dataset | None = None,
+        eval_dataset: PromptSource | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
@@ -599,10 +603,10 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         Raises:
             ValueError: Without a dataset.
         """
-        dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        if dataset is None:
+        source = eval_dataset if eval_dataset is not None else self.eval_dataset
+        if source is None:
             raise ValueError("`evaluate` needs prompts: pass `eval_dataset` to it or to the trainer.")
-        check_dataset(dataset, "eval_dataset")
+        dataset = check_dataset(source, "eval_dataset")
         check_columns([*self.rewards, *self.eval_rewards], dataset, "eval_dataset")
         self.conditioning.encode(list(dataset["prompt"]), self.args.device, show_progress=False)
         start = perf_counter()

@@ -136,6 +136,8 @@ def check_fields(config: Any) -> None:
     """Raises `ValueError` for a setting whose value its annotation does not allow: another type, choice or range."""
     for name, annotation in rules(config.__class__).items():
         value = getattr(config, name)
+        if name.endswith("_token") and not fits(value, annotation):
+            raise ValueError(f"`{name}` must be {either(words(annotation))}.")  # its value is a secret
         if not fits(value, annotation):
             raise ValueError(f"`{name}` {complaint(value, annotation)}.")
 

@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from ..rewards import Reward
 from ..rewards.base import PASSED
+from ..sampling.prompt_sources import PromptSource, prompts_of
 from .base_config import FlowRLConfig
 
 
@@ -119,12 +120,9 @@ def check_columns(rewards: list[Reward], dataset: Dataset, argument: str) -> Non
             )
 
 
-def check_dataset(dataset: Dataset | None, argument: str, args: FlowRLConfig | None = None) -> Dataset:
-    """The dataset, if it has prompts; with `args`, enough of them for a rollout. Raises `ValueError` otherwise."""
-    if not isinstance(dataset, Dataset):
-        raise ValueError(
-            f"`{argument}` is a {type(dataset).__name__}: pass a `datasets.Dataset` with a column 'prompt'."
-        )
+def check_dataset(source: PromptSource | None, argument: str, args: FlowRLConfig | None = None) -> Dataset:
+    """The rows of a source of prompts; with `args`, enough of them for a rollout. Raises `ValueError` otherwise."""
+    dataset = prompts_of(source, argument)
     if "prompt" not in dataset.column_names:
         columns = " and ".join(repr(c) for c in dataset.column_names) or "no column"
         example = (
