@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -26,7 +25,7 @@ from flowrl_trainers.rewards import differentiable
 from flowrl_trainers.run_folder import CardFacts, RunFolder, model_card
 from flowrl_trainers.sampling.pictures import Pictures
 
-from .helpers import adjoint_matching
+from .helpers import TRAINERS, adjoint_matching, check_card, code_block, make_trainer
 from .tiny import tiny_sd3
 
 NASTY = {
@@ -70,11 +69,6 @@ class Seen(HTMLParser):
 def rendered(card: str) -> dict[str, list[str]]:
     body = ModelCard(card, ignore_metadata_errors=False).text
     return Seen(MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(body)).texts
-
-
-def code_block(card: str) -> str:
-    (code,) = re.findall(r"^```python\n(.*?)^```$", card, flags=re.DOTALL | re.MULTILINE)
-    return code
 
 
 def facts(**changes) -> CardFacts:
@@ -137,7 +131,7 @@ def test_ordinary_names_stand_as_they_are():
     card = model_card(facts(name="sd35_red-v2.1", sampling={"negative_prompt": "it's", "num_inference_steps": 4}))
     assert "# sd35_red-v2.1\n" in card
     assert "| | reward/redness |" in card
-    assert 'pipe("your prompt", negative_prompt="it\'s", num_inference_steps=4)' in card
+    assert 'pipe(prompt="your prompt", negative_prompt="it\'s", num_inference_steps=4)' in card
 
 
 def test_a_number_that_is_missing_or_not_finite_is_a_dash():
@@ -145,6 +139,15 @@ def test_a_number_that_is_missing_or_not_finite_is_a_dash():
     card = model_card(facts(rows=rows))
     assert "| base | — | — | — |" in card
     assert "| tuned | 0.500 | — | 1.000 |" in card
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_the_code_of_the_card_draws_what_the_trainer_draws(tmp_path, name):
+    """Of Stable Diffusion 3; the tests of the other families run theirs after an update."""
+    t = make_trainer(name, tmp_path, max_steps=1, learning_rate=0.05)
+    t.train()
+    t.save_model()
+    check_card(t, tiny_sd3())
 
 
 # ---- JSON -----------------------------------------------------------------------------------------------------------

@@ -401,7 +401,7 @@ def test_evaluation_reports_the_own_sampler_and_the_ode(tmp_path):
     t.save_model()
     card = (tmp_path / "README.md").read_text()
     assert "stochastic_sampling=True" in card
-    assert "sigmas=[1.0, 0.6667, 0.3333]" in card
+    assert "sigmas=[1.0, 0.666667, 0.333333]" in card
     assert "| tuned_ode |" in card
 
 

@@ -141,6 +141,10 @@ class FlowPipeline(ABC):
         """
         return None
 
+    def grid_arguments(self, levels: list[float]) -> dict[str, Any]:
+        """The arguments that make the stock pipeline sample at these levels, before its shift; for cards."""
+        return {"sigmas": levels}
+
     def advice(self, num_inference_steps: int) -> list[str]:
         """Warnings about settings that do not suit the model; a trainer logs them."""
         return []

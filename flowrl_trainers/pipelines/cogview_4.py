@@ -58,6 +58,10 @@ class CogView4FlowPipeline(DiffusersFlowPipeline):
             f = mu if config.time_shift_type == "linear" else math.exp(mu)
         return sigma / (sigma + f * (1 - sigma))
 
+    def grid_arguments(self, levels: list[float]) -> dict[str, Any]:
+        # The times of the network, whole numbers here, are arguments of their own: levels alone leave them uniform.
+        return super().grid_arguments(levels) | {"timesteps": [round(1000 * level) for level in levels]}
+
     def _branch(self, transformer: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         dtype, mask = transformer.dtype, conditioning["prompt_embeds_mask"]
         embeds, timestep = conditioning["prompt_embeds"].to(dtype), 1000 * self.unshifted(sigma)

@@ -140,9 +140,8 @@ def _usage(facts: CardFacts) -> str:
         load += f'\npipe.transformer = type(pipe.transformer).from_pretrained({here}, subfolder="transformer")'
     if facts.scheduler is not None:
         load += f"\n{facts.scheduler}"
-    call = ", ".join(
-        [_literal(facts.prompt), *(f"{name}={_literal(value)}" for name, value in facts.sampling.items())]
-    )
+    # By name: the first argument of some pipelines is a picture.
+    call = ", ".join(f"{name}={_literal(value)}" for name, value in {"prompt": facts.prompt, **facts.sampling}.items())
     return f"```python\n{load}\nimage = pipe({call}).images[0]\n```"
 
 

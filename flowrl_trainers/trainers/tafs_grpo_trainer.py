@@ -371,9 +371,9 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
         if args.kernel != "renoise" or args.eta != 1:
             return {"sampling": call | {"num_inference_steps": args.ode_num_inference_steps}, "sampling_note": note}
         steps = args.num_inference_steps
-        grid = [round(level, 4) for level in torch.linspace(1, 1 / steps, steps).tolist()]
+        grid = [round(level, 6) for level in torch.linspace(1, 1 / steps, steps).tolist()]
         return {
-            "sampling": call | {"num_inference_steps": steps, "sigmas": grid},
+            "sampling": call | {"num_inference_steps": steps} | self.flow.grid_arguments(grid),
             "sampling_note": note,
             "scheduler": self.flow.scheduler_code(renoises=True),
         }
