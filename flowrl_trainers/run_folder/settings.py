@@ -7,7 +7,7 @@ from typing import Any
 from peft import LoraConfig
 from transformers import TrainingArguments
 
-NOT_OF_THE_RUN = ("hub_token", "output_dir", "resume_from_checkpoint", "local_rank")
+NOT_OF_THE_RUN = ("hub_token", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "local_rank")
 
 
 def run_settings(args: TrainingArguments, adapter: LoraConfig | None, **named: Any) -> dict[str, Any]:
