@@ -159,6 +159,7 @@ def test_where_none_is_whole_auto_starts_anew_and_true_refuses(run, caplog):
         f"Passed over {run / 'checkpoint-2'}, which is incomplete: its manifest.json lists no files.",
         f"Passed over {run / 'checkpoint-1'}, which is damaged: 'scheduler.pt' is missing.",
         f"No checkpoint in {run} is complete: the run starts anew.",
+        f"What an earlier run left in {run} is now in {run}.before-1.",
     ]
 
 

@@ -116,7 +116,7 @@ RUN = {
 }  # fmt: skip
 CHANGES: dict[str, Any] = {
     # where and how much is written; `output_dir` beside these
-    "run_name": "again", "project": "another", "report_to": "tensorboard", "trackio_space_id": "somebody/board",
+    "overwrite_output_dir": True, "run_name": "again", "project": "another", "report_to": "tensorboard", "trackio_space_id": "somebody/board",
     "trackio_bucket_id": "somebody/bucket", "trackio_static_space_id": "somebody/static", "log_level": "error",
     "log_level_replica": "error", "log_on_each_node": False, "logging_strategy": "epoch", "logging_first_step": True,
     "logging_steps": 2, "logging_nan_inf_filter": False, "disable_tqdm": False, "log_images": 1,

@@ -26,6 +26,7 @@ SHARED = {
         "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
     ],
     "output_dir": "flowrl-demo",
+    "overwrite_output_dir": True,
     "per_device_eval_batch_size": 55,
     "learning_rate": 1e-3,
     "guidance_scale": 1.0,

@@ -1,5 +1,6 @@
 """Several processes through `accelerate launch`."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,4 +45,12 @@ def take_launch_arguments(arguments: list[str]) -> tuple[list[str] | None, list[
 def launched(launcher: list[str], command: list[str]) -> int:
     """Run a command of `flowrl` in the processes that the launcher starts, and return the exit status."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", "flowrl_trainers.cli", *command]
-    return subprocess.run(launch).returncode
+    process = subprocess.Popen(launch)
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # which reaches all processes of the launcher
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # the terminal sends Ctrl-C to all of them
+        process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

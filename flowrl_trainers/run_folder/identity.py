@@ -14,9 +14,9 @@ from transformers import TrainingArguments
 
 FREE = {
     "where and how much is written": (
-        "output_dir", "run_name", "project", "report_to", "trackio_space_id", "trackio_bucket_id",
-        "trackio_static_space_id", "log_level", "log_level_replica", "log_on_each_node", "logging_strategy",
-        "logging_first_step", "logging_steps", "logging_nan_inf_filter", "disable_tqdm",
+        "output_dir", "overwrite_output_dir", "run_name", "project", "report_to", "trackio_space_id",
+        "trackio_bucket_id", "trackio_static_space_id", "log_level", "log_on_each_node", "logging_strategy",
+        "log_level_replica", "logging_first_step", "logging_steps", "logging_nan_inf_filter", "disable_tqdm",
         "include_num_input_tokens_seen", "log_images", "debug", "skip_memory_metrics",
     ),
     "when it is saved and pushed": (

@@ -8,7 +8,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig
 from transformers import TrainingArguments
 
-NOT_OF_THE_RUN = ("hub_token", "output_dir", "resume_from_checkpoint", "local_rank")
+NOT_OF_THE_RUN = ("hub_token", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "local_rank")
 
 FLAGS = {
     "lora_alpha": "lora_alpha",

@@ -40,6 +40,12 @@ class FlowRLConfig(TrainingArguments):
         "ends in 'loss'.",
     )
 
+    overwrite_output_dir: bool = HfArg(
+        default=False,
+        help="Whether a new run may start in an `output_dir` that holds another, whose files are moved to "
+        "`<output_dir>.before-1` (or -2, ...). Default: such a folder is refused. A run that is resumed stays there.",
+    )
+
     # Sampling
     num_inference_steps: Annotated[int, Range(at_least=1)] = HfArg(
         default=20, help="The number of sampler steps of a rollout."

@@ -24,8 +24,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import HubStrategy, TrainOutput, rotate_checkpoints
 from transformers.utils.hub import PushInProgress
 
-from ..run_folder.checkpoints import WEIGHTS, checkpoint_to_resume, write_error, write_manifest
+from ..run_folder.checkpoints import MANIFEST, WEIGHTS, checkpoint_to_resume, checkpoints, write_error, write_manifest
+from ..run_folder.earlier_run import files_of_a_run, models_of_a_run, move_aside, refuse_earlier_run
 from ..sampling.metric_log import MetricLog
+from .base_config import FlowRLConfig
+from .other_processes import cause_elsewhere, is_broken_connection, tell_others
+from .sigterm import EXIT_STATUS, SigtermCallback
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +71,7 @@ class CheckpointedTrainer(Trainer, ABC):
     methods under "the contract".
     """
 
+    args: FlowRLConfig
     model: nn.Module
     control: TrainerControl
 
@@ -74,9 +79,10 @@ class CheckpointedTrainer(Trainer, ABC):
         self.metrics = metrics
         self.seconds: dict[str, float] = {}
         self.best_step: int | None = None  # that of the checkpoint whose weights stand at the end
-        self._counter = UpdateCounter()
+        self._counter, self._sigterm = UpdateCounter(), SigtermCallback(self._on_any_process)
         self._training_since: float | None = None
-        super().__init__(callbacks=[self._counter, *callbacks], **kwargs)
+        self._owns_output_dir = False
+        super().__init__(callbacks=[self._counter, *callbacks, self._sigterm], **kwargs)
 
     # ---- the contract ----------------------------------------------------------------------------------------------
 
@@ -121,7 +127,8 @@ class CheckpointedTrainer(Trainer, ABC):
     ) -> TrainOutput:
         """Try what can be tried beforehand (see `before_training`), then train.
 
-        The resumed run repeats what the uninterrupted one would have done, bit for bit.
+        The resumed run repeats what the uninterrupted one would have done, bit for bit. SIGTERM saves a checkpoint
+        after the update at hand and ends the process with status 143, unless the caller handles that signal himself.
 
         Args:
             resume_from_checkpoint: True for the newest whole checkpoint of `output_dir`, "auto" for that or, where
@@ -131,27 +138,76 @@ class CheckpointedTrainer(Trainer, ABC):
 
         Raises:
             ValueError: Where no checkpoint is whole (True), or the named one is incomplete or damaged; for one of
-                another run.
-            RuntimeError: Where a checkpoint cannot be written.
+                another run; for a new run in an `output_dir` that holds another, without `overwrite_output_dir`.
+            RuntimeError: Where a checkpoint cannot be written, or another process failed.
+            SystemExit: After SIGTERM.
         """
-        folder = self._find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
-        self.before_training()
         self.best_step, self._counter.updates = None, 0
-        if folder is not None and self._load_if_finished(folder):
-            return TrainOutput(self.state.global_step, 0.0, {})
-        self._training_since = time.perf_counter()
         try:
-            output = super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
-        except (Exception, KeyboardInterrupt):
+            folder = self._find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
+            self._take_output_dir(folder, auto=resume_from_checkpoint == "auto")
+            if folder is not None and self._load_if_finished(folder):
+                return TrainOutput(self.state.global_step, 0.0, {})
+            self.before_training()
+            self._training_since = time.perf_counter()
+            with self._sigterm.listening():
+                output = super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
+        except (Exception, KeyboardInterrupt) as error:
             if self._counter.updates:
                 self._keep_what_was_learned()
+            if self.args.world_size > 1 and is_broken_connection(error):
+                raise RuntimeError(
+                    f"Process {self.args.process_index} cannot go on, as {cause_elsewhere()}: look at what that "
+                    "process printed."
+                ) from None
+            if self.args.world_size > 1:
+                tell_others(error)
             raise
         self.seconds = self.seconds_so_far()
         self._training_since = None
         return output
 
-    def _keep_what_was_learned(self) -> None:
-        broke_off = f"Training broke off after {self.state.global_step} updates"
+    def _take_output_dir(self, folder: Path | None, *, auto: bool) -> None:
+        """Refuse, or move aside, what an earlier run left in `output_dir`; once this trainer trains there, it stays.
+
+        Args:
+            folder: The checkpoint to go on from, if any.
+            auto: Whether the run starts anew where there is none: checkpoints that were cut off in the middle (they
+                have no manifest) may then lie there, and are deleted when their step comes; others that are not whole
+                are moved aside.
+        """
+        goes_on = folder is not None and folder.resolve().parent == self.output_dir.resolve()
+        if not (goes_on or self._owns_output_dir):
+            left, saved = models_of_a_run(self.output_dir), checkpoints(self.output_dir)
+            if self.args.overwrite_output_dir:
+                left = files_of_a_run(self.output_dir)
+            elif auto and folder is None:
+                refuse_earlier_run(self.output_dir, [path for path in left if path not in saved])
+                left = [path for path in saved if (path / MANIFEST).exists()]
+            else:
+                refuse_earlier_run(self.output_dir, left)
+            self.accelerator.wait_for_everyone()  # all have looked before the first one moves
+            if left and self.args.should_save:
+                aside = move_aside(self.output_dir, left)
+                logger.warning("What an earlier run left in %s is now in %s.", self.output_dir, aside)
+            self.accelerator.wait_for_everyone()
+        self._owns_output_dir = True
+
+    def _on_any_process(self, here: bool) -> bool:
+        if self.args.world_size == 1:
+            return here
+        return bool(self.accelerator.reduce(torch.tensor(float(here), device=self.args.device), "sum") > 0)
+
+    def _leave(self, folder: Path) -> None:
+        """Write the adapter, and end the process as SIGTERM asked for; folder: the checkpoint of this update."""
+        self._keep_what_was_learned("SIGTERM ended training")
+        logger.warning("%s is whole: `resume_from_checkpoint=True` goes on from it, bit for bit.", folder)
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        self.accelerator.wait_for_everyone()
+        raise SystemExit(EXIT_STATUS)
+
+    def _keep_what_was_learned(self, what_happened: str = "Training broke off") -> None:
+        broke_off = f"{what_happened} after {self.state.global_step} updates"
         try:
             self.save_model(_internal_call=True)
         except WRITE_ERRORS as error:  # logged, as raising it would hide why training broke off
@@ -213,6 +269,12 @@ class CheckpointedTrainer(Trainer, ABC):
             rotate_checkpoints(str(self.output_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
         if self.args.push_to_hub and self.is_world_process_zero():
             self._push_checkpoint(folder)
+        if self._sigterm.leaving:
+            self._leave(folder)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # With `save_strategy="best"`, what this returns decides whether a checkpoint is saved after an evaluation.
+        return super()._determine_best_metric(metrics, trial) or self._sigterm.leaving
 
     def _write_checkpoint(self, folder: Path, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint, its manifest last.

@@ -79,7 +79,10 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "remove_unused_columns": ((False, None), "the other columns of the dataset are passed to the rewards"),
     "ignore_data_skip": ((False,), "a resumed run goes on with the prompts where it stopped"),
     "auto_find_batch_size": ((False,), "it would change the images per update during training"),
-    "enable_jit_checkpoint": ((False,), "it would save in the middle of an update; set `save_steps` instead"),
+    "enable_jit_checkpoint": (
+        (False,),
+        "it would save in the middle of an update; SIGTERM saves after it without this",
+    ),
     "fsdp": ((None, False, ""), _WHOLE),
     "fsdp_config": ((None,), _WHOLE),
     "deepspeed": ((None,), _WHOLE),
