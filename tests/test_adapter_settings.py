@@ -37,7 +37,7 @@ def again(settings: dict) -> LoraConfig:
     LoraConfig(r=4, rank_pattern={"attn.to_q": 2}, alpha_pattern={"attn.to_k": 1}),
     LoraConfig(r=4, target_modules=["to_q"], layers_to_transform=[0], layers_pattern="transformer_blocks"),
     LoraConfig(r=4, target_modules=r".*attn\.to_[qk]"),
-    LoraConfig(r=4, target_modules="transformer_blocks.0.attn.to_q"),  # a regular expression without its signs
+    LoraConfig(r=4, target_modules="transformer_blocks.0.attn.to.q"),  # a dot is its only sign
     LoraConfig(r=4, target_modules="all-linear"),
 ], ids=lambda config: str(adapter_settings(config).get("lora_config", config.target_modules)))  # fmt: skip
 def test_the_settings_of_an_adapter_make_it_again(config):

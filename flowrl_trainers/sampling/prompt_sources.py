@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetsError
-from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
 from pandas.errors import ParserWarning
 
 PromptSource = Dataset | str | PathLike[str] | list[str]
@@ -94,7 +94,7 @@ def read_prompt_file(path: str | PathLike[str], column: str = "prompt") -> Datas
         options = {**options, "converters": {column: str}}
     files = glob.escape(str(path.resolve()))
     try:
-        with _no_bars(), tempfile.TemporaryDirectory() as cache, warnings.catch_warnings():
+        with _silently(), tempfile.TemporaryDirectory() as cache, warnings.catch_warnings():
             warnings.simplefilter("error", ParserWarning)  # of cells that have no column, and would be left out
             dataset = load_dataset(
                 loader, data_files=files, split="train", cache_dir=cache, keep_in_memory=True, **options
@@ -107,14 +107,16 @@ def read_prompt_file(path: str | PathLike[str], column: str = "prompt") -> Datas
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without the progress bars of `datasets`, which a small file does not need."""
-    were_shown = not are_progress_bars_disabled()
+def _silently() -> Iterator[None]:
+    """Without the progress bars of `datasets`, and what it logs of an error that it raises too."""
+    had_bars, verbosity = not are_progress_bars_disabled(), logging.get_verbosity()
     disable_progress_bars()
+    logging.set_verbosity(logging.CRITICAL)
     try:
         yield
     finally:
-        if were_shown:
+        logging.set_verbosity(verbosity)
+        if had_bars:
             enable_progress_bars()
 
 
