@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from .helpers import adjoint_matching, first_rollout
+from .helpers import adjoint_matching, first_rollout, make_trainer
 from .tiny import tiny_sd3
 
 
@@ -72,3 +72,39 @@ def test_two_active_adapters_are_one_too_many(tmp_path, tiny_pipeline):
     tiny_pipeline.transformer.set_adapters(["a", "b"])
     with pytest.raises(ValueError, match=r"has 2 active adapters \(a, b\): choose the one to train"):
         adjoint_matching(tmp_path, tiny_pipeline, lora=None)
+
+
+def deleted(pipeline) -> None:
+    pipeline.transformer.delete_adapters("default")
+
+
+def fused(pipeline) -> None:
+    pipeline.fuse_lora()
+
+
+def fused_and_deleted(pipeline) -> None:
+    pipeline.fuse_lora()
+    pipeline.transformer.delete_adapters("default")
+
+
+def switched_off(pipeline) -> None:
+    pipeline.disable_lora()
+
+
+@pytest.mark.parametrize(("change", "sentence"), [
+    (deleted, "still has the layers of a LoRA that was deleted: call `pipeline.unload_lora_weights"),
+    (fused, "The pipeline's LoRA is fused into the transformer .* call `pipeline.unload_lora_weights"),
+    (fused_and_deleted, "still has the layers of a LoRA that was deleted: call `pipeline.unload_lora_weights"),
+    (switched_off, "The pipeline's adapter 'default' is switched off: call `pipeline.enable_lora.* or `pipeline.unload"),
+])  # fmt: skip
+def test_an_adapter_that_is_there_by_half_is_refused_with_a_mend_that_works(tmp_path, tiny_pipeline, change, sentence):
+    """Before, training met tensors without gradients; a KL term hid it."""
+    tiny_pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["attn.to_q"], init_lora_weights=False))
+    change(tiny_pipeline)
+    settings = {"max_steps": 1, "beta": 0.0}
+    with pytest.raises(ValueError, match=sentence):
+        make_trainer("TAFSGRPOTrainer", tmp_path, tiny_pipeline, lora=False, **settings)
+    tiny_pipeline.unload_lora_weights()
+    t = make_trainer("TAFSGRPOTrainer", tmp_path, tiny_pipeline, **settings)
+    t.train()
+    assert any(p.abs().max() > 0 for name, p in t.model.named_parameters() if "lora_B" in name)

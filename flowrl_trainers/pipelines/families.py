@@ -1,6 +1,5 @@
 """Find the family of a diffusers pipeline, and refuse a pipeline that has none."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from .cogview_4 import CogView4FlowPipeline
 from .diffusers_pipeline import DiffusersFlowPipeline
 from .flux import FluxFlowPipeline
 from .flux_2 import Flux2FlowPipeline, Flux2KleinFlowPipeline
+from .folders import check_parts, no_pipeline, read_json
 from .lumina_2 import Lumina2FlowPipeline
 from .qwen_image import QwenImageFlowPipeline
 from .sana import SanaFlowPipeline
@@ -109,7 +109,8 @@ def load(id_or_folder: str | Path, dtype: torch.dtype, settings: dict[str, Any])
     try:
         if not Path(name).is_dir():
             index = Path(hf_hub_download(name, "model_index.json"))
-        config = json.loads(index.read_text())
+        if not index.is_file():
+            raise FileNotFoundError(index)
     except (GatedRepoError, RepositoryNotFoundError) as error:
         licence = f"the {CHECKPOINTS[name].licence} licence" if name in CHECKPOINTS else "the licence"
         raise ValueError(
@@ -121,14 +122,27 @@ def load(id_or_folder: str | Path, dtype: torch.dtype, settings: dict[str, Any])
             f"{name!r} is no folder, and the Hub cannot be reached: check the name and the connection."
         ) from error
     except (FileNotFoundError, EntryNotFoundError, HFValidationError) as error:
-        raise ValueError(
-            f"{name!r} is no diffusers pipeline: pass a Hub id or a folder that holds a `model_index.json`."
-        ) from error
-    if config["_class_name"] not in FAMILIES:
-        raise ValueError(f"{name!r} holds a {config['_class_name']}, which is not a supported family ({SUPPORTED}).")
-    _known(settings, config["_class_name"])
+        instead = no_pipeline(Path(name))
+        end = f", {instead}" if instead else ": pass a Hub id or a folder that holds a `model_index.json`"
+        raise ValueError(f"{name!r} is no diffusers pipeline{end}.") from error
+    config = read_json(index)
+    if "_class_name" not in config:
+        raise ValueError(f"{index} names no `_class_name`, the class of the pipeline: download or save it again.")
+    class_name = config["_class_name"]
+    if class_name not in FAMILIES:
+        raise ValueError(f"{name!r} holds a {class_name}, which is not a supported family ({SUPPORTED}).")
+    _known(settings, class_name)
+    variant = check_parts(Path(name), config) if Path(name).is_dir() else None
     # A pipeline saved without one of its text encoders loads only if that encoder is None in the call too.
     absent = {part: None for part, value in config.items() if value == [None, None]}
     # `DiffusionPipeline` only finds classes that diffusers itself defines.
-    loader = SiTPipeline if config["_class_name"] == "SiTPipeline" else DiffusionPipeline
-    return loader.from_pretrained(name, dtype=dtype, **absent)
+    loader = SiTPipeline if class_name == "SiTPipeline" else DiffusionPipeline
+    chosen = {} if variant is None else {"variant": variant}
+    try:
+        return loader.from_pretrained(name, dtype=dtype, **absent, **chosen)
+    except Exception as error:  # of many kinds, from the depths of diffusers, transformers and safetensors
+        said = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(
+            f"{name!r} cannot be loaded ({type(error).__name__}: {said}): see that it is whole, or load it by "
+            "diffusers in your own way, such as with a `variant`, and pass the loaded pipeline."
+        ) from error

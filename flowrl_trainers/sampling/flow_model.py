@@ -33,6 +33,8 @@ class FlowModel(nn.Module):
         object.__setattr__(self, "flow", flow)
         object.__setattr__(self, "frozen", frozen)
         self.has_adapter, self.use_frozen = has_adapter, False
+        # By name, as the parameters of the base model take gradients again while the trainer does not work.
+        self._trained = {name for name, p in flow.transformer.named_parameters() if p.requires_grad}
 
     def attach_head(self, name: str, head: nn.Module) -> None:
         """Train a network beside the transformer; name: of its folder, its metrics, its tensors in checkpoints."""
@@ -102,9 +104,17 @@ class FlowModel(nn.Module):
             finally:
                 adapted.enable_adapters()
 
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """The parameters that training changes."""
+        return list(self._named_trained_parameters().values())
+
+    def _named_trained_parameters(self) -> dict[str, nn.Parameter]:
+        base = {f"transformer.{n}" for n, _ in self.transformer.named_parameters() if n not in self._trained}
+        return {name: p for name, p in self.named_parameters() if p.requires_grad and name not in base}
+
     def trained_tensors(self) -> dict[str, Tensor]:
         """The trained parameters, and the buffers (running statistics) of networks that are trained whole."""
-        tensors: dict[str, Tensor] = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        tensors: dict[str, Tensor] = {**self._named_trained_parameters()}
         for part, network in self.named_children():
             if part != "transformer" or not self.has_adapter:
                 kept = network.state_dict(keep_vars=True)

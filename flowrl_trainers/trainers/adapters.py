@@ -29,7 +29,8 @@ def prepare_adapter(flow: FlowPipeline, config: LoraConfig | None) -> LoraConfig
         The configuration of the adapter that is trained, if any.
 
     Raises:
-        ValueError: For an adapter that training could not keep apart from the base model, or save; a compiled network.
+        ValueError: For an adapter that training could not keep apart from the base model, or save; for what was left
+            of one; for a compiled network.
         TypeError: For a configuration of another kind of adapter.
     """
     if any(_carries_adapter(encoder) for encoder in flow.text_encoders()):
@@ -44,6 +45,7 @@ def prepare_adapter(flow: FlowPipeline, config: LoraConfig | None) -> LoraConfig
             "The pipeline's transformer is compiled (`torch.compile`), and an adapter would change what was compiled: "
             "pass the pipeline as it is before compilation."
         )
+    _refuse_remains(transformer)
     if config is not None:
         return _made(flow, config)
     if _carries_adapter(transformer):
@@ -55,6 +57,22 @@ def prepare_adapter(flow: FlowPipeline, config: LoraConfig | None) -> LoraConfig
 
 def _carries_adapter(network: nn.Module) -> bool:
     return any(isinstance(module, BaseTunerLayer) for module in network.modules())
+
+
+def _refuse_remains(transformer: nn.Module) -> None:
+    """Raises `ValueError` for a LoRA that was fused or deleted, but whose layers still stand in the network."""
+    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    if any(not layer.active_adapters for layer in layers):
+        raise ValueError(
+            "The pipeline's transformer still has the layers of a LoRA that was deleted: call "
+            "`pipeline.unload_lora_weights()`, which takes them out."
+        )
+    if any(layer.merged for layer in layers):
+        raise ValueError(
+            "The pipeline's LoRA is fused into the transformer (`fuse_lora`), where it cannot be trained: call "
+            "`pipeline.unload_lora_weights()` to keep it as a part of the base model, or `pipeline.unfuse_lora()` to "
+            "train it further."
+        )
 
 
 def _made(flow: FlowPipeline, config: LoraConfig) -> LoraConfig:
@@ -137,6 +155,11 @@ def _continued(transformer: Any) -> LoraConfig:
             "`pipeline.set_adapters`."
         )
     (name,) = active
+    if any(module.disable_adapters for module in transformer.modules() if isinstance(module, BaseTunerLayer)):
+        raise ValueError(
+            f"The pipeline's adapter {name!r} is switched off: call `pipeline.enable_lora()` to train it further, or "
+            "`pipeline.unload_lora_weights()` to train without it."
+        )
     for module in transformer.modules():
         if isinstance(module, LoraLayer) and name in module.r:
             rank = module.r[name]

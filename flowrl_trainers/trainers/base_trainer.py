@@ -2,8 +2,8 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -53,6 +53,7 @@ from .checkpointed_trainer import CheckpointedTrainer, TrainingState
 from .input_checks import check_args, check_best_metric, check_columns, check_dataset, check_output_dir, check_rewards
 from .loop_callback import LoopCallback
 from .moving_average import MovingAverage
+from .pipeline_state import PipelineState
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,24 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
 
         # The model, and what is trained of it.
         self.flow = _flow_pipeline(model, args)
+        self._given: PipelineState | None = PipelineState(self.flow)
+        self._at_work = False
+        try:
+            self._build(args, train_dataset, eval_dataset, callbacks, optimizers, peft_config)
+        except BaseException:
+            self._given.restore_without_adapter()
+            raise
+
+    def _build(
+        self,
+        args: FlowRLConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None,
+        callbacks: list[TrainerCallback] | None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None],
+        peft_config: LoraConfig | None,
+    ) -> None:
+        """What `__init__` does with the model; see there."""
         for sentence in self.flow.advice(args.num_inference_steps):
             logger.warning(sentence)
         (enable_full_determinism if args.full_determinism else set_seed)(
@@ -227,6 +246,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         self.set_up()
         if self.optimizer is not None:
             self._check_optimizer(self.optimizer)
+        self._working = PipelineState(self.flow)
 
     # ---- what an algorithm overrides -------------------------------------------------------------------------------
 
@@ -346,7 +366,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters that training changes."""
-        return [p for p in self.model.parameters() if p.requires_grad]
+        return self.model.trained_parameters()
 
     def same_on_all_processes(self, network: nn.Module) -> nn.Module:
         """A network with the parameters that the first process has; those that a user passes may differ."""
@@ -433,11 +453,33 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         self.metrics.clear()
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """See `CheckpointedTrainer.train`; afterwards the network is in evaluation mode, as pipelines are."""
+        """See `CheckpointedTrainer.train`; afterwards the pipeline is as it was given, see `at_work`."""
+        with self.at_work():
+            try:
+                return super().train(*args, **kwargs)
+            finally:
+                self.model.eval()
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Inside, the pipeline's parts are as training needs them; on leaving, they are as the user gave them.
+
+        Mode, device, precision, what takes gradients, gradient checkpointing and adapters of every part are restored,
+        also after an error. What was learned stays: the adapter is loaded and active, and trained parameters are
+        float32. From its construction until the first such context ends, a trainer holds the parts; after that, for as
+        long as `train`, `evaluate` or `pictures` runs.
+        """
+        if self._at_work:
+            yield
+            return
+        given, self._given = self._given or PipelineState(self.flow), None
+        self._at_work = True
         try:
-            return super().train(*args, **kwargs)
+            self._working.restore(self.trained_parameters())
+            yield
         finally:
-            self.model.eval()
+            self._at_work = False
+            given.restore(self.trained_parameters())
 
     def judges_at_hand(self) -> AbstractContextManager[None]:
         """A context in which the rewards that training never sees are on the device."""
@@ -608,9 +650,9 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             raise ValueError("`evaluate` needs prompts: pass `eval_dataset` to it or to the trainer.")
         dataset = check_dataset(source, "eval_dataset")
         check_columns([*self.rewards, *self.eval_rewards], dataset, "eval_dataset")
-        self.conditioning.encode(list(dataset["prompt"]), self.args.device, show_progress=False)
-        start = perf_counter()
-        with self.judges_at_hand():
+        with self.at_work(), self.judges_at_hand():
+            self.conditioning.encode(list(dataset["prompt"]), self.args.device, show_progress=False)
+            start = perf_counter()
             rows, errors = self.comparison.rows(dataset, self.evaluation_samplers(), self.sigmas)
             self.run_folder.rows, self.run_folder.sheet = rows, None
             if self.args.log_images and self.is_world_process_zero():
@@ -636,7 +678,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
 
     def pictures(self, dataset: Dataset, count: int) -> tuple[Pictures, Pictures]:
         """Base and tuned pictures of `count` evenly spaced rows with different prompts, of this process alone."""
-        with self.judges_at_hand():
+        with self.at_work(), self.judges_at_hand():
             return self.comparison.pictures(dataset, next(iter(self.evaluation_samplers().values())), count)
 
     def _show_pictures(self, base: Pictures, tuned: Pictures) -> None:
@@ -765,7 +807,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
     @cached_property
     def _base_identity(self) -> str:
         frozen = self.model.frozen
-        return weights_identity(self.model.transformer if frozen is None else frozen)
+        with self.at_work():  # where the base model takes no gradients
+            return weights_identity(self.model.transformer if frozen is None else frozen)
 
     @property
     def optimizer_kind(self) -> str:
