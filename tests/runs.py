@@ -17,12 +17,14 @@ NO_DROPOUT = {"TAFSGRPOTrainer": {"lora_dropout": 0.0}}  # which it refuses
 
 
 def write_settings(
-    folder: Path, trainer: str, config: dict[str, Any], kill_at: int | None = None, resume: bool | str = False
-) -> Path:
+    folder: Path, trainer: str, config: dict[str, Any], kill_at: int | None = None, resume: bool | str = False,
+    how: str = "SIGKILL",
+) -> Path:  # fmt: skip
     settings = {
         "trainer": trainer,
         "config": TRAINERS[trainer] | NO_DROPOUT.get(trainer, {}) | config | {"output_dir": str(folder)},
         "kill_at": kill_at,
+        "how": how,
         "resume": resume,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -31,10 +33,15 @@ def write_settings(
 
 
 def run(
-    folder: Path, trainer: str, config: dict[str, Any], kill_at: int | None = None, resume: bool | str = False
+    folder: Path,
+    trainer: str,
+    config: dict[str, Any],
+    kill_at: int | None = None,
+    resume: bool | str = False,
+    how: str = "SIGKILL",
 ) -> subprocess.CompletedProcess:
-    """A run in one process; `kill_at`: the update after which it kills itself."""
-    settings = write_settings(folder, trainer, config, kill_at, resume)
+    """A run in one process; `kill_at`: the update after which it ends itself; `how`: a signal, or "error"."""
+    settings = write_settings(folder, trainer, config, kill_at, resume, how)
     environment = {k: v for k, v in os.environ.items() if k != "CI"}
     return subprocess.run([sys.executable, SCRIPT, settings], capture_output=True, text=True, env=environment)
 
@@ -45,8 +52,11 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def launch(folder: Path, trainer: str, config: dict[str, Any], processes: int) -> subprocess.CompletedProcess:
-    """The same run in several processes of `accelerate launch`.
+def launch(
+    folder: Path, trainer: str, config: dict[str, Any], processes: int, kill_at: int | None = None,
+    resume: bool | str = False, how: str = "SIGKILL",
+) -> subprocess.CompletedProcess:  # fmt: skip
+    """The same run in several processes of `accelerate launch`; the last of them is the one that ends itself.
 
     accelerate starts one process for `--cpu --num_processes 2`; with `--multi_gpu` and `use_cpu` it starts two on
     gloo.
@@ -54,7 +64,7 @@ def launch(folder: Path, trainer: str, config: dict[str, Any], processes: int) -
     return subprocess.run(
         [Path(sys.executable).parent / "accelerate", "launch", "--multi_gpu", "--num_processes", str(processes),
          "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_ip", "127.0.0.1",
-         "--main_process_port", str(free_port()), SCRIPT, write_settings(folder, trainer, config)],
+         "--main_process_port", str(free_port()), SCRIPT, write_settings(folder, trainer, config, kill_at, resume, how)],
         capture_output=True, text=True,
     )  # fmt: skip
 
