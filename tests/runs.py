@@ -14,6 +14,12 @@ from .helpers import TRAINERS
 
 SCRIPT = Path(__file__).parent / "training_script.py"
 NO_DROPOUT = {"TAFSGRPOTrainer": {"lora_dropout": 0.0}}  # which it refuses
+# Two updates per rollout, each rollout used twice: a window of four updates, two rollouts of four prompts an epoch.
+WINDOW = {
+    "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_generations": 2,
+    "steps_per_generation": 4, "num_iterations": 2, "max_steps": 12, "save_steps": 1, "learning_rate": 0.01,
+    "ema_decay": 0.9,
+}  # fmt: skip
 
 
 def write_settings(

@@ -11,8 +11,7 @@ from flowrl_trainers.run_folder.checkpoints import fault
 from flowrl_trainers.trainers.sigterm import EXIT_STATUS, SigtermCallback
 
 from .helpers import TRAINERS, adjoint_matching
-from .runs import assert_same, launch, run
-from .test_resume import WINDOW
+from .runs import WINDOW, assert_same, launch, run
 from .tiny import tiny_sd3
 
 SIX = WINDOW | {"max_steps": 6, "save_strategy": "no"}
