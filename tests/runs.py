@@ -15,15 +15,23 @@ from .helpers import TRAINERS
 
 SCRIPT = Path(__file__).parent / "training_script.py"
 NO_DROPOUT = {"TAFSGRPOTrainer": {"lora_dropout": 0.0}}  # which it refuses
+# Two updates per rollout, each rollout used twice: a window of four updates, two rollouts of four prompts an epoch.
+WINDOW = {
+    "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_generations": 2,
+    "steps_per_generation": 4, "num_iterations": 2, "max_steps": 12, "save_steps": 1, "learning_rate": 0.01,
+    "ema_decay": 0.9,
+}  # fmt: skip
 
 
 def write_settings(
-    folder: Path, trainer: str, config: dict[str, Any], kill_at: int | None = None, resume: bool | str = False
-) -> Path:
+    folder: Path, trainer: str, config: dict[str, Any], kill_at: int | None = None, resume: bool | str = False,
+    how: str = "SIGKILL",
+) -> Path:  # fmt: skip
     settings = {
         "trainer": trainer,
         "config": TRAINERS[trainer] | NO_DROPOUT.get(trainer, {}) | config | {"output_dir": str(folder)},
         "kill_at": kill_at,
+        "how": how,
         "resume": resume,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -32,10 +40,15 @@ def write_settings(
 
 
 def run(
-    folder: Path, trainer: str, config: dict[str, Any], kill_at: int | None = None, resume: bool | str = False
+    folder: Path,
+    trainer: str,
+    config: dict[str, Any],
+    kill_at: int | None = None,
+    resume: bool | str = False,
+    how: str = "SIGKILL",
 ) -> subprocess.CompletedProcess:
-    """A run in one process; `kill_at`: the update after which it kills itself."""
-    settings = write_settings(folder, trainer, config, kill_at, resume)
+    """A run in one process; `kill_at`: the update after which it ends itself; `how`: a signal, or "error"."""
+    settings = write_settings(folder, trainer, config, kill_at, resume, how)
     environment = {k: v for k, v in os.environ.items() if k != "CI"}
     return forked.script(SCRIPT, settings, environment=environment)
 
@@ -46,8 +59,11 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def launch(folder: Path, trainer: str, config: dict[str, Any], processes: int) -> subprocess.CompletedProcess:
-    """The same run in several processes of `accelerate launch`.
+def launch(
+    folder: Path, trainer: str, config: dict[str, Any], processes: int, kill_at: int | None = None,
+    resume: bool | str = False, how: str = "SIGKILL",
+) -> subprocess.CompletedProcess:  # fmt: skip
+    """The same run in several processes of `accelerate launch`; the last of them is the one that ends itself.
 
     accelerate starts one process for `--cpu --num_processes 2`; with `--multi_gpu` and `use_cpu` it starts two on
     gloo.
@@ -55,7 +71,7 @@ def launch(folder: Path, trainer: str, config: dict[str, Any], processes: int) -
     return subprocess.run(
         [Path(sys.executable).parent / "accelerate", "launch", "--multi_gpu", "--num_processes", str(processes),
          "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_ip", "127.0.0.1",
-         "--main_process_port", str(free_port()), SCRIPT, write_settings(folder, trainer, config)],
+         "--main_process_port", str(free_port()), SCRIPT, write_settings(folder, trainer, config, kill_at, resume, how)],
         capture_output=True, text=True,
     )  # fmt: skip
 

@@ -15,14 +15,7 @@ from flowrl_trainers.run_folder.checkpoints import (
 )
 
 from .helpers import TRAINERS
-from .runs import assert_same, run
-
-# Two updates per rollout, each rollout used twice: a window of four updates, two rollouts of four prompts an epoch.
-WINDOW = {
-    "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_generations": 2,
-    "steps_per_generation": 4, "num_iterations": 2, "max_steps": 12, "save_steps": 1, "learning_rate": 0.01,
-    "ema_decay": 0.9,
-}  # fmt: skip
+from .runs import WINDOW, assert_same, run
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """A training run of a tiny pipeline as a process of its own: `python training_script.py settings.json`.
 
-settings: `trainer`, the class; `config`, its settings; `kill_at`, an update after which the process kills itself, or
-null; `resume`. Leaves `result.pt` (of process 0), and `rollout_<rank>.pt` and `scores_<rank>.pt` (of every rollout), in
+settings: `trainer`, the class; `config`, its settings; `kill_at`, an update after which the last process ends itself,
+or null, and `how`; `resume`. Leaves `result.pt` (of process 0), and `rollout_<rank>.pt` and `scores_<rank>.pt` (of every rollout), in
 the output folder.
 """
 
@@ -35,14 +35,20 @@ def redness(images, prompts, log_metric, **columns):
 
 
 class Killer(TrainerCallback):
-    """Kills the process at the first micro-step after an update, where nothing is saved."""
+    """Ends the last process at the first micro-step after an update, where nothing is saved.
 
-    def __init__(self, at: int) -> None:
-        self.at = at
+    how: a signal, which the process sends itself, or "error".
+    """
+
+    def __init__(self, at: int, how: str) -> None:
+        self.at, self.how = at, how
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if state.global_step != self.at or args.process_index != args.world_size - 1:
+            return
+        if self.how == "error":
+            raise OSError("the judge is gone")
+        os.kill(os.getpid(), signal.Signals[self.how])
 
 
 def main() -> None:
@@ -58,7 +64,7 @@ def main() -> None:
     trainer = trainer_class(
         tiny_sd3(), redness, config, Dataset.from_dict({"prompt": PROMPTS}),
         peft_config=LoraConfig(r=2, lora_alpha=4, lora_dropout=dropout),
-        callbacks=[Killer(settings["kill_at"])] if settings["kill_at"] is not None else None,
+        callbacks=[Killer(settings["kill_at"], settings["how"])] if settings["kill_at"] is not None else None,
     )  # fmt: skip
     rollouts, scores = [], []
     prepare, log_rewards = trainer.prepare, trainer.log_rewards

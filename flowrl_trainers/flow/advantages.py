@@ -10,6 +10,13 @@ Weighting = Literal["exponential", "softplus", "positive", "indicator", "linear"
 Scale = Literal["batch", "group", "none"]
 CreditRule = Literal["mixed", "final", "level", "gain", "return"]
 SMALLEST_SPREAD = 1e-4
+LARGEST_SQUARED = 1e15  # the squares of larger numbers, summed over a rollout, may overflow float32
+
+
+def with_room(rewards: Tensor) -> Tensor:
+    """Rewards (NaN: absent) as they are, or in float64 where the sum of their squares may overflow float32."""
+    huge = rewards.numel() > 0 and bool(rewards.nan_to_num(0.0).abs().max() > LARGEST_SQUARED)
+    return rewards.double() if huge else rewards
 
 
 def shape_rewards(rewards: Tensor, groups: Tensor, clip: float) -> Tensor:
@@ -22,6 +29,7 @@ def shape_rewards(rewards: Tensor, groups: Tensor, clip: float) -> Tensor:
         groups: (M,), equal numbers for images of one prompt.
         clip: Above 0, in standard deviations.
     """
+    dtype, rewards = rewards.dtype, with_room(rewards)
     present = ~rewards.isnan()
     _, number = groups.unique(return_inverse=True)
     values = torch.where(present, rewards, 0.0)
@@ -29,7 +37,7 @@ def shape_rewards(rewards: Tensor, groups: Tensor, clip: float) -> Tensor:
     means = zeros.index_add(0, number, values) / zeros.index_add(0, number, present.to(rewards.dtype)).clamp(min=1)
     centred = torch.where(present, values - means[number], 0.0)
     spread = (centred.square().sum() / present.sum().clamp(min=1)).sqrt()
-    return (centred / (spread + SMALLEST_SPREAD)).clamp(-clip, clip)
+    return (centred / (spread + SMALLEST_SPREAD)).clamp(-clip, clip).to(dtype)
 
 
 def advantage_weights(advantages: Tensor, weighting: Weighting, temperature: float) -> Tensor:
@@ -120,6 +128,13 @@ def step_advantages(
         mix: In [0, 1].
         discount: In [0, 1].
     """
+    dtype, rewards = rewards.dtype, with_room(rewards)
+    return _step_advantages(rewards, groups, rule, scale, mix, discount).to(dtype)
+
+
+def _step_advantages(
+    rewards: Tensor, groups: Tensor, rule: CreditRule, scale: Scale, mix: float, discount: float
+) -> Tensor:
     if rule == "gain":
         return compare_within_groups(rewards[:, 1:] - rewards[:, :-1], groups, scale)
     levels = compare_within_groups(rewards[:, 1:], groups, scale)

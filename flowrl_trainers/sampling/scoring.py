@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..flow.advantages import with_room
 from ..pipelines import FlowPipeline
 from ..rewards import Reward
 from .prompt_groups import Example
@@ -251,6 +252,7 @@ class Scorer:
             if not len(column):
                 total = None
                 continue
+            column = with_room(column)
             row |= {f"reward/{reward.name}": column.mean(), f"reward_std/{reward.name}": column.std(correction=0)}
             total = None if total is None else total + weight * float(column.mean())
         return row, total

@@ -152,7 +152,11 @@ class FlowRLConfig(TrainingArguments):
             )
         if self.greater_is_better is None and "reward/" in (self.metric_for_best_model or ""):
             self.greater_is_better = True  # Trainer would take False if the reward's name ends in "loss"
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:  # as of `tf32` on a device without it
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise ValueError(f"`transformers.TrainingArguments` refuses these settings: {reason}.") from error
         for tracker in self.report_to or []:
             if tracker not in (known := get_available_reporting_integrations()):
                 raise ValueError(

@@ -11,6 +11,7 @@ import math
 import shutil
 import time
 from abc import ABC, abstractmethod
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -143,29 +144,37 @@ class CheckpointedTrainer(Trainer, ABC):
             SystemExit: After SIGTERM.
         """
         self.best_step, self._counter.updates = None, 0
-        try:
-            folder = self._find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
-            self._take_output_dir(folder, auto=resume_from_checkpoint == "auto")
-            if folder is not None and self._load_if_finished(folder):
-                return TrainOutput(self.state.global_step, 0.0, {})
-            self.before_training()
-            self._training_since = time.perf_counter()
-            with self._sigterm.listening():
+        with ExitStack() as listening:  # until what was learned is kept, and others' errors are told
+            try:
+                folder = self._find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
+                self._take_output_dir(folder, auto=resume_from_checkpoint == "auto")
+                if folder is not None and self._load_if_finished(folder):
+                    return TrainOutput(self.state.global_step, 0.0, {})
+                self.before_training()
+                self._training_since = time.perf_counter()
+                listening.enter_context(self._sigterm.listening())
                 output = super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
-        except (Exception, KeyboardInterrupt) as error:
-            if self._counter.updates:
-                self._keep_what_was_learned()
-            if self.args.world_size > 1 and is_broken_connection(error):
-                raise RuntimeError(
-                    f"Process {self.args.process_index} cannot go on, as {cause_elsewhere()}: look at what that "
-                    "process printed."
-                ) from None
-            if self.args.world_size > 1:
-                tell_others(error)
-            raise
+            except (Exception, KeyboardInterrupt) as error:
+                if self._counter.updates:
+                    self._keep_what_was_learned()
+                if self.args.world_size > 1:
+                    self._blame(error)
+                raise
         self.seconds = self.seconds_so_far()
         self._training_since = None
         return output
+
+    def _blame(self, error: BaseException) -> None:
+        """Tell the other processes of an error; raises `RuntimeError` with theirs where it only says they are gone."""
+        if not is_broken_connection(error):
+            tell_others(error)
+            return
+        sentence = (
+            f"Process {self.args.process_index} cannot go on, as {cause_elsewhere()}: look at what that process "
+            "printed."
+        )
+        logger.error(sentence)  # at once: launchers end the other processes as soon as one has failed
+        raise RuntimeError(sentence) from None
 
     def _take_output_dir(self, folder: Path | None, *, auto: bool) -> None:
         """Refuse, or move aside, what an earlier run left in `output_dir`; once this trainer trains there, it stays.
@@ -200,8 +209,9 @@ class CheckpointedTrainer(Trainer, ABC):
 
     def _leave(self, folder: Path) -> None:
         """Write the adapter, and end the process as SIGTERM asked for; folder: the checkpoint of this update."""
-        self._keep_what_was_learned("SIGTERM ended training")
-        logger.warning("%s is whole: `resume_from_checkpoint=True` goes on from it, bit for bit.", folder)
+        if self.args.should_save:
+            self._keep_what_was_learned("SIGTERM ended training")
+            logger.warning("%s is whole: `resume_from_checkpoint=True` goes on from it, bit for bit.", folder)
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         self.accelerator.wait_for_everyone()
         raise SystemExit(EXIT_STATUS)
@@ -408,7 +418,9 @@ class CheckpointedTrainer(Trainer, ABC):
     def _saved_values(self, folder: Path) -> dict[str, Any] | None:
         """What this process kept in a checkpoint; None where it kept nothing."""
         file = self._values_file(folder)
-        return torch.load(file, map_location=self.args.device, weights_only=True) if file.exists() else None
+        # Processes on the CPU have the devices "cpu:0", "cpu:1", ..., which `torch.load` does not know.
+        device = "cpu" if self.args.device.type == "cpu" else self.args.device
+        return torch.load(file, map_location=device, weights_only=True) if file.exists() else None
 
     def _load_tensors(self, folder: Path) -> None:
         saved, tensors = load_file(folder / WEIGHTS), self.training_state().tensors

@@ -11,9 +11,9 @@ PATIENCE = timedelta(seconds=3)  # a process that failed says so before its conn
 
 def is_broken_connection(error: BaseException) -> bool:
     """Whether an error is what torch raises where another process is gone."""
-    text = str(error)
+    signs = ("gloo", "NCCL", "Connection closed", "Connection reset")
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text)
+        isinstance(error, RuntimeError) and any(s in str(error) for s in signs)
     )
 
 

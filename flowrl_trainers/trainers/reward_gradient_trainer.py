@@ -77,7 +77,10 @@ class RewardGradientTrainer(FlowRLTrainer[RolloutT, RecordT]):
         squares = self.accelerator.gather(rms).double().square()
         finite = squares.isfinite()
         if not finite.any():
-            raise ValueError("Nothing that the first rollout computed is finite: train in float32 or bfloat16.")
+            raise ValueError(
+                "Nothing that the first rollout computed is finite: train in float32 or bfloat16, with rewards that "
+                "stay below 1e15."
+            )
         return float(squares[finite].mean())
 
     def refuse_zero_gradient(self, gradients: list[Tensor]) -> None:

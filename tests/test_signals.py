@@ -1,0 +1,122 @@
+"""What ends a process: SIGTERM leaves a checkpoint, and a process that fails is named by the others."""
+
+import signal
+import threading
+from contextlib import suppress
+
+import pytest
+import torch
+
+from flowrl_trainers.run_folder.checkpoints import fault
+from flowrl_trainers.trainers.sigterm import EXIT_STATUS, SigtermCallback
+
+from .helpers import TRAINERS, adjoint_matching
+from .runs import WINDOW, assert_same, launch, run
+from .tiny import tiny_sd3
+
+SIX = WINDOW | {"max_steps": 6, "save_strategy": "no"}
+TWO = {
+    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "num_generations": 2, "max_steps": 6,
+    "save_strategy": "no", "learning_rate": 0.01, "ddp_backend": "gloo",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "trainer", ["AdjointMatchingTrainer", *(pytest.param(t, marks=pytest.mark.slow) for t in list(TRAINERS)[1:])]
+)
+def test_a_run_that_sigterm_ends_goes_on_bit_for_bit(tmp_path, trainer):
+    """SIGTERM in the third update: a checkpoint of it, though `save_strategy` is "no", the adapter, and status 143."""
+    whole, preempted = tmp_path / "whole", tmp_path / "preempted"
+    assert run(whole, trainer, SIX).returncode == 0
+    ended = run(preempted, trainer, SIX, kill_at=2, how="SIGTERM")
+    assert ended.returncode == 143, ended.stderr
+    assert f"SIGTERM ended training after 3 updates: what it has learned is in {preempted}." in ended.stderr
+    assert f"{preempted / 'checkpoint-3'} is whole: `resume_from_checkpoint=True` goes on from it" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert (preempted / "pytorch_lora_weights.safetensors").exists()
+    assert [path.name for path in preempted.glob("checkpoint-*")] == ["checkpoint-3"]
+    resumed = run(preempted, trainer, SIX, resume="auto")
+    assert resumed.returncode == 0, resumed.stderr
+    result, expected = (torch.load(folder / "result.pt") for folder in (preempted, whole))
+    for what in ("weights", "optimizer", "state"):
+        assert_same(result[what], expected[what])
+    timeless = [[row for row in r["history"] if "loss" in row] for r in (result, expected)]
+    assert_same(*timeless)
+
+
+def test_two_processes_agree_on_the_update_at_which_sigterm_ends_them(tmp_path):
+    ended = launch(tmp_path, "ACFlowTrainer", TWO, 2, kill_at=2, how="SIGTERM")
+    assert ended.returncode != 0
+    assert "SIGTERM ended training after 3 updates" in ended.stderr
+    assert fault(tmp_path / "checkpoint-3") is None
+    resumed = launch(tmp_path, "ACFlowTrainer", TWO | {"max_steps": 4}, 2, resume=True)
+    assert resumed.returncode == 0, resumed.stderr
+
+
+@pytest.mark.parametrize(
+    ("how", "cause"),
+    [
+        ("error", r"process 1 failed (OSError: the judge is gone)"),
+        ("SIGKILL", "another process ended without a word, as one that is killed or runs out of memory does"),
+    ],
+)
+def test_a_process_says_why_it_cannot_go_on_without_another(tmp_path, how, cause):
+    ended = launch(tmp_path, "AdjointMatchingTrainer", TWO, 2, kill_at=2, how=how)
+    assert ended.returncode != 0
+    sentence = f"Process 0 cannot go on, as {cause}: look at what that process printed."
+    assert sentence in ended.stderr, ended.stderr
+    assert "gloo" not in ended.stderr
+
+
+# ---- the handler ----------------------------------------------------------------------------------------------------
+
+
+def test_the_handler_stays_no_longer_than_training_and_only_where_nobody_else_has_one():
+    sigterm = SigtermCallback(lambda here: here)
+    with suppress(OSError), sigterm.listening():
+        assert signal.getsignal(signal.SIGTERM) == sigterm._note
+        raise OSError("the judge is gone")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    mine = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with sigterm.listening():
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, mine)
+
+
+def test_training_in_a_thread_leaves_signals_alone():
+    errors = []
+
+    def listen():
+        try:
+            with SigtermCallback(lambda here: here).listening():
+                pass
+        except ValueError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert not errors
+
+
+def test_sigterm_saves_what_is_not_the_best(tmp_path):
+    """With `save_strategy="best"`, an evaluation after the same update does not undo what SIGTERM asked for."""
+    t = adjoint_matching(
+        tmp_path, tiny_sd3(), max_steps=3, save_strategy="best", eval_strategy="steps", eval_steps=1, log_images=0,
+        metric_for_best_model="reward/redness", eval_dataset=adjoint_matching(tmp_path, tiny_sd3()).train_dataset.dataset,
+        save_total_limit=1, load_best_model_at_end=True, learning_rate=0.0,
+    )  # fmt: skip
+    step = t.training_step
+
+    def terminated(*arguments):
+        if t.state.global_step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return step(*arguments)
+
+    t.training_step = terminated
+    with pytest.raises(SystemExit) as end:
+        t.train()
+    assert end.value.code == EXIT_STATUS == 143
+    assert fault(tmp_path / "checkpoint-2") is None
