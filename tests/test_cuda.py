@@ -196,3 +196,15 @@ def test_full_fine_tuning_and_a_moving_average_on_the_gpu(tmp_path, ema):
     assert t.rows["tuned"]["velocity_distance"] > 0
     t.save_model()
     assert (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+def test_the_pipeline_goes_back_to_the_device_it_came_from(tmp_path, place):
+    """Also the adapter; an evaluation afterwards takes the parts, and gives them back."""
+    pipeline = tiny_sd3().to(place)
+    t = train(tmp_path, "TAFSGRPOTrainer", pipeline, guidance_scale=1.0, max_sequence_length=8)
+    for work in (lambda: None, t.evaluate, t.train):
+        work()
+        parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+        assert {p.device.type for part in parts for p in part.parameters()} == {place}
+    assert t.rows["tuned"]["velocity_distance"] > 0
