@@ -44,6 +44,7 @@ def test_a_run_that_sigterm_ends_goes_on_bit_for_bit(tmp_path, trainer):
     assert_same(*timeless)
 
 
+@pytest.mark.slow
 def test_two_processes_agree_on_the_update_at_which_sigterm_ends_them(tmp_path):
     ended = launch(tmp_path, "ACFlowTrainer", TWO, 2, kill_at=2, how="SIGTERM")
     assert ended.returncode != 0
