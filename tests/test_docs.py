@@ -169,6 +169,12 @@ def test_the_questions_are_headed_by_sentences_of_the_package():
         assert any(pattern.search(sentence) for sentence in said), heading
 
 
+def test_what_a_run_survives_names_files_of_tests():
+    named = set(re.findall(r"`(tests/\w+\.py)`", (ROOT / "docs" / "reliability.md").read_text()))
+    assert len(named) >= 10
+    assert all((ROOT / file).exists() for file in named)
+
+
 def test_the_invariants_name_tests_that_exist():
     named = re.findall(r"`(tests/\w+\.py)::(\w+)`", (ROOT / "docs" / "invariants.md").read_text())
     assert len(named) >= 20
