@@ -25,8 +25,9 @@ trainer.train()
 def test_a_notebook_shows_rewards_rows_and_pictures(tmp_path: Path):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CODE)])
     NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-    ).execute()
+        notebook, timeout=300, iopub_timeout=60, kernel_name="python3",  # outputs later than that are dropped
+        resources={"metadata": {"path": str(tmp_path)}},
+    ).execute()  # fmt: skip
     shown = [output["data"] for output in notebook.cells[0].outputs if output.output_type == "display_data"]
     progress, rows = (
         next(data["text/html"] for data in shown if word in data.get("text/html", ""))

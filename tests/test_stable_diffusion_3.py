@@ -133,7 +133,8 @@ def test_a_folder_is_loaded_also_where_the_pipeline_has_no_t5(tmp_path, shared_s
 
 def test_refuses_a_folder_that_is_no_pipeline(tmp_path):
     with pytest.raises(
-        ValueError, match=r"is no diffusers pipeline: pass a Hub id or a folder that holds a `model_index\.json`"
+        ValueError,
+        match=r"is no diffusers pipeline, but an empty folder: pass a Hub id or a folder that holds a `model_index\.json`",
     ):
         FlowPipeline.from_pretrained(tmp_path)
 
