@@ -45,7 +45,8 @@ def call(
         )
         child.start()
         child.join()
-        output.seek(0), errors.seek(0)
+        output.seek(0)
+        errors.seek(0)
         return subprocess.CompletedProcess(
             [function.__name__, *arguments], child.exitcode, output.read(), errors.read()
         )
