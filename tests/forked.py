@@ -11,10 +11,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from flowrl_trainers.cli import main
+from flowrl_trainers.shapes import prompts
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.forked", "tests.preloaded"])
@@ -68,6 +70,18 @@ def flowrl(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
 
 def _flowrl(*arguments: str) -> int:
     return main(list(arguments))
+
+
+def demo(folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess:
+    """`flowrl demo` that is evaluated on the first 24 of the held-out prompts."""
+    return call(_demo, *map(str, arguments), cwd=folder)
+
+
+def _demo(*arguments: str) -> int:
+    import_module("flowrl_trainers.cli.demo").prompts = lambda split="train": (
+        prompts(split).select(range(24)) if split == "held_out" else prompts(split)
+    )
+    return main(["demo", *arguments])
 
 
 def script(

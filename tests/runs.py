@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,21 @@ def launch(
          "--main_process_port", str(free_port()), SCRIPT, write_settings(folder, trainer, config, kill_at, resume, how)],
         capture_output=True, text=True,
     )  # fmt: skip
+
+
+def fork_two(
+    folder: Path, trainer: str, config: dict[str, Any], kill_at: int | None = None, how: str = "SIGKILL"
+) -> list[subprocess.CompletedProcess]:
+    """The same run in two processes with the environment that `accelerate launch` gives them, without its imports."""
+    settings = write_settings(folder, trainer, config, kill_at, how=how)
+    shared = {k: v for k, v in os.environ.items() if k != "CI"} | {
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(
+            lambda rank: forked.script(SCRIPT, settings, environment=shared | {"RANK": rank, "LOCAL_RANK": rank}),
+            ("0", "1"),
+        ))  # fmt: skip
 
 
 def assert_same(a: Any, b: Any) -> None:

@@ -21,9 +21,9 @@ from .forked import flowrl
 FLOWRL = Path(sys.executable).parent / "flowrl"
 
 YAML = {
-    "model": "shapes", "dataset": "shapes", "eval_split": "held_out", "reward_funcs": ["shapes"],
+    "model": "shapes", "dataset": "shapes", "eval_dataset": "held_out.txt", "reward_funcs": ["shapes"],
     "eval_reward_funcs": ["checker"], "lora_r": 4, "lora_alpha": 8, "max_steps": 2, "num_inference_steps": 3,
-    "adjoint_steps": 2, "control_cost_order": 4, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 110,
+    "adjoint_steps": 2, "control_cost_order": 4, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 12,
     "guidance_scale": 1.0, "max_sequence_length": 8, "use_cpu": True, "save_steps": 1,
 }  # fmt: skip
 
@@ -53,6 +53,7 @@ def refused(tmp_path, monkeypatch, capsys):
 
 def write_yaml(folder: Path, **changes) -> str:
     path = folder / "run.yaml"
+    (folder / "held_out.txt").write_text("\n".join(prompts("held_out")["prompt"][:12]))
     path.write_text(yaml.safe_dump(YAML | changes))
     return str(path)
 
@@ -106,7 +107,7 @@ def test_what_a_run_leaves_as_configuration_can_be_run_again(tmp_path):
 
 def test_a_reward_is_imported_from_the_current_folder(tmp_path):
     (tmp_path / "judges.py").write_text(BRIGHTNESS)
-    path = write_yaml(tmp_path, reward_funcs=["judges.brightness"], max_steps=1, eval_split=None)
+    path = write_yaml(tmp_path, reward_funcs=["judges.brightness"], max_steps=1, eval_dataset=None)
     result = flowrl(tmp_path, "adjoint_matching", "--config", path, "--output_dir", "out")
     assert result.returncode == 0, result.stderr
     assert "reward/brightness" in result.stdout
@@ -164,7 +165,7 @@ def test_wrong_arguments_get_one_sentence_and_status_2(refused, arguments, sente
     ({"reward_funcs": "taste"}, "`reward_funcs` names 'taste', which is no known reward"),
     ({"per_device_train_batch_size": 0}, "`per_device_train_batch_size` (0) must be at least 1."),
     ({"lora_target_modules": ["no_such_layer"]}, "`peft_config` does not fit the transformer"),
-    ({"eval_split": None, "eval_strategy": "steps", "eval_steps": 1}, "`eval_strategy` is 'steps', but there is no `eval_dataset`"),
+    ({"eval_dataset": None, "eval_strategy": "steps", "eval_steps": 1}, "`eval_strategy` is 'steps', but there is no `eval_dataset`"),
     ({"reward_weights": [1, "heavy"]}, "`reward_weights` is [1, 'heavy']: name one number per reward."),
     ({"report_to": "notebook"}, "`report_to` names 'notebook', which is unknown or not installed"),
     ({"train_split": "validation"}, "have no split 'validation': choose 'train' or 'held_out'"),
@@ -219,7 +220,7 @@ def test_a_value_may_begin_with_a_minus(tmp_path):
     result = flowrl(
         tmp_path,
         "adjoint_matching",
-        "--config=" + write_yaml(tmp_path, eval_split=None),
+        "--config=" + write_yaml(tmp_path, eval_dataset=None),
         "--target_reward=-1e9",
         "--output_dir=out",
     )
@@ -243,7 +244,7 @@ def test_a_fault_of_ours_keeps_its_traceback(tmp_path):
 
 def test_two_processes_from_the_command_line(tmp_path):
     result = flowrl(
-        tmp_path, "adjoint_matching", "--config", write_yaml(tmp_path, max_steps=1, eval_split=None), "--output_dir",
+        tmp_path, "adjoint_matching", "--config", write_yaml(tmp_path, max_steps=1, eval_dataset=None), "--output_dir",
         "out", "--accelerate_config", "ddp", "--num_processes", "2", "--ddp_backend", "gloo",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr

@@ -99,7 +99,7 @@ def train_adjoint_matching(
     t.train()
 
 
-@pytest.mark.parametrize("steps", [8, 20])
+@pytest.mark.parametrize("steps", [8, pytest.param(20, marks=pytest.mark.slow)])
 def test_adjoint_matching_learns_the_discrete_optimum(tmp_path, steps):
     """Quadratic cost, all steps, N(0.5, 0.25) towards 1: within 2 % of dynamic programming, and nearer to it than to
     the continuous one.
@@ -171,7 +171,7 @@ def test_order_four_learns_the_numerical_optimum_in_sixteen_dimensions(tmp_path)
     network = RadialStepControl(sigmas, 16, 0.5, 0.5)
     # Where the control is zero, that of order 4 has no direction yet.
     train_adjoint_matching(
-        tmp_path, network, 16, 8, target=target, start=0.5, control_cost_order=4, max_steps=1000, learning_rate=0.1
+        tmp_path, network, 16, 8, target=target, start=0.5, control_cost_order=4, max_steps=600, learning_rate=0.1
     )
     controls = open_loop_optimum(sigmas, start, 2.0, target, 0.5, 0.5)
     states = [start.double()]
@@ -223,7 +223,11 @@ def forward_looking_gains(eta, sigmas: np.ndarray) -> list[tuple[float, float]]:
 
 @pytest.mark.parametrize(
     ("name", "eta", "expected"),
-    [("constant", lambda t: 1.0, 0.334), ("linear", lambda t: t, 0.405), ("quadratic", lambda t: t**2, 0.592)],
+    [
+        ("constant", lambda t: 1.0, 0.334),
+        pytest.param("linear", lambda t: t, 0.405, marks=pytest.mark.slow),
+        pytest.param("quadratic", lambda t: t**2, 0.592, marks=pytest.mark.slow),
+    ],
 )
 def test_without_a_value_network_vgg_flow_misses_the_value_gradient_by_what_its_schedule_says(
     tmp_path, name, eta, expected

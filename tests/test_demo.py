@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from flowrl_trainers.cli.demo import METHODS, _table
 
-from .forked import flowrl
+from .forked import demo, flowrl
 
 REDRAW = """
 import json, sys
@@ -71,8 +71,17 @@ SHORT = {
     ["adjoint_matching", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m != "adjoint_matching")],
 )
 def test_a_short_demo_leaves_what_it_says(tmp_path, trainer):
-    result = run_demo(
-        tmp_path, "--trainer", trainer, "--max_steps", "1", "--per_device_train_batch_size", "4", *SHORT[trainer]
+    result = demo(
+        tmp_path,
+        "--output_dir",
+        tmp_path,
+        "--trainer",
+        trainer,
+        "--max_steps",
+        "1",
+        "--per_device_train_batch_size",
+        "4",
+        *SHORT[trainer],
     )
     assert result.returncode == 0, result.stderr
     assert "checker_accuracy" in result.stdout

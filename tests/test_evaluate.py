@@ -21,19 +21,20 @@ from flowrl_trainers.metrics import signs_of_over_optimisation, standard_error_o
 from flowrl_trainers.rewards import differentiable
 from flowrl_trainers.shapes import prompts
 
-from .forked import flowrl
+from .forked import demo, flowrl
 from .tiny import tiny_sd3
 
 SHORT = ["--num_inference_steps", "3", "--seed", "7"]
 
 
 def test_the_rows_are_those_of_the_demo(tmp_path):
-    demo = flowrl(
-        tmp_path, "demo", "--trainer", "vgg_flow", "--max_steps", "1", "--per_device_train_batch_size", "4",
+    shown = demo(
+        tmp_path, "--trainer", "vgg_flow", "--max_steps", "1", "--per_device_train_batch_size", "4",
         "--timestep_bins", "2", "--output_dir", "tuned", *SHORT,
     )  # fmt: skip
-    assert demo.returncode == 0, demo.stderr
-    shared = ["evaluate", "--model", "shapes", "--rewards", "shapes", "checker", "--trained", "shapes",
+    assert shown.returncode == 0, shown.stderr
+    (tmp_path / "held_out.txt").write_text("\n".join(prompts("held_out")["prompt"][:24]))
+    shared = ["evaluate", "--model", "shapes", "--dataset", "held_out.txt", "--rewards", "shapes", "checker", "--trained", "shapes",
               "--batch_size", "55",
               "--guidance_scale", "1", "--max_sequence_length", "8", *SHORT]  # fmt: skip
     done = flowrl(tmp_path, *shared, "--adapter", "tuned", "--out", "measured")

@@ -42,7 +42,8 @@ def test_a_huge_reward_gives_a_finite_update(tmp_path, trainer, size):
     try:
         t.train()
     except (RuntimeError, ValueError) as error:
-        assert re.search("is not finite for|Nothing that the first rollout computed is finite.*rewards", str(error))  # noqa: PT017
+        known = "is not finite in float32|Nothing that the first rollout computed is finite.*rewards"
+        assert re.search(known, str(error))  # noqa: PT017
         return
     for row in update_rows(t):
         assert all(torch.isfinite(torch.tensor(v)) for k, v in row.items() if not k.startswith("reward")), row

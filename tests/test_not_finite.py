@@ -63,7 +63,7 @@ def test_too_many_bad_samples_end_the_run(tmp_path, tiny_pipeline):
     t = adjoint_matching(tmp_path, tiny_pipeline, reward=flaky({2}), max_bad_sample_share=0.4)
     with pytest.raises(
         RuntimeError,
-        match=r"The reward_gradient is not finite for 50 % of the samples, more than `max_bad_sample_share` \(0.4\)",
+        match=r"The reward_gradient is not finite in float32 for 50 % of the samples, more than `max_bad_sample_share` \(0.4\)",
     ):
         t.train()
     assert t.state.global_step == 1

@@ -11,7 +11,7 @@ from flowrl_trainers.run_folder.checkpoints import fault
 from flowrl_trainers.trainers.sigterm import EXIT_STATUS, SigtermCallback
 
 from .helpers import TRAINERS, adjoint_matching
-from .runs import WINDOW, assert_same, launch, run
+from .runs import WINDOW, assert_same, fork_two, launch, run
 from .tiny import tiny_sd3
 
 SIX = WINDOW | {"max_steps": 6, "save_strategy": "no"}
@@ -62,7 +62,10 @@ def test_two_processes_agree_on_the_update_at_which_sigterm_ends_them(tmp_path):
     ],
 )
 def test_a_process_says_why_it_cannot_go_on_without_another(tmp_path, how, cause):
-    ended = launch(tmp_path, "AdjointMatchingTrainer", TWO, 2, kill_at=2, how=how)
+    if how == "error":
+        ended = fork_two(tmp_path, "AdjointMatchingTrainer", TWO, kill_at=2, how=how)[0]
+    else:  # which accelerate's own watch of its processes must not hide
+        ended = launch(tmp_path, "AdjointMatchingTrainer", TWO, 2, kill_at=2, how=how)
     assert ended.returncode != 0
     sentence = f"Process 0 cannot go on, as {cause}: look at what that process printed."
     assert sentence in ended.stderr, ended.stderr

@@ -108,7 +108,7 @@ def one_score(images, prompts, **columns):
 
 @pytest.mark.parametrize(("name", "reward", "sentence"), [
     *((name, without_gradient, "Reward 'without_gradient' is marked differentiable, but its scores carry no gradient") for name in NEED_GRADIENTS),
-    *((name, never_finite, "Reward 'never_finite' gave no finite score to 2 probe pictures") for name in TRAINERS),
+    *((name, never_finite, "Reward 'never_finite' gave no score that is finite in float32 to 2 probe pictures") for name in TRAINERS),
     *((name, one_score, r"Reward 'one_score' returned scores of shape \(1,\) for 2 images") for name in TRAINERS),
 ])  # fmt: skip
 def test_a_probe_of_two_pictures_refuses_a_reward_before_training(tmp_path, name, reward, sentence):
@@ -156,7 +156,8 @@ def test_too_large_a_share_of_bad_samples_ends_the_run(tmp_path, name):
         name, tmp_path, reward=blind_to_green, max_bad_sample_share=0.2, **ONE_IMAGE.get(name, {"num_generations": 1})
     )
     with pytest.raises(
-        RuntimeError, match=r"is not finite for 25 % of the samples, more than `max_bad_sample_share` \(0.2\)"
+        RuntimeError,
+        match=r"is not finite in float32 for 25 % of the samples, more than `max_bad_sample_share` \(0.2\)",
     ):
         t.train()
     assert t.state.global_step == 0

@@ -52,7 +52,7 @@ class Killer(TrainerCallback):
 
 
 def main() -> None:
-    import_module("flowrl_trainers.networks.value_network").WIDTHS = (64,) * 4  # the default: checkpoints of 240 MB
+    import_module("flowrl_trainers.networks.value_network").WIDTHS = (32, 32)  # the default is 20 MB large
     torch.set_num_threads(int(os.environ.get("FLOWRL_TEST_THREADS", "1")))
     settings = json.loads(Path(sys.argv[1]).read_text())
     trainer_class = getattr(flowrl_trainers, settings["trainer"])

@@ -5,7 +5,7 @@ import traceback
 from importlib.metadata import version
 from pathlib import Path
 
-from .suggestions import did_you_mean
+from ..trainers.suggestions import did_you_mean
 
 METHODS = ("adjoint_matching", "vgg_flow", "ac_flow", "tafs_grpo")
 COMMANDS = (*METHODS, "demo", "evaluate", "serve_reward", "convert_sit", "convert_image_reward", "env")

@@ -7,7 +7,7 @@ from peft import LoraConfig
 
 from ..run_folder.settings import FLAGS, KEPT, is_pattern
 from ..trainers.config_checks import complaint, fits
-from .suggestions import did_you_mean
+from ..trainers.suggestions import did_you_mean
 
 
 def lora_fields(value: Any) -> dict[str, Any]:

@@ -174,6 +174,11 @@ def _of_list(prompts: list[Any], argument: str) -> Dataset:
             )
         if _is_blank(prompt):
             raise ValueError(f"`{argument}` is a list whose element {number} ({prompt!r}) is blank: leave it out.")
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise ValueError(
+                f"`{argument}` is a list whose element {number} ({prompt!r}) holds half of a character, which UTF-8 "
+                "cannot write: read the text again as UTF-8."
+            )
     return Dataset.from_dict({"prompt": prompts})
 
 

@@ -8,10 +8,8 @@ import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cache
-from numbers import Real
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +17,7 @@ from ..flow.advantages import with_room
 from ..pipelines import FlowPipeline
 from ..rewards import Reward
 from .prompt_groups import Example
+from .reward_notes import checked_notes, is_number
 
 MEGAPIXEL = 2**20
 MOST_NAMED = 8  # prompts in a note
@@ -63,7 +62,7 @@ def ask_rewards(
             **{n: _copied(v) for n, v in columns.items()},
         }
         with _named(reward, prompts, context):
-            results.append(reward(**given, **context))
+            results.append(reward(**given, **checked_notes(context, reward.name, len(images))))
     waiting = {i: result for i, result in enumerate(results) if inspect.isawaitable(result)}
     answers = None
     if waiting:
@@ -129,21 +128,17 @@ def _as_tensor(reward: Reward, scores: Any, images: Tensor) -> Tensor:
             raise ValueError(f"Reward {reward.name!r} returned {_shown(scores)} {rule}.")
         scores = list(scores)
         for number, score in enumerate(scores):
-            if not (score is None or _is_number(score)):
+            if not (score is None or is_number(score)):
                 raise ValueError(f"Reward {reward.name!r} returned {_shown(score)} as score {number} {rule}.")
         if len(scores) == len(images):
             absent = torch.tensor([s is None for s in scores], device=images.device)
         scores = torch.tensor([0.0 if s is None else _as_float(s) for s in scores])
     if scores.shape != (len(images),):
         raise ValueError(f"Reward {reward.name!r} returned scores of shape {tuple(scores.shape)} {rule}.")
+    if scores.is_complex():
+        raise ValueError(f"Reward {reward.name!r} returned complex scores {rule}, a real number.")
     scores = scores.to(images.device, torch.float32)
     return torch.where(absent, torch.nan, torch.where(scores.isfinite(), scores, torch.inf))
-
-
-def _is_number(score: Any) -> bool:
-    if isinstance(score, (Tensor, np.ndarray)):
-        return score.ndim == 0
-    return isinstance(score, (Real, np.bool_))
 
 
 def _as_float(score: Any) -> float:

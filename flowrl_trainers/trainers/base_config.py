@@ -1,7 +1,8 @@
 """`FlowRLConfig`: the settings that all trainers share."""
 
+import inspect
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from transformers import SchedulerType, TrainingArguments
@@ -9,6 +10,7 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 
 from .config_checks import Range, check_fields, refuse_unsupported
+from .suggestions import did_you_mean
 
 
 @dataclass
@@ -118,6 +120,14 @@ class FlowRLConfig(TrainingArguments):
         if "__repr__" not in vars(cls):
             cls.__repr__ = FlowRLConfig.__repr__
 
+    def __new__(cls, *args: Any, **settings: Any) -> Self:
+        parameters = inspect.signature(cls.__init__).parameters
+        unknown = [name for name in settings if name not in parameters]
+        if unknown and all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+            names = ", ".join(map(repr, unknown))
+            raise TypeError(f"{cls.__name__} has no setting {names}{did_you_mean(unknown, parameters)}.")
+        return super().__new__(cls)
+
     @property
     def images_per_update(self) -> int:
         """The images of one update, over all micro-steps and processes."""
@@ -138,11 +148,18 @@ class FlowRLConfig(TrainingArguments):
         if weights is not None:  # YAML reads one weight as a number, and 1e-2 in a list as a string
             try:
                 listed = weights if isinstance(weights, (list, tuple)) else [weights]
+                if any(isinstance(weight, bool) for weight in listed):
+                    raise TypeError("a truth value is no weight")
                 self.reward_weights = [float(weight) for weight in listed]
             except (TypeError, ValueError) as error:
                 raise ValueError(f"`reward_weights` is {weights!r}: name one number per reward.") from error
         refuse_unsupported(self)
         check_fields(self)
+        if self.reward_weights and not any(self.reward_weights):
+            raise ValueError(
+                f"`reward_weights` ({self.reward_weights}) are all 0, so that nothing would be maximised: leave a "
+                "reward that is to be watched alone to `eval_reward_funcs`."
+            )
         if self.max_steps == 0:
             raise ValueError("`max_steps` (0) must be at least 1, or -1 to train for `num_train_epochs`.")
         if self.eval_strategy == "steps" and not self.eval_steps:
@@ -161,7 +178,7 @@ class FlowRLConfig(TrainingArguments):
             if tracker not in (known := get_available_reporting_integrations()):
                 raise ValueError(
                     f"`report_to` names {tracker!r}, which is unknown or not installed: install it, or choose "
-                    f"{', '.join(known) or 'none'}."
+                    f"{', '.join([*known, 'none'])}."
                 )
         accumulation, images = self.gradient_accumulation_steps, self.images_per_update
         if images % self.num_generations:

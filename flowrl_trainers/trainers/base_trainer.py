@@ -446,8 +446,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             # NaN marks a reward that returned None, which is allowed; inf marks an invalid score.
             if column.isinf().any() and not column.isfinite().any():
                 raise ValueError(
-                    f"Reward {reward.name!r} gave no finite score to {PROBE_IMAGES} probe pictures "
-                    f"({column.tolist()}): call it on two pictures of the model to see why."
+                    f"Reward {reward.name!r} gave no score that is finite in float32 to {PROBE_IMAGES} probe "
+                    "pictures: call it on two pictures of the model to see why."
                 )
         check_best_metric(self.args, [*self.rewards, *self.eval_rewards], self.metrics.noted)
         self.metrics.clear()
@@ -606,8 +606,9 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         self.metrics.note(f"bad_samples/{what}", share)
         if share > self.args.max_bad_sample_share:
             raise RuntimeError(
-                f"The {what} is not finite for {100 * share:.0f} % of the samples, more than `max_bad_sample_share` "
-                f"({self.args.max_bad_sample_share}) allows: lower the learning rate, or look at the rewards."
+                f"The {what} is not finite in float32 for {100 * share:.0f} % of the samples, more than "
+                f"`max_bad_sample_share` ({self.args.max_bad_sample_share}) allows: lower the learning "
+                "rate, or look at the rewards."
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
