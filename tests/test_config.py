@@ -95,6 +95,7 @@ ANY_NUMBER = {
 }
 
 NOT_SUPPORTED: dict[str, Any] = {
+    "optim_target_modules": ["to_q"],
     "remove_unused_columns": True,
     "ignore_data_skip": True,
     "auto_find_batch_size": True,

@@ -25,7 +25,18 @@ NEED_GRADIENTS = ["AdjointMatchingTrainer", "VGGFlowTrainer"]
     ({"decode_batch_size": 0}, r"`decode_batch_size` \(0\) must be at least 1, or None"),
     ({"eval_strategy": "epoch"}, "`eval_strategy` is '.*', but there is no `eval_dataset`"),
     ({"ignore_data_skip": True}, r"`ignore_data_skip` \(True\) must be False"),
-    ({"optim": "schedule_free_adamw"}, r"`optim` \(.*\) must be told when"),
+    *(({"optim": name}, rf"`optim` is '{name}', which is not supported here: choose one of adamw_torch,")
+      for name in ("schedule_free_adamw", "galore_adamw", "lomo", "stable_adamw", "adamw_torch_8bit", "rmsprop_bnb")),
+    ({"optim": "adamw_8bit"}, "`optim` is 'adamw_8bit', which needs bitsandbytes: install it"),
+    ({"optim_args": "momentum"}, r"`optim_args` \('momentum'\) must be written as"),
+    ({"optim_args": "momentum=0.9"}, "`optim_args` names 'momentum', but `optim` 'adamw_torch.*' reads none"),
+    ({"optim": "sgd", "optim_args": "nope=1"}, "'sgd' reads momentum, dampening, weight_decay, nesterov: take it out"),
+    ({"optim": "sgd", "adam_beta1": 0.5}, r"`adam_beta1` \(0.5\) has no effect with `optim` 'sgd'"),
+    ({"optim_target_modules": ["x"]}, "`optim_target_modules` .* must be None"),
+    ({"gradient_checkpointing_kwargs": {"use_reentrant": False}}, "has no effect without `gradient_checkpointing`"),
+    ({"save_strategy": "best"}, "`save_strategy` is 'best', but `metric_for_best_model` is None"),
+    ({"reward_weights": [0.0]}, r"`reward_weights` \(\[0.0\]\) are all 0"),
+    ({"reward_weights": [True]}, r"`reward_weights` is \[True\]: name one number per reward"),
     ({"eval_strategy": "steps"}, "`eval_strategy` is 'steps', but `eval_steps` is None"),
     ({"eval_strategy": "steps", "eval_steps": 0}, "`eval_strategy` is 'steps', but `eval_steps` is 0"),
     ({"warmup_steps": 10}, "`lr_scheduler_type` 'constant' knows no warm-up and no options: take 'constant_with_warmup'"),
@@ -161,3 +172,20 @@ def test_too_large_a_share_of_bad_samples_ends_the_run(tmp_path, name):
     ):
         t.train()
     assert t.state.global_step == 0
+
+
+def test_what_is_no_folder_or_no_prompts_after_training(tmp_path, tiny_pipeline):
+    t = make_trainer("AdjointMatchingTrainer", tmp_path / "run", tiny_pipeline)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"`output_dir` \(.*file\) cannot be written to \(File exists\)"):
+        t.save_model(tmp_path / "file")
+    with pytest.raises(TypeError, match=r"`output_dir` \(5\) must be a path"):
+        t.save_model(5)
+    with pytest.raises(ValueError, match="`dataset` has 'caption' but no 'prompt'"):
+        t.pictures(Dataset.from_dict({"caption": ["a"]}), 1)
+    with pytest.raises(ValueError, match=r"`count` \(0\) must be at least 1"):
+        t.pictures(["a red circle"], 0)
+    base, tuned = t.pictures(["a red circle"], 1)
+    assert base.prompts == tuned.prompts == ["a red circle"]
+    with pytest.raises(TypeError, match="make a trainer and a folder for each trial"):
+        t.hyperparameter_search()

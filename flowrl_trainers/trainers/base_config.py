@@ -10,6 +10,7 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 
 from .config_checks import Range, check_fields, refuse_unsupported
+from .optimizer_checks import check_optimizer
 from .suggestions import did_you_mean
 
 
@@ -160,12 +161,23 @@ class FlowRLConfig(TrainingArguments):
                 f"`reward_weights` ({self.reward_weights}) are all 0, so that nothing would be maximised: leave a "
                 "reward that is to be watched alone to `eval_reward_funcs`."
             )
+        check_optimizer(self)
         if self.max_steps == 0:
             raise ValueError("`max_steps` (0) must be at least 1, or -1 to train for `num_train_epochs`.")
         if self.eval_strategy == "steps" and not self.eval_steps:
             raise ValueError(
                 f"`eval_strategy` is 'steps', but `eval_steps` is {self.eval_steps}: say after how many updates to "
                 "evaluate."
+            )
+        if self.save_strategy == "best" and self.metric_for_best_model is None:
+            raise ValueError(
+                "`save_strategy` is 'best', but `metric_for_best_model` is None: name the metric, such as "
+                "'reward/shapes'."
+            )
+        if self.gradient_checkpointing_kwargs and not self.gradient_checkpointing:
+            raise ValueError(
+                f"`gradient_checkpointing_kwargs` ({self.gradient_checkpointing_kwargs}) has no effect without "
+                "`gradient_checkpointing`: set that to True."
             )
         if self.greater_is_better is None and "reward/" in (self.metric_for_best_model or ""):
             self.greater_is_better = True  # Trainer would take False if the reward's name ends in "loss"
@@ -209,11 +221,6 @@ class FlowRLConfig(TrainingArguments):
             raise ValueError(
                 "`torch_compile` must be False in accelerate's configuration too (`dynamo_backend` 'no'): it would "
                 "compile updates alone, and not the rollouts they must agree with."
-            )
-        if "schedule_free" in str(self.optim).lower():
-            raise ValueError(
-                f"`optim` ({self.optim}) must be told when training and evaluation take turns, which is not "
-                "supported: take AdamW."
             )
         if self.save_only_model and self.ema_decay is not None and self.load_best_model_at_end:
             raise ValueError(

@@ -50,7 +50,7 @@ from ..sampling.scoring import Scorer, call_rewards, decoded
 from .adapters import prepare_adapter
 from .base_config import FlowRLConfig
 from .checkpointed_trainer import CheckpointedTrainer, TrainingState
-from .input_checks import check_args, check_best_metric, check_columns, check_dataset, check_output_dir, check_rewards
+from .input_checks import check_args, check_best_metric, check_columns, check_dataset, check_rewards, writable_folder
 from .loop_callback import LoopCallback
 from .moving_average import MovingAverage
 from .pipeline_state import PipelineState
@@ -115,7 +115,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         # What needs no model; prompts before rewards, which may be large networks.
         args = args or self.config_class(output_dir=self._name.lower().replace(" ", "-"))
         check_args(args, self.config_class)
-        check_output_dir(args)
+        if args.should_save:
+            writable_folder(str(args.output_dir))
         train_dataset = check_dataset(train_dataset, "train_dataset", args)
         if eval_dataset is not None:
             eval_dataset = check_dataset(eval_dataset, "eval_dataset")
@@ -672,13 +673,24 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         """Raises `TypeError`: pictures have no labels to predict."""
         raise TypeError("`predict` has nothing to predict here: call `evaluate(dataset)` for scores, or `pictures`.")
 
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises `TypeError`: a trainer is bound to its pipeline, which one trial would hand to the next."""
+        raise TypeError("`hyperparameter_search` is not supported: make a trainer and a folder for each trial.")
+
     @property
     def rows(self) -> dict[str, dict[str, float]]:
         """Those of the last evaluation, by label; empty before the first."""
         return self.run_folder.rows
 
-    def pictures(self, dataset: Dataset, count: int) -> tuple[Pictures, Pictures]:
-        """Base and tuned pictures of `count` evenly spaced rows with different prompts, of this process alone."""
+    def pictures(self, dataset: PromptSource, count: int) -> tuple[Pictures, Pictures]:
+        """Base and tuned pictures of `count` evenly spaced rows with different prompts, of this process alone.
+
+        Raises `ValueError` for what holds no prompts, and for a `count` below 1.
+        """
+        dataset = check_dataset(dataset, "dataset")
+        check_columns([*self.rewards, *self.eval_rewards], dataset, "dataset")
+        if count < 1:
+            raise ValueError(f"`count` ({count}) must be at least 1.")
         with self.at_work(), self.judges_at_hand():
             return self.comparison.pictures(dataset, next(iter(self.evaluation_samplers().values())), count)
 

@@ -29,6 +29,7 @@ from ..run_folder.checkpoints import MANIFEST, WEIGHTS, checkpoint_to_resume, ch
 from ..run_folder.earlier_run import files_of_a_run, models_of_a_run, move_aside, refuse_earlier_run
 from ..sampling.metric_log import MetricLog
 from .base_config import FlowRLConfig
+from .input_checks import writable_folder
 from .other_processes import cause_elsewhere, is_broken_connection, tell_others
 from .sigterm import EXIT_STATUS, SigtermCallback
 
@@ -256,9 +257,7 @@ class CheckpointedTrainer(Trainer, ABC):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model and what is said of it into `output_dir` or another folder; see `write_model`."""
         if self.args.should_save:
-            folder = Path(output_dir or self.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            self.write_model(folder)
+            self.write_model(writable_folder(output_dir or self.output_dir))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

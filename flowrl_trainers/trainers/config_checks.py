@@ -116,6 +116,7 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_cache": ((False,), _LANGUAGE),
     "include_for_metrics": (([],), _NO_METRICS),
     "batch_eval_metrics": ((False,), _NO_METRICS),
+    "optim_target_modules": ((None,), "the optimizers that read it are not supported"),
     "prediction_loss_only": ((False,), _NO_METRICS),
     "eval_do_concat_batches": ((True,), _NO_METRICS),
     "eval_use_gather_object": ((False,), _NO_METRICS),

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Iterable
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,25 @@ def check_args(args: Any, config_class: type[FlowRLConfig]) -> None:
         )
 
 
-def check_output_dir(args: FlowRLConfig) -> None:
-    """Raises `ValueError` where nothing can be written."""
-    if not args.should_save:
-        return
+def writable_folder(path: str | PathLike[str]) -> Path:
+    """The folder of an `output_dir`, made where there was none.
+
+    Raises:
+        TypeError: For anything but a path.
+        ValueError: Where nothing can be written.
+    """
+    if not isinstance(path, (str, PathLike)):
+        raise TypeError(f"`output_dir` ({path!r}) must be a path.")
+    folder = Path(path)
     try:
-        Path(str(args.output_dir)).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=args.output_dir) as file:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"0" * 4096)
     except OSError as error:
         raise ValueError(
-            f"`output_dir` ({args.output_dir}) cannot be written to ({error.strerror}): choose another folder."
+            f"`output_dir` ({path}) cannot be written to ({error.strerror}): choose another folder."
         ) from error
+    return folder
 
 
 def check_rewards(rewards: list[Reward], args: FlowRLConfig, needs_gradient: str | None) -> None:
