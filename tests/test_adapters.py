@@ -66,6 +66,17 @@ def test_a_lora_that_changes_the_base_model_is_refused(tmp_path, tiny_pipeline, 
         adjoint_matching(tmp_path, tiny_pipeline, lora=config)
 
 
+@pytest.mark.parametrize(("config", "sentence"), [
+    *((LoraConfig(r=2, **{name: value}), rf"`peft_config.{name}` .* is not supported: leave it out")
+      for name, value in (("target_parameters", ["proj_out.weight"]), ("inference_mode", True), ("lora_bias", True),
+                          ("fan_in_fan_out", True), ("use_qalora", True), ("trainable_token_indices", [0]))),
+    (LoraConfig(r=2, target_modules=[]), "`peft_config.target_modules` is empty"),
+])  # fmt: skip
+def test_a_lora_that_the_stock_loader_would_not_keep_is_refused(tmp_path, tiny_pipeline, config, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        adjoint_matching(tmp_path, tiny_pipeline, lora=config)
+
+
 def test_two_active_adapters_are_one_too_many(tmp_path, tiny_pipeline):
     for name in ("a", "b"):
         tiny_pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["attn.to_q"]), adapter_name=name)

@@ -34,6 +34,7 @@ NEED_GRADIENTS = ["AdjointMatchingTrainer", "VGGFlowTrainer"]
     ({"optim": "sgd", "adam_beta1": 0.5}, r"`adam_beta1` \(0.5\) has no effect with `optim` 'sgd'"),
     ({"optim_target_modules": ["x"]}, "`optim_target_modules` .* must be None"),
     ({"gradient_checkpointing_kwargs": {"use_reentrant": False}}, "has no effect without `gradient_checkpointing`"),
+    *(({"output_dir": name}, r"`output_dir` \(.*\) must be the path of a folder") for name in ("", " ", "a\0b")),
     ({"save_strategy": "best"}, "`save_strategy` is 'best', but `metric_for_best_model` is None"),
     ({"reward_weights": [0.0]}, r"`reward_weights` \(\[0.0\]\) are all 0"),
     ({"reward_weights": [True]}, r"`reward_weights` is \[True\]: name one number per reward"),

@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -15,6 +16,11 @@ from torch import nn
 
 from ..pipelines import FlowPipeline
 
+SUPPORTED = (
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "target_modules",
+    "exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
+)  # fmt: skip
+DESCRIPTIVE = ("task_type", "auto_mapping", "peft_type", "peft_version", "base_model_name_or_path", "revision")
 COMPILED = "_orig_mod"  # how `torch.compile` names the module that it wraps
 
 
@@ -93,6 +99,7 @@ def _made(flow: FlowPipeline, config: LoraConfig) -> LoraConfig:
             "`diffusers.loaders.PeftAdapterMixin`, or pass no `peft_config` to train all weights."
         )
     _refuse_change_of_base(config)
+    _refuse_what_is_not_supported(config)
     _refuse_names_of_nothing(config, flow)
     config = copy.deepcopy(config)
     config.target_modules = config.target_modules or list(flow.lora_target_modules)
@@ -118,6 +125,22 @@ def _refuse_change_of_base(config: LoraConfig) -> None:
                 f"`peft_config.{name}` ({value!r}) changes the base model itself, which stays the reference of "
                 "training: leave it out."
             )
+
+
+def _refuse_what_is_not_supported(config: LoraConfig) -> None:
+    """Raises `ValueError` for what stock diffusers could not load again, and for what would do nothing here."""
+    plain = LoraConfig()
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name not in SUPPORTED + DESCRIPTIVE and value and value != getattr(plain, field.name):
+            raise ValueError(
+                f"`peft_config.{field.name}` ({value!r}) is not supported: leave it out; what training and the stock "
+                f"loader keep are {', '.join(SUPPORTED)}."
+            )
+    if config.target_modules is not None and not config.target_modules:
+        raise ValueError(
+            "`peft_config.target_modules` is empty: name modules, or leave it out for those of the model's family."
+        )
 
 
 def _refuse_names_of_nothing(config: LoraConfig, flow: FlowPipeline) -> None:

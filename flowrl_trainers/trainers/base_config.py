@@ -156,6 +156,8 @@ class FlowRLConfig(TrainingArguments):
                 raise ValueError(f"`reward_weights` is {weights!r}: name one number per reward.") from error
         refuse_unsupported(self)
         check_fields(self)
+        if self.output_dir is not None and (not str(self.output_dir).strip() or "\0" in str(self.output_dir)):
+            raise ValueError(f"`output_dir` ({self.output_dir!r}) must be the path of a folder.")
         if self.reward_weights and not any(self.reward_weights):
             raise ValueError(
                 f"`reward_weights` ({self.reward_weights}) are all 0, so that nothing would be maximised: leave a "
