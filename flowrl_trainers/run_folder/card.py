@@ -16,7 +16,7 @@ from .text_files import write_json, write_text
 FACTS = "card.json"
 SHAPES = "flowrl_trainers.shapes"
 LIBRARIES = ("flowrl-trainers", "trl", "diffusers", "transformers", "peft", "torch")
-LONG = 80  # a call of more letters takes a line for each argument
+LONG = 90  # a call of more letters takes a line for each argument
 NO_NUMBER = "\u2014"
 
 
