@@ -58,9 +58,8 @@ def write_yaml(folder: Path, **changes) -> str:
 
 
 def test_a_run_from_a_yaml_file_with_flags_over_it(tmp_path):
-    result = flowrl(
-        tmp_path, "adjoint_matching", "--config", write_yaml(tmp_path), "--output_dir", "out", "--max_steps", "1"
-    )
+    config = write_yaml(tmp_path, license="cc0-1.0")
+    result = flowrl(tmp_path, "adjoint_matching", "--config", config, "--output_dir", "out", "--max_steps", "1")
     assert result.returncode == 0, result.stderr
     out = tmp_path / "out"
     kept = yaml.safe_load((out / "config.yaml").read_text())
@@ -75,7 +74,10 @@ def test_a_run_from_a_yaml_file_with_flags_over_it(tmp_path):
         "samples",
         "checkpoint-1",
     } <= {p.name for p in out.iterdir()}
-    assert "| base |" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "| base |" in card
+    assert "\nlicense: cc0-1.0\n" in card
+    assert "flowrl adjoint_matching --config config.yaml --output_dir another-folder" in card
 
     resumed = flowrl(
         tmp_path,

@@ -34,14 +34,14 @@ trainer.push_to_hub(dataset_name="somebody/prompts")
 """
 
 LOAD = """
+import re
 import numpy as np
 from huggingface_hub import ModelCard, hf_hub_download
 from PIL import Image
 from flowrl_trainers.run_folder.licence import licence_of
-from tests.helpers import code_block
 
 card = ModelCard.load("somebody/red-shapes")
-code = code_block(card.text)
+(code,) = re.findall("^```python$(.*?)^```$", card.text, flags=re.DOTALL | re.MULTILINE)
 assert 'pipe.load_lora_weights("somebody/red-shapes")' in code, code
 exec(code)
 assert pipe.get_active_adapters() == ["default_0"], pipe.get_active_adapters()
