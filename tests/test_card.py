@@ -15,14 +15,18 @@ import pytest
 import torch
 from datasets import Dataset
 from diffusers import StableDiffusion3Pipeline
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from markdown_it import MarkdownIt
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 
+from flowrl_trainers.cli import main
 from flowrl_trainers.pipelines import FlowPipeline
 from flowrl_trainers.rewards import differentiable
 from flowrl_trainers.run_folder import CardFacts, RunFolder, model_card
+from flowrl_trainers.run_folder.card import write_card
+from flowrl_trainers.run_folder.curve import draw_reward_curve
+from flowrl_trainers.run_folder.licence import licence_of
 from flowrl_trainers.sampling.pictures import Pictures
 
 from .helpers import TRAINERS, adjoint_matching, check_card, code_block, make_trainer
@@ -92,28 +96,35 @@ def test_no_name_prompt_or_value_breaks_the_card(text):
     card = model_card(facts(
         name=text, method=text, paper={"title": text, "id": "2605.06583"}, tags=[text], further_tags=[text],
         base_model=text, rewards={text: 1.0, "other": -0.5}, settings={text: text}, repository=text, dataset=text,
-        sampling={"negative_prompt": text, "sigmas": [1.0, 0.5]}, prompt=text, license=text,
-        rows={text: {text: 0.25}, "tuned": {text: 0.5}},
-    ))  # fmt: skip
+        sampling={"negative_prompt": text, "sigmas": [1.0, 0.5]}, prompt=text, licence={"license": text},
+        rows={text: {text: 0.25}, "tuned": {text: 0.5}}, gallery=[{"prompt": text, "seed": 3, "picture": "p.png"}],
+    ), text)  # fmt: skip
     card.encode()
     seen = rendered(card)
     shown = flat(text)
     assert seen["h1"] == [shown]
-    assert seen["h2"] == ["What it brought", "Use", "How it was trained"]
-    assert [cell.strip() for cell in seen["th"]] == ["", shown, "setting", "value"]
-    assert [cell.strip() for cell in seen["td"]] == [shown, "0.250", "tuned", "0.500", shown, shown]
+    assert seen["h2"] == ["What it brought", "Use", "How it was trained", "Cite"]
+    assert [cell.strip() for cell in seen["th"]] == ["", shown, "tuned", "tuned - base", "setting", "value"]
+    assert [cell.strip() for cell in seen["td"]] == [shown, "0.250", "0.500", "—", shown, shown]
     assert seen["a"] == [shown]
-    assert len(seen["p"]) == 4
+    assert len(seen["p"]) == 5
+    assert len(seen["pre"]) == 3
+    assert f"  title = {{{shown}}}" in seen["pre"][-1]
     assert (
         seen["p"][0]
         == f"A LoRA for {shown}, tuned by {shown} to raise {shown} and to lower other (weight 0.5) with flowrl-trainers."
     )
-    assert not set(seen) - {"h1", "h2", "p", "table", "thead", "tbody", "tr", "th", "td", "code", "pre", "a"}
+    assert not set(seen) - {
+        "h1", "h2", "p", "table", "thead", "tbody", "tr", "th", "td", "code", "pre", "a", "gallery", "details",
+        "summary",
+    }  # fmt: skip
     head = ModelCard(card).data
     assert head.library_name == "diffusers"
     if "\udc80" not in text:
         assert text in head.tags
         assert (head.license, head.datasets, head.base_model) == (text, [text], text)
+        assert head["widget"] == [{"text": text, "output": {"url": "p.png"}}]
+        assert f"reward-model:{text}" in head.tags
 
 
 @pytest.mark.parametrize("has_adapter", [True, False])
@@ -130,15 +141,18 @@ def test_the_code_of_the_card_compiles_and_holds_the_prompt(text, has_adapter):
 def test_ordinary_names_stand_as_they_are():
     card = model_card(facts(name="sd35_red-v2.1", sampling={"negative_prompt": "it's", "num_inference_steps": 4}))
     assert "# sd35_red-v2.1\n" in card
-    assert "| | reward/redness |" in card
+    assert "| reward/redness |" in card
     assert 'pipe(prompt="your prompt", negative_prompt="it\'s", num_inference_steps=4)' in card
 
 
 def test_a_number_that_is_missing_or_not_finite_is_a_dash():
     rows = {"base": {"a": math.nan, "b": -math.inf}, "tuned": {"a": 0.5, "b": None, "c": 1.0}}
     card = model_card(facts(rows=rows))
-    assert "| base | — | — | — |" in card
-    assert "| tuned | 0.500 | — | 1.000 |" in card
+    assert "| a | — | 0.500 | — |" in card
+    assert "| b | — | — | — |" in card
+    assert "| c | — | 1.000 | — |" in card
+    (a, c) = ModelCard(card, ignore_metadata_errors=False).data.eval_results
+    assert (a.metric_type, a.metric_value, c.metric_type, c.metric_value) == ("a", 0.5, "c", 1.0)
 
 
 @pytest.mark.parametrize("name", TRAINERS)
@@ -148,6 +162,96 @@ def test_the_code_of_the_card_draws_what_the_trainer_draws(tmp_path, name):
     t.train()
     t.save_model()
     check_card(t, tiny_sd3())
+
+
+OTHER = {"license": "other", "license_name": "a-licence", "license_link": "https://huggingface.co/a/b/blob/main/L"}
+
+
+@pytest.mark.parametrize("licence", [{}, {"license": "apache-2.0"}, OTHER])
+def test_the_metadata_is_what_the_hub_reads(licence):
+    """Parsed by the Hub's own classes, which raise for a model-index that they do not know."""
+    gallery = [{"prompt": "a red circle", "seed": 7, "picture": "samples/tuned-000003-0.png"}]
+    text = model_card(facts(licence=licence, gallery=gallery, dataset="somebody/prompts"))
+    card = ModelCard(text, ignore_metadata_errors=False)
+    data = card.data
+    assert {name: data.get(name) for name in ("license", "license_name", "license_link") if data.get(name)} == licence
+    assert ("## Licence" in text) == ("--license" in text) == (not licence)
+    (result,) = data.eval_results
+    assert (result.task_type, result.dataset_type, result.dataset_name) == (
+        "text-to-image", "somebody/prompts", "held-out prompts",
+    )  # fmt: skip
+    assert (data.model_name, result.metric_type, result.metric_value) == ("red", "reward/redness", 0.4)
+    assert (data.base_model, data["base_model_relation"]) == ("somebody/model", "adapter")
+    assert data["widget"] == [{"text": "a red circle", "output": {"url": "samples/tuned-000003-0.png"}}]
+    assert "<Gallery />" in card.text
+    assert 'prompt="a red circle"' in card.text
+    assert "generator=torch.Generator().manual_seed(7)" in card.text
+    assert "eprint = {2605.06583}" in card.text
+
+
+def test_a_seed_is_not_shown_where_it_draws_another_picture():
+    gallery = [{"prompt": "a red circle", "seed": 7, "picture": "p.png"}]
+    assert "manual_seed" not in model_card(facts(gallery=gallery, sampling_note="4 steps of the trained sampler"))
+
+
+def test_a_card_is_written_again_from_its_folder(tmp_path, monkeypatch, capsys):
+    """The same bytes, by a command that asks no Hub; with a licence that was named meanwhile; or it says what lacks."""
+    for module, name in (("quiet", "hush"), ("memory", "keep_freed_memory")):  # settings of the whole process
+        monkeypatch.setattr(f"flowrl_trainers.cli.{module}.{name}", lambda: None)
+    (tmp_path / "config.yaml").write_text("model: somebody/model\nseed: 3\n")
+    rows = {"base": {"r": math.nan}, "tuned": {"r": 0.5}}
+    write_card(tmp_path, facts(rows=rows, settings={"betas": (0.9, 1e-5)}, command="flowrl ac_flow", versions={
+        "flowrl-trainers": "0.0.1",
+    }))  # fmt: skip
+    written = (tmp_path / "README.md").read_bytes()
+    assert b"seed: 3" in written
+    assert b"Versions: flowrl-trainers 0.0.1." in written
+    assert b"flowrl ac_flow\n" in written
+    (tmp_path / "README.md").unlink()
+    assert main(["card", str(tmp_path)]) == 0
+    assert (tmp_path / "README.md").read_bytes() == written
+    assert (
+        main(["card", str(tmp_path), "--license", "mit", "--hub_model_id", "me/red", "--dataset", "me/prompts"]) == 0
+    )
+    assert main(["card", str(tmp_path)]) == 0  # what was said stays
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.license, card.data.datasets) == ("mit", ["me/prompts"])
+    assert 'load_lora_weights("me/red")' in card.text
+    assert "## Licence" not in card.text
+    assert main(["card", str(tmp_path / "elsewhere")]) == 2
+    assert "has no card.json that can be read" in capsys.readouterr().err
+    (tmp_path / "card.json").write_text('{"name": "red"}')
+    assert main(["card", str(tmp_path)]) == 2
+    assert "other facts than this version of flowrl-trainers knows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("head", "licence"), [
+    ("license: apache-2.0", {"license": "apache-2.0"}),
+    ("license: other\nlicense_name: a\nlicense_link: LICENSE.md", {
+        "license": "other", "license_name": "a", "license_link": "https://huggingface.co/a/base/blob/main/LICENSE.md",
+    }),
+    ("license: other\nlicense_link: https://x.org/L", {"license": "other", "license_link": "https://x.org/L"}),
+    ("license: [mit, apache-2.0]", {}),
+    ("tags: [a]", {}),
+    ("license: [", {}),
+])  # fmt: skip
+def test_the_licence_of_a_base_model_is_read_from_the_cache(tmp_path, monkeypatch, head, licence):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--a--base" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--a--base" / "refs").mkdir()
+    (tmp_path / "models--a--base" / "refs" / "main").write_text("0" * 40)
+    (snapshot / "README.md").write_text(f"---\n{head}\n---\n# Base\n")
+    assert licence_of("a/base") == licence_of("a/base", offline=True) == licence
+    assert licence_of("a/other") == licence_of(None) == {}
+    assert licence_of("flowrl_trainers.shapes") == {"license": "apache-2.0"}
+
+
+def test_a_reward_curve_needs_two_points(tmp_path):
+    history = [{"step": 1, "loss": 1.0, "reward/r": 0.1}, {"step": 1, "eval_reward/r": 0.2, "eval_base_reward/r": 0.1}]
+    assert not draw_reward_curve(tmp_path / "curve.png", history, "r")
+    assert draw_reward_curve(tmp_path / "curve.png", [*history, {"step": 2, "reward/r": 0.3}], "r")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---- JSON -----------------------------------------------------------------------------------------------------------
@@ -181,7 +285,8 @@ def test_files_of_a_run_are_json_whatever_its_numbers_are_and_are_read_back(tmp_
     before = (tmp_path / "metrics.json").read_text(), (tmp_path / "README.md").read_text()
     again.write_facts(tmp_path, {}, {"training": 1.04}, facts())
     assert (before[0], before[1]) == ((tmp_path / "metrics.json").read_text(), (tmp_path / "README.md").read_text())
-    assert "| base | — | 0.500 |" in before[1]
+    assert "| r | — | — | — |" in before[1]
+    assert "| s | 0.500 | — | — |" in before[1]
 
 
 def test_a_run_whose_judge_gives_nothing_leaves_json_and_goes_on_from_its_checkpoint(tmp_path):

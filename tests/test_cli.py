@@ -59,9 +59,8 @@ def write_yaml(folder: Path, **changes) -> str:
 
 
 def test_a_run_from_a_yaml_file_with_flags_over_it(tmp_path):
-    result = flowrl(
-        tmp_path, "adjoint_matching", "--config", write_yaml(tmp_path), "--output_dir", "out", "--max_steps", "1"
-    )
+    config = write_yaml(tmp_path, license="cc0-1.0")
+    result = flowrl(tmp_path, "adjoint_matching", "--config", config, "--output_dir", "out", "--max_steps", "1")
     assert result.returncode == 0, result.stderr
     out = tmp_path / "out"
     kept = yaml.safe_load((out / "config.yaml").read_text())
@@ -76,7 +75,10 @@ def test_a_run_from_a_yaml_file_with_flags_over_it(tmp_path):
         "samples",
         "checkpoint-1",
     } <= {p.name for p in out.iterdir()}
-    assert "| base |" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "| base |" in card
+    assert "\nlicense: cc0-1.0\n" in card
+    assert "flowrl adjoint_matching --config config.yaml --output_dir another-folder" in card
 
     resumed = flowrl(
         tmp_path,
@@ -146,7 +148,7 @@ def test_env_prints_what_a_bug_report_needs():
     (["demo", "--trainer=ppo"], "flowrl: `--trainer` is 'ppo'"),
     (["adjoint_matching", "--config"], "flowrl: `--config` needs the name of a YAML file."),
     (["evaluate", "--config"], "flowrl: `--config` needs the name of a YAML file."),
-    (["train"], "flowrl: there is no command 'train': choose adjoint_matching, vgg_flow, ac_flow, tafs_grpo, demo, evaluate, serve_reward, convert_sit, convert_image_reward, env."),
+    (["train"], "flowrl: there is no command 'train': choose adjoint_matching, vgg_flow, ac_flow, tafs_grpo, demo, evaluate, card, export_comfyui, serve_reward, convert_sit, convert_image_reward, env."),
 ])  # fmt: skip
 def test_wrong_arguments_get_one_sentence_and_status_2(refused, arguments, sentence):
     status, said = refused(*arguments)

@@ -96,7 +96,7 @@ def test_a_short_demo_leaves_what_it_says(tmp_path, trainer):
         "README.md",
         "config.yaml",
         "before_after.png",
-        "reward_curve.png",
+        "card.json",
         "pytorch_lora_weights.safetensors",
     ):
         assert (tmp_path / name).stat().st_size > 200

@@ -10,6 +10,7 @@ from datasets import Dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flowrl_trainers.rewards import differentiable
+from flowrl_trainers.run_folder.card import read_facts, write_card
 
 from .helpers import adjoint_matching, update_rows
 
@@ -34,9 +35,17 @@ def test_what_a_reward_logs_stands_in_metrics_pictures_and_card(tmp_path, tiny_p
     t.save_model()
     assert "| brightness |" in (tmp_path / "README.md").read_text()
     assert json.loads((tmp_path / "samples" / "step-000001.json").read_text())["extra"] == {"length": [5, 14]}
-    assert "(samples/step-000001.png)" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "(samples/step-000001.png)" in card
+    head = yaml.safe_load(card.split("---")[1])
+    assert [shown["text"] for shown in head["widget"]] == ["a cat", "a dog, sitting"]
+    assert all((tmp_path / shown["output"]["url"]).exists() for shown in head["widget"])
+    write_card(tmp_path, read_facts(tmp_path))
+    assert (tmp_path / "README.md").read_text() == card
     t.save_model(str(tmp_path / "elsewhere"))
     assert ".png" not in (tmp_path / "elsewhere" / "README.md").read_text()  # no picture is there
+    t.evaluate(Dataset.from_dict({"prompt": ["a fox"]}))
+    assert [path.name for path in tmp_path.glob("samples/tuned-*")] == ["tuned-000001-0.png"]
 
 
 def test_the_diversity_of_an_evaluation_is_that_of_its_pictures(tmp_path, tiny_pipeline):

@@ -21,7 +21,7 @@ torch.set_num_threads(int(os.environ.get("FLOWRL_TEST_THREADS", "1")))
 args = AdjointMatchingConfig(
     output_dir=sys.argv[1], push_to_hub=True, hub_token="hf_of_a_test", hub_model_id="somebody/red-shapes",
     hub_strategy=sys.argv[2], max_steps=1, save_steps=1, num_inference_steps=2, adjoint_steps=2,
-    per_device_train_batch_size=2, guidance_scale=1.0, max_sequence_length=8, use_cpu=True, report_to="none",
+    per_device_train_batch_size=2, guidance_scale=1.0, max_sequence_length=8, use_cpu=True, report_to="tensorboard",
     disable_tqdm=True, log_images=2,
 )
 trainer = AdjointMatchingTrainer(
@@ -34,21 +34,36 @@ trainer.push_to_hub(dataset_name="somebody/prompts")
 """
 
 LOAD = """
-import sys
-import torch
-from flowrl_trainers.shapes import load_pipeline
-pipe = load_pipeline()
-pipe.set_progress_bar_config(disable=True)
-pipe.load_lora_weights("somebody/red-shapes")
+import re
+import numpy as np
+from huggingface_hub import ModelCard, hf_hub_download
+from PIL import Image
+from flowrl_trainers.run_folder.licence import licence_of
+
+card = ModelCard.load("somebody/red-shapes")
+(code,) = re.findall("^```python$(.*?)^```$", card.text, flags=re.DOTALL | re.MULTILINE)
+assert 'pipe.load_lora_weights("somebody/red-shapes")' in code, code
+exec(code)
 assert pipe.get_active_adapters() == ["default_0"], pipe.get_active_adapters()
 config = pipe.transformer.peft_config["default_0"]
 assert (config.r, config.lora_alpha) == (2, 6), config
+first = hf_hub_download("somebody/red-shapes", card.data["widget"][0]["output"]["url"])
+difference = np.abs(np.asarray(Image.open(first), float) - np.asarray(image, float)).max()
+assert difference <= 1, difference
+license = {"license": "other", "license_name": "a-licence"}
+license |= {"license_link": "https://huggingface.co/somebody/base/blob/main/LICENSE.md"}
+assert licence_of("somebody/base") == license, licence_of("somebody/base")
+assert licence_of("somebody/base", offline=True) == license  # it is in the cache now
+assert licence_of("somebody/nothing") == {}
 print("loaded")
 """
+BASE = b"---\nlicense: other\nlicense_name: a-licence\nlicense_link: LICENSE.md\n---\n# A base model\n"
 
 
 def test_a_run_is_pushed_and_loads_from_there(tmp_path):
+    """The code of the card, from the Hub, draws the first picture of the gallery; no file holds the token."""
     with serve() as hub:
+        hub.files["somebody/base"] = {"README.md": BASE}
         pushed = run_against(PUSH, hub.address, tmp_path / "home", str(tmp_path / "run"), "checkpoint")
         assert pushed.returncode == 0, pushed.stderr
         files = hub.files["somebody/red-shapes"]
@@ -65,13 +80,15 @@ def test_a_run_is_pushed_and_loads_from_there(tmp_path):
             "last-checkpoint/optimizer.pt",
         } <= set(files)
         assert not any(b"hf_of_a_test" in content for content in files.values())
+        written = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert any("events.out" in path.name for path in written)
+        assert not [path for path in written if b"hf_of_a_test" in path.read_bytes()]
         assert not any(name.endswith("training_args.bin") for name in files)
         card = files["README.md"].decode()
         head = yaml.safe_load(card.split("---")[1])
         assert head["library_name"] == "diffusers"
         assert head["pipeline_tag"] == "text-to-image"
         assert head["datasets"] == ["somebody/prompts"]
-        assert 'pipe.load_lora_weights("somebody/red-shapes")' in card
         assert "(samples/step-000001.png)" in card
         assert [message for _, message in hub.commits][-1] == "End of training"
         loaded = run_against(LOAD, hub.address, tmp_path / "another home")
@@ -96,11 +113,15 @@ def test_the_card_names_base_model_tags_and_numbers():
     card = model_card(facts())
     head = yaml.safe_load(card.split("---")[1])
     assert head["base_model"] == "stabilityai/stable-diffusion-3.5-medium"
-    assert set(head["tags"]) == {"text-to-image", "flow-matching", "flowrl-trainers", "adjoint-matching", "lora"}
-    assert "| base | 0.100 |" in card
-    assert "| tuned | 0.400 |" in card
+    assert head["base_model_relation"] == "adapter"
+    assert head["tags"] == [
+        "text-to-image", "diffusers", "flow-matching", "flowrl-trainers", "adjoint-matching", "lora",
+        "reward-model:redness",
+    ]  # fmt: skip
+    assert "| | base | tuned | tuned - base |" in card
+    assert "| reward/redness | 0.100 | 0.400 | +0.300 |" in card
     assert 'DiffusionPipeline.from_pretrained("stabilityai/stable-diffusion-3.5-medium")' in card
-    assert "guidance_scale=4.5, num_inference_steps=20" in card
+    assert 'pipe(prompt="your prompt", guidance_scale=4.5, num_inference_steps=20).images[0]' in card
 
 
 def test_the_card_tells_weights_and_what_is_lowered():
@@ -112,7 +133,9 @@ def test_the_card_of_a_full_fine_tuning_loads_the_transformer():
     card = model_card(facts(has_adapter=False, repository="me/red"))
     assert "load_lora_weights" not in card
     assert 'from_pretrained("me/red", subfolder="transformer")' in card
-    assert "lora" not in yaml.safe_load(card.split("---")[1])["tags"]
+    head = yaml.safe_load(card.split("---")[1])
+    assert "lora" not in head["tags"]
+    assert head["base_model_relation"] == "finetune"
 
 
 def test_the_margin_of_a_sheet_has_room_for_long_labels():

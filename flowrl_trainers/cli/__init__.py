@@ -8,7 +8,10 @@ from pathlib import Path
 from ..trainers.suggestions import did_you_mean
 
 METHODS = ("adjoint_matching", "vgg_flow", "ac_flow", "tafs_grpo")
-COMMANDS = (*METHODS, "demo", "evaluate", "serve_reward", "convert_sit", "convert_image_reward", "env")
+COMMANDS = (
+    *METHODS, "demo", "evaluate", "card", "export_comfyui", "serve_reward", "convert_sit", "convert_image_reward",
+    "env",
+)  # fmt: skip
 
 READ_HERE = ("--config=", "--trainer=", "--accelerate_config=", "--num_processes=")
 
@@ -25,6 +28,8 @@ commands:
   demo               tune the embedded pipeline, print base and tuned on held-out prompts, and write the adapter and
                      pictures; `--trainer METHOD` takes another of the four methods than `adjoint_matching`
   evaluate           measure adapters beside their base model, same prompts and seeds; writes a table and a picture
+  card               write the card of a run again, offline: `flowrl card OUTPUT [--license apache-2.0]`
+  export_comfyui     write the adapter of a run as ComfyUI reads it: `flowrl export_comfyui OUTPUT [FILE]`
   serve_reward       serve a reward over HTTP, at 127.0.0.1:8000 by default, for `RemoteReward`:
                      `flowrl serve_reward NAME`
   convert_sit        turn a checkpoint of SiT's original code into a pipeline folder:
@@ -98,6 +103,14 @@ def _run(command: str, arguments: list[str]) -> int:
             from .evaluate import evaluate
 
             evaluate(arguments)
+        case "card":
+            from .card import card
+
+            card(arguments)
+        case "export_comfyui":
+            from .export_comfyui import export_comfyui
+
+            export_comfyui(arguments)
         case "serve_reward":
             from .serve_reward import serve_reward
 

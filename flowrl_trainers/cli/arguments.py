@@ -65,6 +65,11 @@ class RunArguments:
     eval_reward_funcs: list[str] = HfArg(
         default_factory=list, help="Rewards that evaluation adds and training never sees, named in the same way."
     )
+    license: str | None = HfArg(
+        default=None,
+        help="The licence on the card, such as 'apache-2.0'. Default: that of the base model, where the Hub or the "
+        "cache has its card.",
+    )
     lora_r: Annotated[int, Range(at_least=0)] = HfArg(
         default=32, help="The rank of the LoRA; 0 trains all weights of the transformer."
     )

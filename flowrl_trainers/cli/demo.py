@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from matplotlib.figure import Figure
 
 from ..run_folder import sheet_of
 from ..run_folder.text_files import write_json
@@ -89,7 +88,6 @@ def demo(arguments: list[str]) -> None:
     if trainer.is_world_process_zero():
         folder = trainer.run_folder.path
         _draw_before_after(trainer, folder)
-        _draw_reward_curve(trainer, folder)
         print(_table(trainer, len(held_out) * PICTURES_PER_PROMPT))
         print(f"Adapter, card and pictures are in {folder}/: look at README.md and before_after.png.")
     trainer.save_model()
@@ -131,17 +129,3 @@ def _draw_before_after(trainer: FlowRLTrainer, folder: Path) -> None:
     sheet.save(folder / "before_after.png")
     facts = {"prompts": tuned.prompts, "seeds": tuned.seeds, "tuned_boxes": boxes["tuned"]}
     write_json(folder / "before_after.json", facts)
-
-
-def _draw_reward_curve(trainer: FlowRLTrainer, folder: Path) -> None:
-    """Draw the mean reward of every rollout, and the rewards of base and tuned model in the evaluation."""
-    name = f"reward/{trainer.rewards[0].name}"
-    points = [(row["step"], row[name]) for row in trainer.state.log_history if name in row]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(*zip(*points, strict=True), label="training prompts, each rollout")
-    axes.axhline(trainer.rows["base"][name], color="gray", linestyle="--", label="held-out prompts, base")
-    axes.axhline(trainer.rows["tuned"][name], color="tab:green", linestyle="--", label="held-out prompts, tuned")
-    axes.set(xlabel="update", ylabel=name, title=f"flowrl demo: {trainer._name}")
-    axes.legend()
-    figure.savefig(folder / "reward_curve.png", dpi=120)

@@ -74,6 +74,9 @@ def make_trainer(method: str, args: RunArguments, config: FlowRLConfig) -> FlowR
     trainer.settings |= {name: value for name, value in vars(args).items() if value is not None}
     if args.dataset != "shapes" and not is_prompt_file(args.dataset) and not Path(args.dataset).exists():
         trainer.told_for_card["dataset"] = args.dataset
+    if args.license is not None:
+        trainer.told_for_card["licence"] = {"license": args.license}
+    trainer.told_for_card["command"] = f"flowrl {method} --config config.yaml --output_dir another-folder"
     return trainer
 
 

@@ -14,9 +14,12 @@ from torch import nn
 
 from ..pipelines import FlowPipeline
 from ..sampling.pictures import Pictures
-from .card import CardFacts, model_card
-from .gallery import sheet_of
+from .card import CardFacts, write_card
+from .curve import draw_reward_curve
+from .gallery import sheet_of, to_pillow
 from .text_files import write_json, write_text
+
+CURVE = "reward_curve.png"
 
 
 class RunFolder:
@@ -72,14 +75,41 @@ class RunFolder:
         self.write_card(folder, facts)
 
     def write_card(self, folder: Path, facts: CardFacts) -> None:
-        """Write `README.md` with the rows of the last evaluation, and its picture where that lies in the folder."""
-        sheet = next((s for s in (self.path / "before_after.png", self.sheet) if s is not None and s.exists()), None)
-        beside = sheet is not None and folder.resolve() == self.path.resolve()
-        picture = sheet.relative_to(self.path).as_posix() if sheet is not None and beside else None
-        write_text(folder / "README.md", model_card(replace(facts, rows=self.rows, picture=picture)))
+        """Write the card with the rows of the last evaluation, and with its pictures where they lie in the folder."""
+        facts = replace(facts, rows=self.rows)
+        if folder.resolve() == self.path.resolve():
+            sheets = (self.path / "before_after.png", self.sheet)
+            sheet = next((path for path in sheets if path is not None and path.exists()), None)
+            facts = replace(
+                facts,
+                picture=None if sheet is None else sheet.relative_to(self.path).as_posix(),
+                curve=CURVE if (self.path / CURVE).exists() else None,
+                gallery=self._gallery(),
+            )
+        write_card(folder, facts)
+
+    def _gallery(self) -> list[dict[str, Any]]:
+        """Prompt, seed and path of the tuned pictures of the last evaluation."""
+        if self.sheet is None:
+            return []
+        shown = json.loads(self.sheet.with_suffix(".json").read_text(encoding="utf-8"))
+        pairs = zip(shown["prompts"], shown["seeds"], strict=True)
+        pictures = [_tuned(self.sheet, i) for i in range(len(shown["prompts"]))]
+        found = [
+            {"prompt": prompt, "seed": seed, "picture": picture}
+            for (prompt, seed), picture in zip(pairs, pictures, strict=True)
+        ]
+        return [entry for entry in found if (self.path / entry["picture"]).exists()]
+
+    def draw_curve(self, history: list[dict[str, Any]], reward: str) -> None:
+        """Draw `reward_curve.png` of what was logged, where that is enough."""
+        draw_reward_curve(self.path / CURVE, history, reward)
 
     def write_sheet(self, base: Pictures, tuned: Pictures, step: int) -> None:
         """Write `samples/step-N.png`, base and tuned pictures under one another, and a JSON file of their facts.
+
+        The tuned ones are also written one by one, at full size, for the gallery of the card; those of an earlier
+        evaluation are deleted.
 
         Args:
             base: Pictures of the base model.
@@ -93,6 +123,10 @@ class RunFolder:
         sheet.save(self.sheet)
         facts = {"prompts": base.prompts, "seeds": base.seeds, "base": base.scores, "tuned": tuned.scores}
         write_json(self.sheet.with_suffix(".json"), facts | {"extra": tuned.extra})
+        for earlier in folder.glob("tuned-*.png"):
+            earlier.unlink()
+        for i, image in enumerate(tuned.images):
+            to_pillow(image).save(self.path / _tuned(self.sheet, i))
 
     def take_up_evaluation(self, checkpoint: Path, step: int) -> None:
         """Take up the last evaluation before a checkpoint, of which its card tells, and its sheet of pictures.
@@ -109,3 +143,8 @@ class RunFolder:
         }
         sheets = sorted((self.path / "samples").glob("step-*.png"), reverse=True)
         self.sheet = next((sheet for sheet in sheets if self.rows and sheet.stem <= f"step-{step:06d}"), None)
+
+
+def _tuned(sheet: Path, number: int) -> str:
+    """The path of a tuned picture of a sheet, from the folder of the run."""
+    return f"samples/{sheet.stem.replace('step', 'tuned')}-{number}.png"

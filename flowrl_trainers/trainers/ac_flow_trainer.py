@@ -102,6 +102,7 @@ class ACFlowTrainer(FlowRLTrainer[ACFlowRollout, ACFlowRecord]):
     _paper: ClassVar[dict[str, str] | None] = {
         "title": "Fine-tuning Flow Matching Generative Models with Intermediate Feedback",
         "id": "2510.18072",
+        "authors": "Fan, J. and Cheng, C. and Shen, S. and Zhou, X. and Liu, G.",
         "note": ", as reconstructed from its abstract",
     }
     config_class = ACFlowConfig

@@ -112,6 +112,7 @@ class AdjointMatchingTrainer(RewardGradientTrainer[AdjointMatchingRollout, Adjoi
         "title": "Improved techniques for fine-tuning flow models via adjoint matching: "
         "a deterministic control pipeline",
         "id": "2605.06583",
+        "authors": "Guo, Z. and Sheng, J. and Yao, D. D. and Tang, W.",
         "note": ", as reconstructed from its abstract",
     }
     config_class = AdjointMatchingConfig

@@ -34,6 +34,7 @@ from ..run_folder.identity import (
     texts_identity,
     weights_identity,
 )
+from ..run_folder.licence import licence_of
 from ..run_folder.settings import run_settings
 from ..sampling.buffer import MicroBatch, Record, RolloutBuffer
 from ..sampling.comparison import Comparison
@@ -723,6 +724,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         """The adapter as stock diffusers reads it (or `transformer/`), the card, `config.yaml` and `metrics.json`."""
         with self.average.in_place():
             self.run_folder.write_networks(folder, self.extra_networks())
+        if folder.resolve() == self.output_dir.resolve():
+            self.run_folder.draw_curve(self.state.log_history, self.rewards[0].name)
         self.run_folder.write_facts(folder, self.settings, self.seconds_so_far(), self._card_facts())
 
     def create_model_card(  # type: ignore[override]  # the arguments are those of TRL
@@ -738,11 +741,12 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             model_name: The heading.
             dataset_name: The data set of the prompts on the Hub.
             tags: Added to those of the method.
-            license: Of the adapter.
+            license: Of the adapter; that of the base model, where its card can be read, by default.
         """
         # `push_to_hub` passes the name that the card has anyway.
         name = None if model_name in ("", self._default_name) else model_name
-        told = {"name": name, "dataset": dataset_name, "license": license}
+        licence = None if license is None else {"license": license}
+        told = {"name": name, "dataset": dataset_name, "licence": licence}
         self.told_for_card |= {key: value for key, value in told.items() if value is not None}
         if tags is not None:
             self.told_for_card["further_tags"] = [tags] if isinstance(tags, str) else list(tags)
@@ -757,7 +761,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             "sampling": self.flow.call_arguments() | {"num_inference_steps": steps},
             "scheduler": self.flow.scheduler_code(renoises=False),
         } | self.card_sampling()
-        told: dict[str, Any] = {"name": self._default_name} | self.told_for_card
+        told: dict[str, Any] = {"name": self._default_name, "licence": self._base_licence} | self.told_for_card
         return CardFacts(
             method=self._name,
             paper=self._paper,
@@ -776,6 +780,10 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             **sampling,
             **told,
         )
+
+    @cached_property
+    def _base_licence(self) -> dict[str, str]:
+        return licence_of(self.flow.name)
 
     @property
     def _default_name(self) -> str:

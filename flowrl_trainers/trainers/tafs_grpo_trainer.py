@@ -90,6 +90,7 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
     _paper: ClassVar[dict[str, str] | None] = {
         "title": "Know Your Step: Faster and Better Alignment for Flow Matching Models via Step-aware Advantages",
         "id": "2602.01591",
+        "authors": "Yue, Z. and Ni, Z. and Ye, F. and Zhang, J. and Shen, S. and Mi, Z.",
         "note": ", as reconstructed from its abstract",
     }
     config_class = TAFSGRPOConfig

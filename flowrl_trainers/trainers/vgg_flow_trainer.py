@@ -110,6 +110,7 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
     _paper: ClassVar[dict[str, str] | None] = {
         "title": "Value Gradient Guidance for Flow Matching Alignment",
         "id": "2512.05116",
+        "authors": "Liu, Z. and Xiao, T. Z. and Domingo-Enrich, C. and Liu, W. and Zhang, D.",
     }
     config_class = VGGFlowConfig
     record_class = VGGFlowRecord
