@@ -6,7 +6,9 @@ import yaml
 
 from flowrl_trainers.run_folder import CardFacts, before_after, model_card
 
+from .helpers import make_trainer
 from .hub_server import run_against, serve
+from .tiny import tiny_sd3
 
 PUSH = """
 import os
@@ -157,3 +159,13 @@ def test_the_sheet_holds_every_picture_where_it_says(count):
             small = sheet.crop(box).resize((32, 32), 0)
             expected = (image.permute(1, 2, 0) * 255).round().to(torch.uint8).flatten().tolist()
             assert list(small.tobytes()) == expected
+
+
+def test_a_hub_that_is_away_is_said_before_training(tmp_path, tiny_pipeline):
+    with pytest.raises(
+        ValueError, match=r"The Hub gives this run no repository .*: log in by `hf auth login` and unset"
+    ):
+        make_trainer("AdjointMatchingTrainer", tmp_path, tiny_pipeline, push_to_hub=True)
+    t = make_trainer("AdjointMatchingTrainer", tmp_path, tiny_sd3())
+    with pytest.raises(ValueError, match="The Hub gives this run no repository"):
+        t.push_to_hub()

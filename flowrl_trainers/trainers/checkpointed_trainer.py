@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import httpx2
 import torch
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
@@ -260,6 +261,17 @@ class CheckpointedTrainer(Trainer, ABC):
             self.write_model(writable_folder(output_dir or self.output_dir))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the run's repository on the Hub; raises `ValueError` where the Hub does not let us."""
+        try:
+            super().init_hf_repo(token=token, private=private)
+        except (OSError, httpx2.HTTPError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise ValueError(
+                f"The Hub gives this run no repository ({reason}): log in by `hf auth login` and unset "
+                "`HF_HUB_OFFLINE`, or leave `push_to_hub` out and push the folder later."
+            ) from error
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = self.output_dir / f"checkpoint-{self.state.global_step}"
