@@ -91,7 +91,9 @@ def adjoint_matching(
 ) -> AdjointMatchingTrainer:
     """Adjoint matching of two images in four steps: the trainer on which what all trainers share is tested."""
     dataset = Dataset.from_dict({"prompt": CAPTIONS}) if dataset is None else dataset
-    extra = {name: settings.pop(name) for name in ("eval_dataset", "eval_reward_funcs") if name in settings}
+    extra = {
+        name: settings.pop(name) for name in ("eval_dataset", "eval_reward_funcs", "callbacks") if name in settings
+    }
     config = adjoint_matching_config(folder, **settings)
     return AdjointMatchingTrainer(pipeline, reward, config, dataset, peft_config=lora, **extra)
 

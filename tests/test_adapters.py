@@ -68,7 +68,7 @@ def test_a_lora_that_changes_the_base_model_is_refused(tmp_path, tiny_pipeline, 
 
 @pytest.mark.parametrize(("config", "sentence"), [
     *((LoraConfig(r=2, **{name: value}), rf"`peft_config.{name}` .* is not supported: leave it out")
-      for name, value in (("target_parameters", ["proj_out.weight"]), ("inference_mode", True), ("lora_bias", True),
+      for name, value in (("target_parameters", ["proj_out.weight"]), ("inference_mode", True),
                           ("fan_in_fan_out", True), ("use_qalora", True), ("trainable_token_indices", [0]))),
     (LoraConfig(r=2, target_modules=[]), "`peft_config.target_modules` is empty"),
 ])  # fmt: skip

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from diffusers import FlowMatchEulerDiscreteScheduler
 from peft import LoraConfig
 from torch import nn
 
@@ -48,7 +49,23 @@ def other_base():
     return {"pipeline": pipeline}
 
 
+def other_part(name):
+    pipeline = tiny_sd3()
+    with torch.no_grad():
+        next(getattr(pipeline, name).parameters()).mul_(1.01)
+    return {"pipeline": pipeline}
+
+
+def other_scheduler():
+    pipeline = tiny_sd3()
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config, shift=7.0)
+    return {"pipeline": pipeline}
+
+
 @pytest.mark.parametrize(("change", "sentence"), [
+    (other_scheduler, r"noise levels 3 \(sha256 \w+\), but this run has 3 \(sha256 \w+\)"),
+    *((lambda name=name: other_part(name), r"text encoders and decoder 4 \(sha256 \w+\), but this run has 4 \(sha256 \w+\)")
+      for name in ("vae", "text_encoder", "text_encoder_3")),
     (lambda: {"prompts": PROMPTS[::-1]}, r"prompts 4 \(sha256 \w+\), but this run has 4 \(sha256 \w+\)"),
     (lambda: {"prompts": [*PROMPTS, "a blue square"]}, r"prompts 4 \(sha256 \w+\), but this run has 5 \(sha256 \w+\)"),
     (lambda: {"columns": {"answer": ["yes"] * 4}}, r"columns of the prompts \['prompt'\], but this run has \['answer', 'prompt'\]"),

@@ -46,8 +46,8 @@ class DiffusersFlowPipeline(FlowPipeline):
 
     def __init__(self, pipeline: Any, **settings: Any) -> None:
         self.pipeline = pipeline
-        self._name = _hub_id(pipeline)  # now, as a folder with a relative path may not be found later
         self._refuse_missing_parts()
+        self._name = _hub_id(pipeline)  # now, as a folder with a relative path may not be found later
         size = self.default_size()
         self.settings = {"height": size, "width": size} | self.default_settings | settings
         self._check_settings()
@@ -305,6 +305,7 @@ def _sort_metadata(path: Path) -> None:
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # so that the numbers stay aligned
+    path.unlink()  # safetensors lets nobody else read its files
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
 
 

@@ -196,8 +196,8 @@ def checkpoint_to_resume(output_dir: Path, wanted: str | Path | Literal[True]) -
     if folder is None and wanted is True:
         reasons = "; ".join(f"{bad.name} is {reason}" for bad, reason in faults.items())
         raise ValueError(
-            f"{output_dir} holds no complete checkpoint to resume from{reasons and f' ({reasons})'}: start without "
-            "`resume_from_checkpoint`."
+            f"{output_dir} holds no complete checkpoint to resume from{reasons and f' ({reasons})'}: resume from "
+            "'auto' to begin anew there, or set `overwrite_output_dir`."
         )
     return folder, faults
 

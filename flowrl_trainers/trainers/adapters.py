@@ -19,6 +19,7 @@ from ..pipelines import FlowPipeline
 SUPPORTED = (
     "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "target_modules",
     "exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
+    "lora_bias",
 )  # fmt: skip
 DESCRIPTIVE = ("task_type", "auto_mapping", "peft_type", "peft_version", "base_model_name_or_path", "revision")
 COMPILED = "_orig_mod"  # how `torch.compile` names the module that it wraps

@@ -51,10 +51,19 @@ from ..sampling.scoring import Scorer, call_rewards, decoded
 from .adapters import prepare_adapter
 from .base_config import FlowRLConfig
 from .checkpointed_trainer import CheckpointedTrainer, TrainingState
-from .input_checks import check_args, check_best_metric, check_columns, check_dataset, check_rewards, writable_folder
+from .input_checks import (
+    check_args,
+    check_best_metric,
+    check_callbacks,
+    check_columns,
+    check_dataset,
+    check_rewards,
+    writable_folder,
+)
 from .loop_callback import LoopCallback
 from .moving_average import MovingAverage
 from .pipeline_state import PipelineState
+from .surroundings import check_modes, check_networks, check_sigmas
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +123,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         peft_config: LoraConfig | None = None,
     ) -> None:
         # What needs no model; prompts before rewards, which may be large networks.
+        check_modes()
         args = args or self.config_class(output_dir=self._name.lower().replace(" ", "-"))
         check_args(args, self.config_class)
         if args.should_save:
@@ -134,8 +144,11 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         if eval_dataset is not None:
             check_columns([*self.rewards, *self.eval_rewards], eval_dataset, "eval_dataset")
 
+        check_callbacks(callbacks or [], args)
+
         # The model, and what is trained of it.
         self.flow = _flow_pipeline(model, args)
+        check_networks(self.flow)
         self._given: PipelineState | None = PipelineState(self.flow)
         self._at_work = False
         try:
@@ -233,6 +246,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         # What the algorithm adds.
         self._place_frozen_parts()
         self.sigmas = self.flow.sigmas(args.num_inference_steps).to(args.device)
+        check_sigmas(self.sigmas)
         head = self.make_head()
         if head is not None:
             name, network = head
@@ -408,6 +422,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
 
     def before_training(self) -> None:
         """Probe model and rewards, and start with an empty buffer."""
+        check_modes()
         if not torch.is_grad_enabled():
             raise ValueError(
                 "Gradients are switched off in this process (`torch.set_grad_enabled(False)`, or a `torch.no_grad()` "
@@ -428,6 +443,11 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             conditioning = self.condition(examples)
             with self.accelerator.autocast():
                 latents = self.flow.sample_latents(self.model.active_transformer, conditioning, latents, self.sigmas)
+        if not latents.isfinite().all():
+            raise ValueError(
+                "The model's own pictures are not finite before training: its weights are damaged, or its precision "
+                "is too low for them (float16 takes `fp16` and `dtype`)."
+            )
         if self.needs_reward_gradient:
             scores, _ = self.scorer.score_with_gradient(latents, examples)
         else:
@@ -817,7 +837,9 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
                 "arguments of the pipeline": self.flow.call_arguments(),
                 "columns of the prompts": sorted(self.train_dataset.dataset.column_names),
                 "prompts": self._prompts_identity,
+                "noise levels": texts_identity(f"{sigma:.6f}" for sigma in self.sigmas.tolist()),
                 "base model": self._base_identity,
+                "text encoders and decoder": self._frozen_parts_identity,
             },
         )
 
@@ -830,6 +852,12 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         frozen = self.model.frozen
         with self.at_work():  # where the base model takes no gradients
             return weights_identity(self.model.transformer if frozen is None else frozen)
+
+    @cached_property
+    def _frozen_parts_identity(self) -> str:
+        with self.at_work():
+            parts = [*self.flow.text_encoders(), *self.flow.decoders()]
+            return texts_identity(weights_identity(part) for part in parts)
 
     @property
     def optimizer_kind(self) -> str:

@@ -13,7 +13,9 @@ import time
 from abc import ABC, abstractmethod
 from contextlib import ExitStack
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 import httpx2
@@ -36,7 +38,7 @@ from .sigterm import EXIT_STATUS, SigtermCallback
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # of what a checkpoint keeps: a change of it takes the next number, so that the others are refused
+FORMAT = 3  # of what a checkpoint keeps: a change of it takes the next number, so that the others are refused
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """What saving raises where it cannot write; `RuntimeError` is what torch makes of a full disk."""
@@ -145,6 +147,10 @@ class CheckpointedTrainer(Trainer, ABC):
             RuntimeError: Where a checkpoint cannot be written, or another process failed.
             SystemExit: After SIGTERM.
         """
+        if not isinstance(resume_from_checkpoint, (str, PathLike, bool, NoneType)):
+            raise TypeError(
+                f"`resume_from_checkpoint` ({resume_from_checkpoint!r}) must be True, 'auto' or a checkpoint's folder."
+            )
         self.best_step, self._counter.updates = None, 0
         with ExitStack() as listening:  # until what was learned is kept, and others' errors are told
             try:
@@ -314,6 +320,7 @@ class CheckpointedTrainer(Trainer, ABC):
             torch.save({"format": FORMAT} | state.values, self._values_file(folder))
         if self.args.should_save:
             save_file({name: value.detach().contiguous() for name, value in state.tensors.items()}, folder / WEIGHTS)
+            shutil.copymode(folder / "trainer_state.json", folder / WEIGHTS)  # safetensors lets nobody else read it
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             write_manifest(folder)

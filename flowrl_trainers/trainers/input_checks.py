@@ -1,12 +1,14 @@
 """What is refused before anything is loaded, in one sentence each."""
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ..rewards import Reward
 from ..rewards.base import PASSED
@@ -15,12 +17,16 @@ from .base_config import FlowRLConfig
 
 
 def check_args(args: Any, config_class: type[FlowRLConfig]) -> None:
-    """Raises `TypeError` for what is not the configuration of this trainer."""
+    """Raises `TypeError` for what is not the configuration of this trainer, and `ValueError` as making one does.
+
+    Its fields may have been set since it was made, which nobody checked.
+    """
     if not isinstance(args, config_class):
         kind = type(args).__name__
         raise TypeError(
             f"`args` is a {kind}: pass a `{config_class.__name__}`, which has the settings of this trainer."
         )
+    replace(args)
 
 
 def writable_folder(path: str | PathLike[str]) -> Path:
@@ -106,6 +112,26 @@ def check_best_metric(args: FlowRLConfig, rewards: list[Reward], noted: Iterable
                 f"`greater_is_better` is True for {reward.name!r}, which a weight of {weight:g} lowers: set it to "
                 "False."
             )
+
+
+def check_callbacks(callbacks: Sequence[Any], args: FlowRLConfig) -> None:
+    """Check that callbacks are such, and that one that ends training early has a number to watch.
+
+    Raises:
+        TypeError: For what is neither a `TrainerCallback` nor a class of them.
+        ValueError: For an `EarlyStoppingCallback` without `metric_for_best_model` or evaluations.
+    """
+    for callback in callbacks:
+        kind = callback if isinstance(callback, type) else type(callback)
+        if not issubclass(kind, TrainerCallback):
+            raise TypeError(f"`callbacks` holds {callback!r}: pass `transformers.TrainerCallback`s.")
+        if issubclass(kind, EarlyStoppingCallback):
+            for name, value in (
+                ("metric_for_best_model", args.metric_for_best_model),
+                ("eval_strategy", args.eval_strategy != "no"),
+            ):
+                if not value:
+                    raise ValueError(f"An `EarlyStoppingCallback` needs `{name}`: set it.")
 
 
 def check_columns(rewards: list[Reward], dataset: Dataset, argument: str) -> None:
