@@ -10,7 +10,7 @@ from .checkpoints import checkpoints, newest_whole
 ADAPTER = "pytorch_lora_weights.safetensors"
 FILES = (
     "checkpoint-*", ADAPTER, "transformer", "critic", "value_network", "README.md", "config.yaml", "metrics.json",
-    "samples", "before_after.*", "reward_curve.png", "runs",
+    "metrics.jsonl", "samples", "before_after.*", "reward_curve.png", "runs",
 )  # fmt: skip
 """What runs write, as patterns; whatever else lies in the folder is the user's and stays."""
 
