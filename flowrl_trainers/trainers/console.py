@@ -20,6 +20,7 @@ from transformers import (
 from transformers.utils import is_in_notebook
 from trl import RichProgressCallback
 
+from ..rewards import CheckerReward
 from ..run_folder import RunFolder
 from ..run_folder.text_files import json_line, write_text
 from ..sampling.progress import WIDTH, messages_above_bars
@@ -205,6 +206,8 @@ def table(rows: Rows, updates: int) -> str:
             sampler = label.removeprefix("tuned").removeprefix("_")
             base = rows[label.replace("tuned", "base")]
             for name, value in tuned.items():
+                if name == f"reward/{CheckerReward.name}" and "checker_accuracy" in tuned:  # the same number
+                    continue
                 before = base.get(name)
                 numbers = ("", _number(value), "") if before is None else (
                     _number(before), _number(value), _number(value - before, "+")
