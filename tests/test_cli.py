@@ -224,7 +224,7 @@ def test_a_value_may_begin_with_a_minus(tmp_path):
         "--output_dir=out",
     )
     assert result.returncode == 0, result.stderr
-    assert "Training stops after 1 updates" in result.stderr
+    assert "Warning: Training stops after 1 updates" in result.stderr
 
 
 def test_a_fault_of_ours_keeps_its_traceback(tmp_path):

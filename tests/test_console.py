@@ -237,3 +237,10 @@ def test_a_message_is_whole_and_its_level_first(monkeypatch, capsys):
     first, *rest = capsys.readouterr().err.splitlines()
     assert first == "Said."
     assert " ".join(line.strip() for line in rest) == f"Error: {LONG}end"
+
+
+def test_a_log_that_cannot_be_written_is_no_end_of_the_run(tmp_path, caplog):
+    t = make_trainer("AdjointMatchingTrainer", tmp_path)
+    (tmp_path / "metrics.jsonl").mkdir()
+    t.log({"loss": 1.0})
+    assert "metrics.jsonl lacks a log, as it cannot be written: Is a directory." in caplog.text

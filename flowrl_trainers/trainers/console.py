@@ -22,8 +22,10 @@ from trl import RichProgressCallback
 
 from ..rewards import CheckerReward
 from ..run_folder import RunFolder
-from ..run_folder.text_files import json_line, write_text
+from ..run_folder.text_files import json_line
 from ..sampling.progress import WIDTH, messages_above_bars
+
+logger = logging.getLogger(__name__)
 
 Rows = dict[str, dict[str, float]]
 
@@ -61,8 +63,7 @@ class LogFile(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.path, "".join(map(json_line, state.log_history)))
+            self._write("w", state.log_history)
 
     def on_log(
         self,
@@ -73,9 +74,15 @@ class LogFile(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero and logs is not None:
+            self._write("a", [{"step": state.global_step} | logs])
+
+    def _write(self, mode: str, rows: list[dict[str, Any]]) -> None:
+        try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json_line({"step": state.global_step} | logs))
+            with self.path.open(mode, encoding="utf-8") as file:
+                file.writelines(map(json_line, rows))
+        except OSError as error:  # a full disk ends a run where a checkpoint is due, and not before
+            logger.warning("%s lacks a log, as it cannot be written: %s.", self.path, error.strerror)
 
 
 class Console(TrainerCallback):
