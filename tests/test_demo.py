@@ -4,14 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from flowrl_trainers.cli.demo import METHODS, _table
+from flowrl_trainers.cli.demo import METHODS
 
 from .forked import demo, flowrl
 
@@ -105,17 +104,6 @@ def test_a_short_demo_leaves_what_it_says(tmp_path, trainer):
     assert config["lora_alpha"] != config["r"]
     if trainer != "tafs_grpo":  # the stock scheduler re-noises too, but not with a seed for each picture
         assert_stock_diffusers_redraws_the_tuned_row(tmp_path, 3)
-
-
-def test_the_table_of_a_demo_without_the_checker():
-    row = {"reward/shapes": 0.5, "reward/jpeg_compressibility": -1.0, "reward_std/shapes": 0.1, "diversity": 0.2}
-    trainer = SimpleNamespace(
-        rows={"base": row, "tuned": row}, rewards=[SimpleNamespace(name="shapes")],
-        eval_rewards=[SimpleNamespace(name="jpeg_compressibility")], args=SimpleNamespace(guidance_scale=1.0),
-        seconds={"training": 1.0},
-    )  # fmt: skip
-    header = _table(trainer, 4).splitlines()[3]
-    assert header.split() == ["reward/shapes", "reward/jpeg_compressibility", "diversity"]
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ def test_the_first_python_example_runs_as_it_stands(tmp_path):
     (tmp_path / "example.py").write_text(code)
     result = script(tmp_path / "example.py", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "eval_base_reward/shapes" in result.stdout
+    assert re.search(r"^reward/shapes +\S+ +\S+ +[+-]\S+$", result.stdout, flags=re.M)
     assert (tmp_path / "tuned-shapes" / "pytorch_lora_weights.safetensors").exists()
 
 

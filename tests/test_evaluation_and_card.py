@@ -7,7 +7,6 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from flowrl_trainers.rewards import differentiable
 from flowrl_trainers.run_folder.card import read_facts, write_card
@@ -86,19 +85,6 @@ def test_the_card_says_where_the_adapter_is_and_what_was_told_of_it(tmp_path, ti
     assert "# Red\n" in (tmp_path / "README.md").read_text()
     with pytest.raises(TypeError, match="colour"):
         t.create_model_card(colour="red")
-
-
-def test_tensorboard_gets_the_pictures(tmp_path, tiny_pipeline, monkeypatch):
-
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    held_out = Dataset.from_dict({"prompt": ["a red circle", "a cross"]})
-    t = adjoint_matching(tmp_path, tiny_pipeline, eval_dataset=held_out, report_to="tensorboard", max_steps=1,
-                eval_strategy="steps", eval_steps=1)  # fmt: skip
-    t.train()
-    events = EventAccumulator(str(tmp_path / "board"), size_guidance={"images": 0})
-    events.Reload()
-    assert {"samples/base", "samples/tuned"} <= {tag.split("/image")[0] for tag in events.Tags()["images"]}
-    assert "train/reward/redness" in events.Tags()["scalars"]
 
 
 def test_the_base_model_is_drawn_once_for_each_set_of_prompts(tmp_path, tiny_pipeline, monkeypatch):

@@ -74,7 +74,7 @@ SHOWN = 8
 
 
 def demo(arguments: list[str]) -> None:
-    """Tune, evaluate with and without the adapter, print the table and write the files.
+    """Tune, evaluate with and without the adapter, and write the files.
 
     Raises `ValueError` if an argument is unknown or wrong.
     """
@@ -84,11 +84,15 @@ def demo(arguments: list[str]) -> None:
     held_out = list(prompts("held_out")["prompt"])
     trainer.train()
     trainer.save_model(_internal_call=True)  # before anything else can fail
+    if trainer.is_world_process_zero():
+        scale = config.guidance_scale
+        sampling = "no guidance" if scale is not None and scale <= 1 else f"guidance scale {scale}"
+        print(f"\n{len(held_out) * PICTURES_PER_PROMPT} pictures of held-out prompts, same seeds, {sampling}:\n")
     trainer.evaluate(Dataset.from_dict({"prompt": held_out * PICTURES_PER_PROMPT}))
     if trainer.is_world_process_zero():
         folder = trainer.run_folder.path
         _draw_before_after(trainer, folder)
-        print(_table(trainer, len(held_out) * PICTURES_PER_PROMPT))
+        print("\nseconds: " + ", ".join(f"{phase} {value:.0f}" for phase, value in trainer.seconds.items()))
         print(f"Adapter, card and pictures are in {folder}/: look at README.md and before_after.png.")
     trainer.save_model()
 
@@ -102,24 +106,6 @@ def _take_method(arguments: list[str]) -> tuple[str, list[str]]:
     if method not in METHODS:
         raise ValueError(f"`--trainer` is {method!r}: choose {', '.join(METHODS)}.")
     return method, arguments[:at] + arguments[at + 2 :]
-
-
-def _table(trainer: FlowRLTrainer, pictures: int) -> str:
-    # The checker has the column `checker_accuracy`.
-    rewards = [f"reward/{r.name}" for r in [*trainer.rewards, *trainer.eval_rewards] if r.name != "checker"]
-    names = [name for name in trainer.rows["base"] if name in (*rewards, "checker_accuracy", "diversity")]
-    scale = trainer.args.guidance_scale
-    sampling = "no guidance" if scale is not None and scale <= 1 else f"guidance scale {scale}"
-    lines = ["", f"{pictures} pictures of held-out prompts, same seeds, {sampling}", ""]
-    widths = {name: max(20, len(name) + 2) for name in names}
-    lines += [f"{'':12}" + "".join(f"{name:>{width}}" for name, width in widths.items())]
-    for label, row in trainer.rows.items():
-        lines.append(
-            f"{label:12}" + "".join(f"{row.get(name, float('nan')):{width}.3f}" for name, width in widths.items())
-        )
-    return "\n".join(
-        [*lines, "", "seconds: " + ", ".join(f"{phase} {value:.0f}" for phase, value in trainer.seconds.items()), ""]
-    )
 
 
 def _draw_before_after(trainer: FlowRLTrainer, folder: Path) -> None:

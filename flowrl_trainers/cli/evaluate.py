@@ -1,5 +1,6 @@
 """`flowrl evaluate`: adapters beside their base model, on the same prompts and seeds."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def _rows(
         pipeline.delete_adapters(ADAPTER)
     accelerator = Accelerator(cpu=args.use_cpu)
     cache = ConditioningCache(flow)
-    cache.encode(list(prompts["prompt"]), accelerator.device, show_progress=True)
+    cache.encode(list(prompts["prompt"]), accelerator.device, show_progress=sys.stderr.isatty())
     for module in flow.decoders():
         module.to(accelerator.device).float()
     for part in [transformer, *rewards]:
@@ -124,6 +125,7 @@ def _rows(
         seed=args.seed,
         batch_size=args.batch_size,
         decode_batch_size=args.decode_batch_size,
+        show_progress=sys.stderr.isatty(),
     )
     sampler = ode_sampler(flow, flow.sigmas(args.num_inference_steps).to(accelerator.device))
     transformer.eval()

@@ -3,6 +3,8 @@
 import logging
 import os
 
+from ..sampling.progress import MessageHandler
+
 LIBRARIES = (
     "httpx2", "datasets", "diffusers", "accelerate", "torch", "filelock", "fsspec", "matplotlib", "PIL",
 )  # fmt: skip
@@ -14,6 +16,7 @@ def hush() -> None:
     Call this before the first import of transformers, which reads its verbosity then.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[MessageHandler()])
+    logging.captureWarnings(True)
     for library in LIBRARIES:
         logging.getLogger(library).setLevel(logging.WARNING)

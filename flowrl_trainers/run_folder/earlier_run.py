@@ -10,7 +10,8 @@ from .checkpoints import checkpoints, newest_whole
 ADAPTER = "pytorch_lora_weights.safetensors"
 FILES = (
     "checkpoint-*", ADAPTER, "transformer", "critic", "value_network", "README.md", "card.json", "config.yaml",
-    "metrics.json", "samples", "before_after.*", "reward_curve.png", "comfyui_lora.safetensors", "runs",
+    "metrics.json", "metrics.jsonl", "samples", "before_after.*", "reward_curve.png",
+    "comfyui_lora.safetensors", "runs",
 )  # fmt: skip
 """What runs write, as patterns; whatever else lies in the folder is the user's and stays."""
 

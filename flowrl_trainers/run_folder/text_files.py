@@ -17,6 +17,11 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(_finite(value), indent=2, default=str, allow_nan=False) + "\n")
 
 
+def json_line(value: Any) -> str:
+    """A value as one line of JSON, as `write_json` writes it."""
+    return json.dumps(_finite(value), default=str, allow_nan=False) + "\n"
+
+
 def _finite(value: Any) -> Any:
     match value:
         case float():

@@ -1,9 +1,9 @@
 """Prompts are encoded once, before training."""
 
 import torch
-from tqdm import tqdm
 
 from ..pipelines import Conditioning, FlowPipeline
+from .progress import bar
 
 
 class ConditioningCache:
@@ -28,7 +28,7 @@ class ConditioningCache:
         for module in self.flow.text_encoders():
             module.to(device)
         batches = [new[i : i + self.batch_size] for i in range(0, len(new), self.batch_size)]
-        for batch in tqdm(batches, desc="Encoding prompts", disable=not show_progress):
+        for batch in bar(batches, "Encoding prompts", show_progress):
             for name, value in self.flow.encode_prompts(batch).items():
                 kept = self.stored.setdefault(name, [])
                 for row in value.to("cpu"):  # what all prompts share, such as a negative prompt, is kept once

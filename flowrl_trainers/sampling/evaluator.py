@@ -8,7 +8,6 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import Generator, Tensor, nn
-from tqdm import tqdm
 
 from ..pipelines import Conditioning, FlowPipeline
 from ..rewards import Reward
@@ -16,6 +15,7 @@ from .conditioning import ConditioningCache
 from .draws import ImageKey
 from .meters import DiversityMeter, Meter, RewardMeter, StatisticsMeter
 from .pictures import Pictures, picture_seed
+from .progress import bar
 from .prompt_groups import Example, PromptDataset
 from .scoring import call_rewards, decoded
 
@@ -72,9 +72,9 @@ class Evaluator:
         self, transformer: nn.Module, examples: list[Example], sampler: Sampler, label: str | None = None
     ) -> Iterator[tuple[list[Example], Tensor]]:
         """The pictures (B, 3, H, W) in [0, 1] of rows, batch by batch; label: of the progress bar, None for none."""
-        hidden = not self.show_progress or label is None or not self.accelerator.is_main_process
+        shown = self.show_progress and label is not None and self.accelerator.is_main_process
         starts = range(0, len(examples), self.batch_size)
-        for start in tqdm(starts, desc=f"Drawing with the {label} model", disable=hidden):
+        for start in bar(starts, f"Drawing with the {label} model", shown):
             part = examples[start : start + self.batch_size]
             latents, generators = self.initial_latents([e.key.row for e in part])
             conditioning = self.conditioning([e.prompt for e in part], self.accelerator.device)

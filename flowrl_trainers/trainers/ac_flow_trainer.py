@@ -190,6 +190,7 @@ class ACFlowTrainer(FlowRLTrainer[ACFlowRollout, ACFlowRecord]):
         final = torch.cat([batch.record.final for batch in rollout])
         mine = self.scorer.score(final, [e for batch in rollout for e in batch.examples])
         self.log_rewards(mine, rollout)
+        self.show_samples(final, mine, rollout)
         bad = mine.isinf().any(dim=1) | ~final.flatten(1).isfinite().all(dim=1)
         absent = mine.isnan().all(dim=1)
         scores = torch.where(mine.isinf(), torch.nan, mine)

@@ -198,7 +198,9 @@ class AdjointMatchingTrainer(RewardGradientTrainer[AdjointMatchingRollout, Adjoi
         """The batches, in which images without a gradient are left out, and the clipped gradients (B, ...) of each."""
         scored = [self.reward_gradient(batch.record.final, batch.examples) for batch in rollout]
         rollout = [batch.keeping(good) for batch, (*_, good) in zip(rollout, scored, strict=True)]
-        self.log_rewards(torch.cat([scores for scores, *_ in scored]), rollout)
+        all_scores = torch.cat([scores for scores, *_ in scored])
+        self.log_rewards(all_scores, rollout)
+        self.show_samples(torch.cat([batch.record.final for batch in rollout]), all_scores, rollout)
         self.count_bad_samples("reward_gradient", ~torch.cat([batch.good for batch in rollout]))
         gradients = [gradient for _, gradient, _ in scored]
         threshold = self.clip_threshold(torch.cat([gradient.flatten(1).norm(dim=1) for gradient in gradients]))

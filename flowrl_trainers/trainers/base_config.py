@@ -23,7 +23,8 @@ class FlowRLConfig(TrainingArguments):
     divide. One rollout fills `steps_per_generation` micro-steps and is used `num_iterations` times.
 
     Different from `TrainingArguments`: `learning_rate` 1e-4, `lr_scheduler_type` "constant", `logging_steps` 1,
-    `remove_unused_columns` False (other columns reach the rewards), `ddp_find_unused_parameters` False.
+    `remove_unused_columns` False (other columns reach the rewards), `ddp_find_unused_parameters` False, `disable_tqdm`
+    False whatever the verbosity.
     """
 
     learning_rate: float = HfArg(default=1e-4, help="The initial learning rate of AdamW.")
@@ -36,6 +37,10 @@ class FlowRLConfig(TrainingArguments):
     )
     ddp_find_unused_parameters: bool | None = HfArg(
         default=False, help="Whether DDP looks for parameters without gradients; every trained one has a gradient."
+    )
+    disable_tqdm: bool | None = HfArg(
+        default=False,
+        help="Whether a terminal shows a line for each log, as a file does, in place of the live line and the bars.",
     )
     greater_is_better: bool | None = HfArg(
         default=None,

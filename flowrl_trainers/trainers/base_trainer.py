@@ -15,10 +15,10 @@ from accelerate.utils import broadcast
 from datasets import Dataset
 from diffusers import DiffusionPipeline, ModelMixin
 from peft import LoraConfig
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState, enable_full_determinism, set_seed
-from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
 from transformers.utils import is_in_notebook
 
@@ -26,7 +26,7 @@ from ..metrics import signs_of_over_optimisation
 from ..pipelines import Conditioning, FlowPipeline
 from ..rewards import as_rewards
 from ..rewards.named import RewardLike
-from ..run_folder import CardFacts, RunFolder
+from ..run_folder import CardFacts, RunFolder, before_after
 from ..run_folder.identity import (
     adapter_identity,
     identity,
@@ -51,6 +51,7 @@ from ..sampling.scoring import Scorer, call_rewards, decoded
 from .adapters import prepare_adapter
 from .base_config import FlowRLConfig
 from .checkpointed_trainer import CheckpointedTrainer, TrainingState
+from .console import Console, LogFile, is_live, take_place_of_default
 from .input_checks import (
     check_args,
     check_best_metric,
@@ -64,11 +65,13 @@ from .loop_callback import LoopCallback
 from .moving_average import MovingAverage
 from .pipeline_state import PipelineState
 from .surroundings import check_modes, check_networks, check_sigmas
+from .trackers import name_trackio_run, show_picture
 
 logger = logging.getLogger(__name__)
 
 PIPELINE_SETTINGS = ("height", "width", "guidance_scale", "negative_prompt", "max_sequence_length")
 PROBE_IMAGES = 2
+SHOW_EVERY = 10  # rollouts, from one whose pictures trackers get to the next
 
 RolloutT = TypeVar("RolloutT", bound=Record)
 RecordT = TypeVar("RecordT", bound=Record)
@@ -232,16 +235,20 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             seed=args.seed,
             batch_size=args.per_device_eval_batch_size,
             decode_batch_size=args.decode_batch_size,
-            show_progress=not args.disable_tqdm,
+            show_progress=is_live(args),
         )
         self.comparison = Comparison(evaluator, flow_model, self.average.in_place, self.reward_context)
         self.run_folder = RunFolder(self.output_dir, self.flow, self.peft_config is not None)
         self.told_for_card: dict[str, Any] = {}
+        self.add_callback(LogFile(self.output_dir))
+        self.console = Console(self.run_folder, args.images_per_update)
         if is_in_notebook() and not args.disable_tqdm:
             from .notebook_table import NotebookProgressCallback, NotebookTable  # these need IPython
 
             self.remove_callback(NotebookProgressCallback)
             self.add_callback(NotebookTable(self.run_folder, lambda: self.step_of_weights))
+        else:
+            take_place_of_default(self, self.console, callbacks or [])
 
         # What the algorithm adds.
         self._place_frozen_parts()
@@ -365,7 +372,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             rows = sorted({*range(min(PROBE_IMAGES, len(train_dataset))), *self.sampler.rows_of(rollouts)})
         prompts = list(train_dataset["prompt"])
         wanted = [prompts[row] for row in rows] + (list(eval_dataset["prompt"]) if eval_dataset is not None else [])
-        show_progress = args.local_process_index == 0 and not args.disable_tqdm
+        show_progress = args.local_process_index == 0 and is_live(args)
         self.conditioning.encode(wanted, args.device, show_progress)
 
     def _place_frozen_parts(self) -> None:
@@ -481,6 +488,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
                 return super().train(*args, **kwargs)
             finally:
                 self.model.eval()
+                self.console.close()
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -612,6 +620,31 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             if self.is_world_process_zero():
                 logger.warning(sentence)
 
+    @torch.no_grad()
+    def show_samples(self, final: Tensor, scores: Tensor, rollout: Sequence[MicroBatch[Any]]) -> None:
+        """Show pictures of every tenth rollout, with prompts and scores, in the trackers.
+
+        Args:
+            final: The latents (B, ...) of this process's images.
+            scores: (B, R) of them.
+            rollout: Its micro-batches, of B images together.
+        """
+        examples = [example for batch in rollout for example in batch.examples]
+        due = examples[0].key.rollout % SHOW_EVERY == 0 and self.is_world_process_zero()
+        if not (due and self.args.report_to and self.args.log_images):
+            return
+        count = min(self.args.log_images, len(examples))
+        shown = [i * len(examples) // count for i in range(count)]
+        images = decoded(self.flow, final[shown]).nan_to_num()
+        if images.dim() == 4:
+            captions = [
+                f"{', '.join(f'{r.name} {s:.4g}' for r, s in zip(self.rewards, scores[i].tolist(), strict=True))}: "
+                f"{examples[i].prompt}"
+                for i in shown
+            ]
+            sheet, _ = before_after(captions, {"rollout": images})
+            self._show_in_trackers("samples/train", sheet, "\n".join(captions))
+
     def prompt_rows(self, rollout: Sequence[MicroBatch[Any]]) -> Tensor:
         """The rows of the prompts of a rollout's images, (B,): equal numbers for images of one prompt."""
         return torch.tensor([key.row for batch in rollout for key in batch.keys], device=self.args.device)
@@ -639,6 +672,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             logs |= self.metrics.means()
             self.metrics.clear()
         super().log(logs, start_time)
+        name_trackio_run(self.args)
 
     # ---- an evaluation ---------------------------------------------------------------------------------------------
 
@@ -679,7 +713,9 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             rows, errors = self.comparison.rows(dataset, self.evaluation_samplers(), self.sigmas)
             self.run_folder.rows, self.run_folder.sheet = rows, None
             if self.args.log_images and self.is_world_process_zero():
-                self._show_pictures(*self.pictures(dataset, self.args.log_images))
+                base, tuned = self.pictures(dataset, self.args.log_images)
+                if base.images.dim() == 4:  # a model of vectors has nothing to show
+                    self.run_folder.write_sheet(base, tuned, self.step_of_weights)
         self._warn_of_over_optimisation(errors)
         self.seconds["evaluation"] = self.seconds.get("evaluation", 0.0) + perf_counter() - start
         metrics: dict[str, float] = {}
@@ -687,6 +723,9 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             prefix = "_".join(part for part in (metric_key_prefix, *label.removeprefix("tuned").split("_")) if part)
             metrics |= {f"{prefix}_{name}": value for name, value in row.items()}
         self.log(dict(metrics))
+        if self.run_folder.sheet is not None:
+            with Image.open(self.run_folder.sheet) as sheet:
+                self._show_in_trackers("samples/held_out", sheet, "Base above tuned.")
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -715,16 +754,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         with self.at_work(), self.judges_at_hand():
             return self.comparison.pictures(dataset, next(iter(self.evaluation_samplers().values())), count)
 
-    def _show_pictures(self, base: Pictures, tuned: Pictures) -> None:
-        """In `samples/` and TensorBoard."""
-        if base.images.dim() != 4:  # a model of vectors has nothing to show
-            return
-        self.run_folder.write_sheet(base, tuned, self.step_of_weights)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                for label, pictures in (("base", base), ("tuned", tuned)):
-                    images = pictures.images.cpu().numpy()
-                    callback.tb_writer.add_images(f"samples/{label}", images, self.step_of_weights)
+    def _show_in_trackers(self, name: str, sheet: Image.Image, text: str) -> None:
+        show_picture(self.callback_handler.callbacks, name, sheet, text, self.step_of_weights)
 
     def _warn_of_over_optimisation(self, errors: Mapping[str, float]) -> None:
         """errors: the standard error of every reward's change."""

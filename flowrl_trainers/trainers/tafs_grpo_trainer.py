@@ -203,6 +203,7 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
         with self.metrics.timed("rewards"):
             scores = torch.cat([self._score_steps(batch) for batch in rollout])
         self.log_rewards(scores[:, -1], rollout)
+        self.show_samples(torch.cat([batch.record.estimates[:, -1] for batch in rollout]), scores[:, -1], rollout)
         bad, absent = scores.isinf().any(dim=2).any(dim=1), scores[:, -1].isnan().all(dim=1)
         rows = self.prompt_rows(rollout)
         advantages = self._advantages(torch.where(scores.isinf(), torch.nan, scores), rows)

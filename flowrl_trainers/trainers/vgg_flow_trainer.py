@@ -178,8 +178,10 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
     def prepare(self, rollout: list[MicroBatch[VGGFlowRollout]]) -> list[MicroBatch[VGGFlowRecord]]:
         """Reward gradients of (1), their clipping and scale, base velocities, and all that (3) needs beside c."""
         with self.metrics.timed("reward_gradient"):
-            scores = [self.scorer.score(batch.record.final, batch.examples) for batch in rollout]
-            self.log_rewards(torch.cat(scores), rollout)
+            final = torch.cat([batch.record.final for batch in rollout])
+            scores = torch.cat([self.scorer.score(batch.record.final, batch.examples) for batch in rollout])
+            self.log_rewards(scores, rollout)
+            self.show_samples(final, scores, rollout)
             found = [self._state_gradients(batch) for batch in rollout]
             rollout = [batch.keeping(good) for batch, (_, good) in zip(rollout, found, strict=True)]
             gradients = [gradient for gradient, _ in found]

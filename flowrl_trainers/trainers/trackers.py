@@ -1,0 +1,45 @@
+"""Pictures in the trackers of `report_to`, beside the numbers that transformers sends there."""
+
+from collections.abc import Iterable
+
+import numpy as np
+from PIL.Image import Image
+from transformers import TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+
+STEP = "train/global_step"  # the axis that transformers gives to the numbers
+
+
+def show_picture(callbacks: Iterable[TrainerCallback], name: str, picture: Image, text: str, step: int) -> None:
+    """Show a picture in those of TensorBoard, trackio and wandb that a run reports to.
+
+    Args:
+        callbacks: Of the run.
+        name: Under which the pictures of all updates stand together.
+        picture: The sheet.
+        text: Its caption; TensorBoard shows none.
+        step: The number of updates made so far.
+    """
+    caption = f"After {step} updates. {text}"
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            callback.tb_writer.add_image(name, np.asarray(picture), step, dataformats="HWC")
+        elif isinstance(callback, WandbCallback):
+            import wandb
+
+            if wandb.run is not None:
+                wandb.log({name: wandb.Image(picture, caption=caption), STEP: step})
+        elif isinstance(callback, TrackioCallback):
+            import trackio
+
+            if trackio.context_vars.current_run.get() is not None:
+                trackio.log({name: trackio.Image(picture, caption=caption), STEP: step})
+
+
+def name_trackio_run(args: TrainingArguments) -> None:
+    """Keep the name that trackio gave to a run without one: an evaluation after training then goes on in that run."""
+    if "trackio" in (args.report_to or []) and args.run_name is None:
+        import trackio
+
+        run = trackio.context_vars.current_run.get()
+        args.run_name = None if run is None else run.name
