@@ -59,7 +59,7 @@ def draw_curve(history: list[dict], rows: dict[str, dict[str, float]], name: str
     axes.axhline(rows["base"][name], color="gray", linestyle="--", label="held-out prompts, base")
     axes.axhline(rows["tuned"][name], color="tab:green", linestyle="--", label="held-out prompts, tuned")
     axes.set(xlabel="update", ylabel=name)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=7.5)
     figure.savefig(path, dpi=110)
 
 
