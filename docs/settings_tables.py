@@ -10,7 +10,10 @@ from flowrl_trainers import trainers
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replace the marks in the source of a page; mkdocs calls this for every page."""
     return re.sub(
-        r"^<!-- settings: (\w+) -->$", lambda match: table(getattr(trainers, match[1])), markdown, flags=re.MULTILINE
+        r"^<!-- settings: (\w+) -->$",
+        lambda match: table(getattr(trainers, match[1])),
+        markdown,
+        flags=re.MULTILINE,
     )
 
 
@@ -19,10 +22,14 @@ def table(config: type) -> str:
     rows = ["| setting | default | what it does |", "|---|---|---|"]
     for field in fields(config):
         if field.name in config.__annotations__:
-            rows.append(f"| `{field.name}` | `{default(field)!r}` | {field.metadata['help'].replace('|', '&#124;')} |")
+            rows.append(
+                f"| `{field.name}` | `{default(field)!r}` | {field.metadata['help'].replace('|', '&#124;')} |"
+            )
     return "\n".join(rows)
 
 
 def default(field: Field[Any]) -> Any:
     """The default value of a setting."""
-    return field.default if field.default_factory is MISSING else field.default_factory()
+    return (
+        field.default if field.default_factory is MISSING else field.default_factory()
+    )

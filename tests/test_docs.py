@@ -27,6 +27,7 @@ def python_blocks(path: Path) -> list[str]:
 
 def test_the_first_python_example_runs_as_it_stands(tmp_path):
     code = python_blocks(ROOT / "README.md")[0].replace("max_steps=20", "max_steps=1, log_images=2, use_cpu=True")
+    code = code.replace('prompts("held_out")', 'prompts("held_out").select(range(4))')
     assert "max_steps=1," in code
     (tmp_path / "example.py").write_text(code)
     result = script(tmp_path / "example.py", cwd=tmp_path)
@@ -94,10 +95,49 @@ def test_the_pages_of_the_navigation_exist():
     assert all((ROOT / "docs" / page).exists() for page in pages)
 
 
-@pytest.mark.parametrize("page", ["adjoint_matching", "ac_flow", "tafs_grpo"])
+@pytest.mark.parametrize("method", TRAINERS)
+def test_the_quick_start_of_a_method_runs(tmp_path, method, monkeypatch):
+    """As it stands, but for sizes: one update of few pictures."""
+    monkeypatch.chdir(tmp_path)
+    code = python_blocks(ROOT / "docs" / f"{method}.md")[0]
+    steps = "" if "num_inference_steps" in code else ", num_inference_steps=7"
+    small = {
+        r"\bmax_steps=\d+": f"max_steps=1, log_images=2, use_cpu=True, save_strategy='no'{steps}",
+        r"per_device_train_batch_size=\d+": "per_device_train_batch_size=2",
+        r"num_generations=\d+": "num_generations=2",
+        r'prompts\("held_out"\)': 'prompts("held_out").select(range(2))',
+    }
+    for pattern, instead in small.items():
+        code = re.sub(pattern, instead, code)
+    assert "max_steps=1," in code
+    scope: dict = {}
+    exec(code, scope)
+    assert {"reward/shapes", "checker_accuracy"} <= scope["trainer"].rows["tuned"].keys()
+    assert list(tmp_path.glob("*/pytorch_lora_weights.safetensors"))
+    assert list(tmp_path.glob("*/samples/*.png"))
+
+
+@pytest.mark.parametrize("method", TRAINERS)
+def test_a_formula_stands_beside_the_line_that_computes_it(method):
+    """The title of a block names a function, and its lines stand there, in their order."""
+    page = (ROOT / "docs" / f"{method}.md").read_text()
+    found = re.findall(r'```python title="([\w/.]+): ([\w.]+)"\n(.*?)```', page, flags=re.S)
+    assert len(found) >= 5
+    for file, name, block in found:
+        node: ast.AST = ast.parse((ROOT / file).read_text())
+        for part in name.split("."):
+            node = next(n for n in ast.walk(node) if isinstance(n, ast.ClassDef | ast.FunctionDef) and n.name == part)
+        lines = [line.strip() for line in ast.unparse(node).splitlines()]
+        for statement in ast.unparse(ast.parse(re.sub(r"\breturn ", "RETURN = ", block))).splitlines():
+            statement = statement.replace("RETURN = ", "return ")
+            assert statement in lines, (file, name, statement)
+            lines = lines[lines.index(statement) :]
+
+
+@pytest.mark.parametrize("page", ["adjoint_matching", "ac_flow", "tafs_grpo", "papers"])
 def test_the_configurations_of_the_docs_are_accepted(tmp_path, page, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = [block for block in python_blocks(ROOT / "docs" / f"{page}.md") if "Config(" in block]
+    blocks = [b for b in python_blocks(ROOT / "docs" / f"{page}.md") if "Config(" in b and "Trainer(" not in b]
     assert blocks
     for block in blocks:
         exec(f"from flowrl_trainers import ACFlowConfig, AdjointMatchingConfig, TAFSGRPOConfig\n{block}", {})
@@ -117,7 +157,7 @@ def test_the_branch_in_the_guide_for_families_computes_what_the_family_does():
     )
 
 
-@pytest.mark.parametrize(("page", "folder"), [("runs", "tuned-shapes"), ("tafs_grpo", "tafs-grpo-shapes")])
+@pytest.mark.parametrize(("page", "folder"), [("guides/publish", "tuned-shapes"), ("tafs_grpo", "tafs-grpo-shapes")])
 def test_an_adapter_draws_as_the_docs_say(tmp_path, page, folder, shapes_pipeline, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flow = FlowPipeline.from_pipeline(shapes_pipeline)

@@ -3,11 +3,13 @@
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,6 +27,25 @@ assert flowrl_trainers.__file__.startswith(sys.prefix), flowrl_trainers.__file__
 image = load_pipeline()("a red circle", num_inference_steps=1, max_sequence_length=8).images[0]
 print("drawn", image.size)
 """
+
+
+def test_the_versions_of_python_are_the_same_ones_everywhere():
+    """Badge, classifiers and the workflow that tries them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    claimed = [c.rsplit(" ", 1)[1] for c in project["classifiers"] if "Python :: 3." in c]
+    (matrix,) = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["all"]["strategy"][
+        "matrix"
+    ].values()
+    assert matrix == claimed
+    assert f"![Python {' | '.join(claimed)}]" in (ROOT / "README.md").read_text()
+
+
+def test_every_dependency_has_a_floor():
+    printed = subprocess.run([sys.executable, ROOT / ".ci" / "floors.py"], capture_output=True, text=True, check=True)
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    floors = printed.stdout.splitlines()
+    assert len(floors) > len(dependencies)
+    assert all(floor.count("==") == 1 and ">" not in floor for floor in floors)
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +88,11 @@ def test_the_wheel_works_in_a_fresh_environment(wheel, tmp_path):
     )
     assert shown.returncode == 0
     assert "demo" in shown.stdout
+
+
+def test_what_is_published_passes_the_check_of_the_index(wheel):
+    """Description, licence and metadata of the wheel; those of the source archive are the same file."""
+    checked = subprocess.run(
+        [sys.executable, "-m", "twine", "check", "--strict", wheel], capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr

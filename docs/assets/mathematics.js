@@ -1,0 +1,10 @@
+// Typesets what pymdownx.arithmatex left in \( \) and \[ \].
+document.addEventListener("DOMContentLoaded", () =>
+  renderMathInElement(document.body, {
+    delimiters: [
+      { left: "\\(", right: "\\)", display: false },
+      { left: "\\[", right: "\\]", display: true },
+    ],
+    throwOnError: false,
+  })
+);
