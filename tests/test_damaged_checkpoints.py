@@ -1,5 +1,6 @@
 """Resuming is forgiving and exact: what is not whole is passed over with its reason, and nothing half looks whole."""
 
+import ctypes
 import errno
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerState
 
 from flowrl_trainers.run_folder import checkpoints
 from flowrl_trainers.run_folder.checkpoints import (
@@ -27,6 +28,7 @@ from flowrl_trainers.run_folder.checkpoints import (
 )
 from flowrl_trainers.trainers import checkpointed_trainer
 
+from . import forked
 from .helpers import adjoint_matching
 from .hub_server import run_against, serve
 from .tiny import tiny_sd3
@@ -346,7 +348,7 @@ def test_files_that_cannot_grow_leave_the_older_checkpoint(tmp_path, trained):
 
     The error is that of the checkpoint in both cases; the log says whether what was learned could be kept.
     """
-    small, smaller = tmp_path / "20000", tmp_path / "5000"
+    small, smaller = tmp_path / "39000", tmp_path / "5000"
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(tmp_path), small.name, smaller.name], capture_output=True, text=True
     )
@@ -356,13 +358,57 @@ def test_files_that_cannot_grow_leave_the_older_checkpoint(tmp_path, trained):
     kept = "Training broke off after 2 updates"
     said = " ".join(done.stderr.split())  # long messages go on in the next line
     assert f"{kept}: what it has learned is in {small}." in said
-    assert f"{kept}, and what it has learned could not be written to {smaller}: " in said
+    assert f"{kept}, and not all that it leaves could be written to {smaller}: " in said
     for folder, refusal in zip((small, smaller), refusals, strict=True):
         assert refusal.startswith(f"Refused: {folder / 'checkpoint-2'} could not be written (")
         assert refusal.endswith(f"resume from {folder / 'checkpoint-1'}, the newest good one.")
         assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
         assert train(folder, 2, resume=True).global_step == 2
         assert_went_on_exactly(folder, trained)
+
+
+class FillDisk(TrainerCallback):
+    """After the second update, leaves some bytes of the disk free."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            room = os.statvfs(args.output_dir).f_bavail * os.statvfs(args.output_dir).f_frsize
+            (Path(args.output_dir) / "filling").write_bytes(b"0" * (room - self.left))
+
+
+def train_on_a_small_disk(folder: str, left: int) -> None:
+    """Mounts a file system of 2 MB, which only this process sees, and trains there until it is full."""
+    torch.set_num_threads(1)
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_user, new_mounts, private = 0x10000000, 0x00020000, 0x44000
+    user = os.geteuid()
+    assert libc.unshare(new_mounts | (new_user if user else 0)) == 0, os.strerror(ctypes.get_errno())
+    if user:
+        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    assert libc.mount(b"none", b"/", None, private, None) == 0, os.strerror(ctypes.get_errno())
+    assert libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, b"size=2m") == 0, os.strerror(ctypes.get_errno())
+    t = adjoint_matching(folder, tiny_sd3(), save_strategy="steps", save_steps=1, max_steps=3)
+    t.add_callback(FillDisk(left))
+    try:
+        t.train()
+    except RuntimeError as error:
+        print("Refused:", error)
+    print(
+        "Left:", sorted(path.name for path in Path(folder).glob("checkpoint-*")), fault(Path(folder) / "checkpoint-1")
+    )
+
+
+@pytest.mark.parametrize("left", [0, 8192, 40960])
+def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, left):
+    done = forked.call(train_on_a_small_disk, str(tmp_path), left)
+    assert done.returncode == 0, done.stderr
+    refusal, rest = done.stdout.splitlines()[-2:]
+    assert refusal.startswith(f"Refused: {tmp_path / 'checkpoint-2'} could not be written (")
+    assert refusal.endswith(f"resume from {tmp_path / 'checkpoint-1'}, the newest good one.")
+    assert rest == "Left: ['checkpoint-1'] None"
 
 
 def test_the_disk_has_everything_before_the_manifest(tmp_path, monkeypatch):

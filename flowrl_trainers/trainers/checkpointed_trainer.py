@@ -230,7 +230,7 @@ class CheckpointedTrainer(Trainer, ABC):
             self.save_model(_internal_call=True)
         except WRITE_ERRORS as error:  # logged, as raising it would hide why training broke off
             logger.error(
-                "%s, and what it has learned could not be written to %s: %s", broke_off, self.output_dir, error
+                "%s, and not all that it leaves could be written to %s: %s", broke_off, self.output_dir, error
             )
         else:
             logger.error("%s: what it has learned is in %s.", broke_off, self.output_dir)
@@ -264,7 +264,11 @@ class CheckpointedTrainer(Trainer, ABC):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the model and what is said of it into `output_dir` or another folder; see `write_model`."""
         if self.args.should_save:
-            self.write_model(writable_folder(output_dir or self.output_dir))
+            folder = output_dir or self.output_dir
+            if not _internal_call:
+                writable_folder(folder)
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.write_model(Path(folder))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
