@@ -41,7 +41,9 @@ def write_address() -> None:
     """Write the repository's address into all files that bear one."""
     owner_and_name = repository().removeprefix("https://github.com/")
     for path in bearers():
-        path.write_text(ADDRESS.sub(owner_and_name, path.read_text(encoding="utf-8")), encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
+        if (current := ADDRESS.sub(owner_and_name, text)) != text:
+            path.write_text(current, encoding="utf-8")
 
 
 def tags(cell: Any) -> list[str]:

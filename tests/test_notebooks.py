@@ -42,7 +42,7 @@ def code_of(path: Path, parameters: str) -> str:
 @pytest.mark.parametrize("path", RUN, ids=lambda path: path.stem)
 def test_the_cells_of_a_notebook_run(tmp_path, path):
     code = code_of(path, SHORT.format(PICTURES.get(path.stem, 2)))
-    (tmp_path / "cells.py").write_text(f"import matplotlib\n\nmatplotlib.use('agg')\n{code}")
+    (tmp_path / "cells.py").write_text(f"import matplotlib\n\nmatplotlib.use('agg')\n{code}\nassert points")
     done = forked.script(tmp_path / "cells.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (adapter,) = tmp_path.glob("*/pytorch_lora_weights.safetensors")
