@@ -63,19 +63,6 @@ def test_the_yaml_example_is_understood(tmp_path, name):
     assert config.max_steps == yaml.safe_load(path.read_text())["max_steps"]
 
 
-def test_the_example_of_a_published_model_is_understood(tmp_path):
-    path = ROOT / "examples" / "stable_diffusion_3_5.yaml"
-    config_class = TRAINERS["adjoint_matching"].config_class
-    told, config = parse(
-        "adjoint_matching",
-        config_class,
-        ["--config", str(path), "--output_dir", str(tmp_path), "--use_cpu", "true"],
-        {},
-    )
-    assert told.reward_funcs == ["pickscore"]
-    assert config.images_per_update == 8
-
-
 @pytest.mark.parametrize(
     "name", ["RewardGradientConfig", "FlowRLConfig", *(t.config_class.__name__ for t in TRAINERS.values())]
 )

@@ -63,8 +63,8 @@ def tiny_vae(**config) -> AutoencoderKL:
     ).eval()
 
 
-def tiny_sit(checkpoint) -> SiTPipeline:
+def tiny_sit(checkpoint, names: list[str] = NAMES) -> SiTPipeline:
     transformer = load_transformer(checkpoint, num_attention_heads=HEADS)
-    pipeline = SiTPipeline(transformer, tiny_vae(), FlowMatchEulerDiscreteScheduler(shift=1.0), dict(enumerate(NAMES)))
+    pipeline = SiTPipeline(transformer, tiny_vae(), FlowMatchEulerDiscreteScheduler(shift=1.0), dict(enumerate(names)))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
