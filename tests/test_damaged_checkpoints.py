@@ -26,6 +26,7 @@ from flowrl_trainers.run_folder.checkpoints import (
     fault,
     write_manifest,
 )
+from flowrl_trainers.run_folder.earlier_run import ADAPTER
 from flowrl_trainers.trainers import checkpointed_trainer
 
 from . import forked
@@ -97,8 +98,9 @@ def test_a_damage_to_any_file_is_found_and_named(run, damage):
         folder, faults = checkpoint_to_resume(run, True)
         assert folder == older
         assert list(faults) == [newest]
-        if name == MANIFEST:
-            assert MANIFEST in faults[newest]
+        if name == MANIFEST:  # a digit of a hash that changed looks like another file that did
+            flipped = damage == "one bit flipped" and "has other bytes than those" in faults[newest]
+            assert MANIFEST in faults[newest] or flipped
         else:
             assert faults[newest].startswith(f"damaged: {name!r} ")
             assert re.search(what, faults[newest])
@@ -152,7 +154,7 @@ def test_where_none_is_whole_auto_starts_anew_and_true_refuses(run, caplog):
     (run / "checkpoint-2" / MANIFEST).write_text("[]")
     with pytest.raises(ValueError, match=r"holds no complete checkpoint to resume from \(checkpoint-2 is incomplete: "
                        r"its manifest\.json lists no files; checkpoint-1 is damaged: 'scheduler\.pt' is missing\): "
-                       "start without"):  # fmt: skip
+                       "resume from 'auto' to begin anew there"):  # fmt: skip
         train(run, 1, resume=True)
     caplog.clear()
     assert train(run, 1, resume="auto").global_step == 1
@@ -346,9 +348,9 @@ for limit in sys.argv[2:]:
 def test_files_that_cannot_grow_leave_the_older_checkpoint(tmp_path, trained):
     """The errors that torch and safetensors really raise: for the optimizer alone, and for the adapter too.
 
-    The error is that of the checkpoint in both cases; the log says whether what was learned could be kept.
+    The error is that of the checkpoint in both cases; the log says that the rest could not be kept whole either.
     """
-    small, smaller = tmp_path / "39000", tmp_path / "5000"
+    small, smaller = tmp_path / "20000", tmp_path / "5000"
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(tmp_path), small.name, smaller.name], capture_output=True, text=True
     )
@@ -357,8 +359,12 @@ def test_files_that_cannot_grow_leave_the_older_checkpoint(tmp_path, trained):
     assert len(refusals) == 2
     kept = "Training broke off after 2 updates"
     said = " ".join(done.stderr.split())  # long messages go on in the next line
-    assert f"{kept}: what it has learned is in {small}." in said
-    assert f"{kept}, and not all that it leaves could be written to {smaller}: " in said
+    for folder in (small, smaller):
+        assert f"{kept}, and not all that it leaves could be written to {folder}: " in said
+    assert len(load_file(small / ADAPTER)) == len(
+        load_file(trained / "checkpoint-1" / ADAPTER)
+    )  # the curve was larger
+    assert not (smaller / ADAPTER).exists()
     for folder, refusal in zip((small, smaller), refusals, strict=True):
         assert refusal.startswith(f"Refused: {folder / 'checkpoint-2'} could not be written (")
         assert refusal.endswith(f"resume from {folder / 'checkpoint-1'}, the newest good one.")

@@ -130,7 +130,7 @@ def test_the_newest_complete_checkpoint_is_taken_by_number(tmp_path):
 
 def test_nothing_to_resume_from_is_said(tmp_path):
     with pytest.raises(
-        ValueError, match="holds no complete checkpoint to resume from: start without `resume_from_checkpoint`"
+        ValueError, match="holds no complete checkpoint to resume from: resume from 'auto' to begin anew there"
     ):
         checkpoint_to_resume(tmp_path, True)
     with pytest.raises(ValueError, match=r"checkpoint-7 is incomplete: there is no such folder; there is no good one"):
