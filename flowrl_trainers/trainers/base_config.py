@@ -9,6 +9,7 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 
+from ..cost import Call, Drawing, Kind, Phase
 from .config_checks import Range, check_fields, refuse_unsupported
 from .optimizer_checks import check_optimizer
 from .suggestions import did_you_mean
@@ -148,6 +149,36 @@ class FlowRLConfig(TrainingArguments):
     def updates_per_rollout(self) -> int:
         """The updates of one pass over a rollout."""
         return self.micro_steps_per_rollout // self.gradient_accumulation_steps
+
+    # ---- what one rollout and its updates cost ----------------------------------------------------------------------
+
+    @property
+    def updates_on_rollout(self) -> int:
+        """The updates that use one rollout, over all passes."""
+        return self.updates_per_rollout * self.num_iterations
+
+    def calls(self, drawing: Drawing) -> list[Call]:
+        """What one process computes for one rollout and all updates on it, once nothing warms up; see `Call`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it calls: override `calls`.")
+
+    def first_calls(self, drawing: Drawing) -> list[Call]:
+        """What the first rollout computes beside that."""
+        return []
+
+    def rollout_calls(self, drawing: Drawing) -> list[Call]:
+        """The steps of the sampler on every micro-batch."""
+        steps = self.num_inference_steps * self.micro_steps_per_rollout
+        return drawing.velocity(Kind.FORWARD, self.per_device_train_batch_size, steps, Phase.ROLLOUT)
+
+    def prompts_of_micro_batches(self) -> list[int]:
+        """The number of different prompts in every micro-batch of a rollout, on the first process."""
+        size, share = self.per_device_train_batch_size, self.images_per_update // self.world_size
+        starts = [
+            update * self.images_per_update + first
+            for update in range(self.updates_per_rollout)
+            for first in range(0, share, size)
+        ]
+        return [(s + size - 1) // self.num_generations - s // self.num_generations + 1 for s in starts]
 
     def __post_init__(self) -> None:
         weights: Any = self.reward_weights
