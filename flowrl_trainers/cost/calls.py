@@ -43,6 +43,7 @@ class Phase(StrEnum):
     TARGET = "adjoint"
     """Adjoints, anchors, consistency: what is computed once per rollout for the loss."""
     UPDATE = "update"
+    EVALUATION = "evaluation"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Call:
         count: How often it is called.
         phase: When.
         needed: Whether the method's equations need it; False for what is computed twice today, or for the log alone.
+        guided: Whether every call of the transformer comes with a second one, of the negative branch. In a loss that
+            one has no gradient, as weights learn through the conditional branch alone.
     """
 
     kind: Kind
@@ -62,6 +65,7 @@ class Call:
     count: int
     phase: Phase
     needed: bool = True
+    guided: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,10 +83,7 @@ class Drawing:
     def velocity(
         self, kind: Kind, batch: int, count: int, phase: Phase, *, guidance: bool = True, needed: bool = True
     ) -> list[Call]:
-        """The calls behind `count` velocities.
-
-        With guidance there is a second branch. In a loss it has no gradient, as weights learn through the conditional
-        branch alone.
+        """`count` velocities.
 
         Args:
             kind: One of the transformer's.
@@ -92,10 +93,7 @@ class Drawing:
             guidance: Whether the velocity is the guided one.
             needed: See `Call`.
         """
-        calls = [Call(kind, batch, count, phase, needed)]
-        if guidance and self.guided:
-            calls.append(Call(Kind.FORWARD if kind == Kind.TRAIN else kind, batch, count, phase, needed))
-        return calls
+        return [Call(kind, batch, count, phase, needed, guided=guidance and self.guided)]
 
     def scores(self, pictures: int, at_a_time: int, *, needed: bool = True) -> list[Call]:
         """Decode and score without gradients, as `Scorer.score` does.
@@ -133,8 +131,10 @@ def parts(number: int, size: int) -> Counter[int]:
 
 
 def counted(calls: Iterable[Call]) -> Counter[tuple[Kind, int]]:
-    """How often each kind is called on each batch size."""
+    """How often each kind is called on each batch size, with both branches of guided velocities."""
     total: Counter[tuple[Kind, int]] = Counter()
     for call in calls:
         total[call.kind, call.batch] += call.count
+        if call.guided:
+            total[Kind.FORWARD if call.kind == Kind.TRAIN else call.kind, call.batch] += call.count
     return +total

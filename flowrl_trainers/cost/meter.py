@@ -157,7 +157,7 @@ def _cast(values: Any, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def metered(autocast: torch.dtype | None = None) -> Iterator[Meter]:
-    """A context whose work is measured as on a GPU; autocast: the lower precision that the trainer asks for, if any."""
+    """A context whose work is measured as on a GPU; autocast: the lower precision that a trainer asks for, if any."""
     meter = Meter()
     with meter, LikeAGPU(meter, autocast):
         yield meter

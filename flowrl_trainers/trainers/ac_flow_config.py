@@ -109,6 +109,16 @@ class ACFlowConfig(FlowRLConfig):
                 "by."
             )
 
+    @property
+    def head_kind(self) -> Literal["critic"] | None:
+        """The critic."""
+        return None if self.critic == "none" else "critic"
+
+    @property
+    def latents_kept(self) -> int:
+        """State, target and base velocity of every level."""
+        return (3 if self.wasserstein_coefficient > 0 else 2) * self.timestep_bins
+
     def calls(self, drawing: Drawing) -> list[Call]:
         """N steps, r of (1), and at K = `timestep_bins` states (2) once per critic step, V of (3), v_base and (4).
 

@@ -104,6 +104,11 @@ class AdjointMatchingConfig(RewardGradientConfig):
         late = -(-self.adjoint_steps // LATE_SHARE)
         return min(2 * late, self.adjoint_steps) if self.dynamics == "memoryless" else self.adjoint_steps
 
+    @property
+    def latents_kept(self) -> int:
+        """State, base velocity and adjoint of every trained step."""
+        return 3 * self.trained_steps
+
     def calls(self, drawing: Drawing) -> list[Call]:
         """N steps of (1), grad r(x_N) of (2), the adjoint over K = `adjoint_steps` steps, the loss at T of them.
 

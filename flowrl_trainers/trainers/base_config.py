@@ -1,8 +1,8 @@
 """`FlowRLConfig`: the settings that all trainers share."""
 
 import inspect
-from dataclasses import dataclass
-from typing import Annotated, Any, Self
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, Self
 
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from transformers import SchedulerType, TrainingArguments
@@ -169,6 +169,24 @@ class FlowRLConfig(TrainingArguments):
         """The steps of the sampler on every micro-batch."""
         steps = self.num_inference_steps * self.micro_steps_per_rollout
         return drawing.velocity(Kind.FORWARD, self.per_device_train_batch_size, steps, Phase.ROLLOUT)
+
+    def evaluation_calls(self, drawing: Drawing) -> list[Call]:
+        """The pictures of one batch of an evaluation."""
+        steps, size = self.eval_num_inference_steps or self.num_inference_steps, self.per_device_eval_batch_size
+        calls = drawing.velocity(Kind.FORWARD, size, steps, Phase.EVALUATION)
+        for call in drawing.scores(size, self.decode_batch_size or size):
+            calls.append(replace(call, phase=Phase.EVALUATION))
+        return calls
+
+    @property
+    def head_kind(self) -> Literal["value_network", "critic"] | None:
+        """The network that is trained beside the transformer."""
+        return None
+
+    @property
+    def latents_kept(self) -> int:
+        """The latents of each image that wait in the buffer for the loss."""
+        return 0
 
     def prompts_of_micro_batches(self) -> list[int]:
         """The number of different prompts in every micro-batch of a rollout, on the first process."""

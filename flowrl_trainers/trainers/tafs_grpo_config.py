@@ -105,6 +105,16 @@ class TAFSGRPOConfig(FlowRLConfig):
         """The clean estimates of each image that the credit rule asks for."""
         return {"final": 1, "gain": self.num_inference_steps}.get(self.credit_rule, self.num_inference_steps - 1)
 
+    @property
+    def latents_kept(self) -> int:
+        """All states, and the base velocities of the draws where they are needed."""
+        return self.num_inference_steps + (self.num_inference_steps - 1) * self.compares_with_base
+
+    @property
+    def compares_with_base(self) -> bool:
+        """Whether the base model's velocities are needed."""
+        return self.beta > 0 or self.max_velocity_distance is not None
+
     def calls(self, drawing: Drawing) -> list[Call]:
         """N velocities for (1) to (3), the scores of (4), and at N - 1 states v_base and the velocity of (5) and (6).
 
@@ -118,7 +128,7 @@ class TAFSGRPOConfig(FlowRLConfig):
             calls += drawing.velocity(Kind.FORWARD, size, draws, Phase.ROLLOUT)
             calls += drawing.scores(size * self.scored_steps, self.decode_batch_size or size)
             kinds = [(Kind.TRAIN, self.num_iterations, Phase.UPDATE)]
-            if self.beta > 0 or self.max_velocity_distance is not None:
+            if self.compares_with_base:
                 kinds.append((Kind.BASE, 1, Phase.TARGET))
             for kind, times, phase in kinds:
                 calls += drawing.velocity(kind, first, times, phase)

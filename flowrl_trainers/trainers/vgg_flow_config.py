@@ -65,6 +65,16 @@ class VGGFlowConfig(RewardGradientConfig):
                 "each backward pass."
             )
 
+    @property
+    def head_kind(self) -> Literal["value_network"] | None:
+        """The value network."""
+        return None if self.value_network == "none" else "value_network"
+
+    @property
+    def latents_kept(self) -> int:
+        """State, base velocity and reward term of every trained step; for (3) three more, and the final latent."""
+        return 3 * self.timestep_bins + (0 if self.value_network == "none" else 3 * self.timestep_bins + 1)
+
     def calls(self, drawing: Drawing) -> list[Call]:
         """N steps, and at each of K = `timestep_bins` states: R of (1), v_base, (2); with a value network (3) and (4).
 
