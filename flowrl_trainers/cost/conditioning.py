@@ -17,8 +17,6 @@ from ..pipelines.sit import SiTFlowPipeline
 from ..pipelines.stable_diffusion_3 import StableDiffusion3FlowPipeline
 from ..pipelines.z_image import ZImageFlowPipeline
 
-CLIP_TOKENS = 77  # which Stable Diffusion 3 puts before those of T5
-
 
 def blank_conditioning(flow: DiffusersFlowPipeline, batch: int, dtype: torch.dtype) -> Conditioning:
     """The conditioning of prompts of full length, on the device of the network.
@@ -56,7 +54,8 @@ def _of_prompts(flow: DiffusersFlowPipeline, batch: int, dtype: torch.dtype) -> 
         case SiTFlowPipeline():
             return {"class_labels": torch.zeros(batch, dtype=torch.long, device=device)}
         case StableDiffusion3FlowPipeline():
-            return tokens(config.joint_attention_dim, CLIP_TOKENS) | pooled()
+            # Those of CLIP come before those of T5.
+            return tokens(config.joint_attention_dim, flow.pipeline.tokenizer_max_length) | pooled()
         case FluxFlowPipeline():
             return tokens(config.joint_attention_dim) | pooled()
         case Flux2FlowPipeline():

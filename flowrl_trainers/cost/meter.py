@@ -1,8 +1,8 @@
 """`Meter`: what a piece of work allocates and computes, measured without doing it.
 
 On torch's meta device a tensor has a shape and no numbers, so a network of any size runs in seconds. Two things behave
-otherwise there than on a GPU, and are put right: attention would be taken apart and its whole matrix counted, and
-autocast would do nothing.
+otherwise there than on a GPU, and are put right: attention and root-mean-square norms would be taken apart, so that a
+whole attention matrix would be counted; and autocast would do nothing.
 """
 
 import weakref
@@ -101,6 +101,20 @@ def _attention_flop(q: Tensor, k: Tensor, v: Tensor) -> int:
     return 2 * rows * columns * (q.shape[-1] + v.shape[-1])
 
 
+class _RMSNorm(torch.autograd.Function):
+    """The root-mean-square norm by shape alone: a fused kernel keeps the input and a number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, _ = ctx.saved_tensors
+        return torch.empty_like(x), None
+
+
 # What autocast does on CUDA, by function: see "CUDA ops that can autocast" in torch's documentation.
 _HALF = {
     F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,
@@ -139,9 +153,14 @@ class LikeAGPU(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             q, k, v = (kwargs.get(name, args[i] if i < len(args) else None) for i, name in enumerate(_QKV))
             return _Attention.apply(q, k, v, self.meter)
+        if func in (F.rms_norm, torch.rms_norm):
+            x, weight = (kwargs.get(name, args[i] if i < len(args) else None) for i, name in _RMS_NORM)
+            if weight is None or not weight.requires_grad:
+                return _RMSNorm.apply(x, weight)
         return func(*args, **kwargs)
 
 
+_RMS_NORM = ((0, "input"), (2, "weight"))
 _QKV = ("query", "key", "value")
 
 

@@ -19,8 +19,10 @@ from torch import nn
 from ... import sit
 from ...pipelines import FlowPipeline, families
 from ...pipelines.folders import parts_of, read_json
+from ...shapes.models import WEIGHTS
 
 FOLDER = Path(__file__).parent
+EMBEDDED = ("shapes", "flowrl_trainers.shapes")
 META = torch.device("meta")
 
 
@@ -70,19 +72,24 @@ class Architecture:
             "vae": self.part("vae"),
             "scheduler": _class(scheduler["_class_name"]).from_config(scheduler),
         }
-        kind = _class(self.pipeline)
+        kind, tokens = _class(self.pipeline), self.parts.get("text_encoder", {}).get("max_position_embeddings", 77)
         for name, parameter in inspect.signature(kind.__init__).parameters.items():
             if name.startswith(("text_encoder", "tokenizer")):
-                made[name] = _Absent()
+                made[name] = _Absent(tokens)
             elif name not in made and parameter.default is parameter.empty and name != "self":
                 made[name] = None
         return families.wrap(kind(**made, **self.settings), settings)
 
 
 class _Absent:
-    """Stands where a pipeline has a text encoder or tokenizer, neither of which is asked."""
+    """Stands where a pipeline has a text encoder or tokenizer, neither of which is asked.
 
-    model_max_length = 77
+    Args:
+        model_max_length: The tokens of a prompt, of which pipelines take note.
+    """
+
+    def __init__(self, model_max_length: int) -> None:
+        self.model_max_length = model_max_length
 
 
 def find(model: str) -> Architecture:
@@ -97,6 +104,8 @@ def find(model: str) -> Architecture:
     for name, known in shipped().items():
         if model == name or model in known["ids"]:
             return _read_shipped(model, name)
+    if model in EMBEDDED:
+        return _embedded(model)
     folder = Path(model)
     if not folder.is_dir():
         cached = try_to_load_from_cache(model, "model_index.json") if model.count("/") == 1 else None
@@ -127,6 +136,14 @@ def _read_shipped(model: str, name: str) -> Architecture:
     known = shipped()[name]
     base = shipped()[known["same_as"]] if "same_as" in known else known
     return Architecture(model, base["pipeline"], known.get("settings", {}), base["parts"])
+
+
+def _embedded(model: str) -> Architecture:
+    """The pipeline of the shapes; see `shapes.load_pipeline`. Its two text encoders are one network."""
+    parts = {name: read_json(WEIGHTS / name / "config.json") for name in ("transformer", "vae")}
+    text = read_json(WEIGHTS / "clip" / "config.json")["text_config"] | {"_class_name": "CLIPTextModelWithProjection"}
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    return Architecture(model, "StableDiffusion3Pipeline", {}, parts | {"scheduler": scheduler, "text_encoder": text})
 
 
 def _read_folder(model: str, folder: Path) -> Architecture:
