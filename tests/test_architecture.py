@@ -1,6 +1,6 @@
 """The plan of the house: imports point one way, and what travels between methods and rooms has a name.
 
-cli -> trainers -> run_folder -> sampling -> {pipelines, rewards, networks, metrics} -> {flow, shapes, sit}
+cli -> trainers -> {run_folder, cost} -> sampling -> {pipelines, rewards, networks, metrics} -> {flow, shapes, sit}
 """
 
 import ast
@@ -27,8 +27,9 @@ ALLOWED = {
     "metrics": {"flow", "shapes"},
     "sampling": BOTTOM | MODELS,
     "run_folder": BOTTOM | MODELS | {"sampling"},
-    "trainers": BOTTOM | MODELS | {"sampling", "run_folder"},
-    "cli": BOTTOM | MODELS | {"sampling", "run_folder", "trainers"},
+    "cost": BOTTOM | MODELS | {"sampling"},
+    "trainers": BOTTOM | MODELS | {"sampling", "run_folder", "cost"},
+    "cli": BOTTOM | MODELS | {"sampling", "run_folder", "cost", "trainers"},
     "__init__": {"trainers", "pipelines"},
 }
 

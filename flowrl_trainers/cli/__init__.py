@@ -9,8 +9,8 @@ from ..trainers.suggestions import did_you_mean
 
 METHODS = ("adjoint_matching", "vgg_flow", "ac_flow", "tafs_grpo")
 COMMANDS = (
-    *METHODS, "demo", "evaluate", "card", "export_comfyui", "serve_reward", "convert_sit", "convert_image_reward",
-    "env",
+    *METHODS, "demo", "estimate", "evaluate", "card", "export_comfyui", "serve_reward", "convert_sit",
+    "convert_image_reward", "env",
 )  # fmt: skip
 
 READ_HERE = ("--config=", "--trainer=", "--accelerate_config=", "--num_processes=")
@@ -27,6 +27,8 @@ commands:
   tafs_grpo          tune a pipeline as a few-step generator by policy gradients on its sampler's draws, for any reward
   demo               tune the embedded pipeline, print base and tuned on held-out prompts, and write the adapter and
                      pictures; `--trainer METHOD` takes another of the four methods than `adjoint_matching`
+  estimate           say what a run will need before it starts, without its weights: calls, operations, memory by
+                     phase; `flowrl estimate METHOD --config run.yaml`
   evaluate           measure adapters beside their base model, same prompts and seeds; writes a table and a picture
   card               write the card of a run again, offline: `flowrl card OUTPUT [--license apache-2.0]`
   export_comfyui     write the adapter of a run as ComfyUI reads it: `flowrl export_comfyui OUTPUT [FILE]`
@@ -86,7 +88,9 @@ def _run(command: str, arguments: list[str]) -> int:
     # Each import takes seconds, so a command imports its own module alone.
     from .launch import launched, take_launch_arguments
 
-    launch, arguments = take_launch_arguments(arguments)
+    launch = None
+    if command != "estimate":  # which takes the number of processes as a setting
+        launch, arguments = take_launch_arguments(arguments)
     if launch is not None:
         return launched(launch, [command, *arguments])
     from .memory import keep_freed_memory
@@ -99,6 +103,10 @@ def _run(command: str, arguments: list[str]) -> int:
             from .env import print_environment
 
             print_environment()
+        case "estimate":
+            from .estimate import estimate
+
+            estimate(arguments)
         case "evaluate":
             from .evaluate import evaluate
 

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from transformers.hf_argparser import HfArg
 
+from ..cost import Call, Drawing, Kind, Phase
 from ..flow.advantages import Weighting
 from .base_config import FlowRLConfig
 from .config_checks import Range
@@ -107,3 +108,29 @@ class ACFlowConfig(FlowRLConfig):
                 "`normalize_weights` must be False with `weighting='linear'`: signed weights have no mean to divide "
                 "by."
             )
+
+    @property
+    def head_kind(self) -> Literal["critic"] | None:
+        """The critic."""
+        return None if self.critic == "none" else "critic"
+
+    @property
+    def latents_kept(self) -> int:
+        """State, target and base velocity of every level."""
+        return (3 if self.wasserstein_coefficient > 0 else 2) * self.timestep_bins
+
+    def calls(self, drawing: Drawing) -> list[Call]:
+        """N steps, r of (1), and at K = `timestep_bins` states (2) once per critic step, V of (3), v_base and (4).
+
+        V is also asked at K further states before the critic learns from them, which tells how well it does.
+        """
+        size, micro_batches = self.per_device_train_batch_size, self.micro_steps_per_rollout
+        states = self.timestep_bins * micro_batches
+        calls = self.rollout_calls(drawing)
+        calls += drawing.scores(size * micro_batches, self.decode_batch_size or size)
+        if self.critic != "none":
+            calls += [Call(Kind.HEAD, size, 2 * states, Phase.TARGET)]
+            calls += [Call(Kind.HEAD_TRAIN, size, self.critic_steps * states, Phase.TARGET)]
+        if self.wasserstein_coefficient > 0:
+            calls += drawing.velocity(Kind.BASE, size, states, Phase.TARGET)
+        return calls + drawing.velocity(Kind.TRAIN, size, states * self.num_iterations, Phase.UPDATE)

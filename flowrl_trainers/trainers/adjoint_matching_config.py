@@ -5,7 +5,9 @@ from typing import Annotated, Literal
 
 from transformers.hf_argparser import HfArg
 
+from ..cost import Call, Drawing, Kind, Phase
 from ..flow.control_costs import ControlCostOrder
+from ..flow.dynamics import LATE_SHARE
 from .config_checks import Range
 from .reward_gradient_config import RewardGradientConfig
 
@@ -95,3 +97,51 @@ class AdjointMatchingConfig(RewardGradientConfig):
                         f"`{name}` ({getattr(self, name)!r}) must be {allowed!r} with `dynamics='memoryless'`: no "
                         "other form is known."
                     )
+
+    @property
+    def trained_steps(self) -> int:
+        """The number of steps at which the loss is taken."""
+        late = -(-self.adjoint_steps // LATE_SHARE)
+        return min(2 * late, self.adjoint_steps) if self.dynamics == "memoryless" else self.adjoint_steps
+
+    @property
+    def latents_kept(self) -> int:
+        """State, base velocity and adjoint of every trained step."""
+        return 3 * self.trained_steps
+
+    def calls(self, drawing: Drawing) -> list[Call]:
+        """N steps of (1), grad r(x_N) of (2), the adjoint over K = `adjoint_steps` steps, the loss at T of them.
+
+        g_N is known, and nobody needs g at the first state of the window: (2) takes K - 1 vector-Jacobian products,
+        which meet v_base on the way, and v_base at the first state on its own. In (4) the current velocity is part of
+        the vector, so it is computed before its product, which computes it again. Only the rollout is guided.
+        """
+        size, micro_batches = self.per_device_train_batch_size, self.micro_steps_per_rollout
+        last_is_base = self.dynamics == "memoryless"
+        steps = (self.num_inference_steps - last_is_base) * micro_batches
+        calls = drawing.velocity(Kind.FORWARD, size, steps, Phase.ROLLOUT)
+        if last_is_base:
+            calls += drawing.velocity(Kind.BASE, size, micro_batches, Phase.ROLLOUT)
+        calls += drawing.reward_gradients(size, micro_batches, self.decode_batch_size, size)
+        calls += self._adjoint_calls(self.adjoint)
+        losses = self.trained_steps * micro_batches * self.num_iterations
+        return [*calls, Call(Kind.TRAIN, size, losses, Phase.UPDATE)]
+
+    def first_calls(self, drawing: Drawing) -> list[Call]:
+        """The lean adjoint of the first rollout, from which the scale of the reward is found."""
+        return [] if self.reward_scale is not None else self._adjoint_calls("lean")
+
+    def _adjoint_calls(self, adjoint: str) -> list[Call]:
+        size, micro_batches = self.per_device_train_batch_size, self.micro_steps_per_rollout
+        carried, all_states = (self.adjoint_steps - 1) * micro_batches, self.adjoint_steps * micro_batches
+        match adjoint:
+            case "lean":
+                counts = {Kind.BASE_PRODUCT: carried, Kind.BASE: micro_batches}
+            case "full":
+                counts = {Kind.BASE_PRODUCT: carried, Kind.PRODUCT: carried, Kind.BASE: micro_batches}
+            case _:
+                counts = {Kind.PRODUCT: carried, Kind.BASE: all_states}
+        calls = [Call(kind, size, count, Phase.TARGET) for kind, count in counts.items()]
+        if adjoint == "full":
+            calls.append(Call(Kind.FORWARD, size, carried, Phase.TARGET, needed=False))
+        return calls

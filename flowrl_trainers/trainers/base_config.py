@@ -1,14 +1,15 @@
 """`FlowRLConfig`: the settings that all trainers share."""
 
 import inspect
-from dataclasses import dataclass
-from typing import Annotated, Any, Self
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, Self
 
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from transformers import SchedulerType, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 
+from ..cost import Call, Drawing, Kind, Phase
 from .config_checks import Range, check_fields, refuse_unsupported
 from .optimizer_checks import check_optimizer
 from .suggestions import did_you_mean
@@ -148,6 +149,54 @@ class FlowRLConfig(TrainingArguments):
     def updates_per_rollout(self) -> int:
         """The updates of one pass over a rollout."""
         return self.micro_steps_per_rollout // self.gradient_accumulation_steps
+
+    # ---- what one rollout and its updates cost ----------------------------------------------------------------------
+
+    @property
+    def updates_on_rollout(self) -> int:
+        """The updates that use one rollout, over all passes."""
+        return self.updates_per_rollout * self.num_iterations
+
+    def calls(self, drawing: Drawing) -> list[Call]:
+        """What one process computes for one rollout and all updates on it, once nothing warms up; see `Call`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it calls: override `calls`.")
+
+    def first_calls(self, drawing: Drawing) -> list[Call]:
+        """What the first rollout computes beside that."""
+        return []
+
+    def rollout_calls(self, drawing: Drawing) -> list[Call]:
+        """The steps of the sampler on every micro-batch."""
+        steps = self.num_inference_steps * self.micro_steps_per_rollout
+        return drawing.velocity(Kind.FORWARD, self.per_device_train_batch_size, steps, Phase.ROLLOUT)
+
+    def evaluation_calls(self, drawing: Drawing) -> list[Call]:
+        """The pictures of one batch of an evaluation."""
+        steps, size = self.eval_num_inference_steps or self.num_inference_steps, self.per_device_eval_batch_size
+        calls = drawing.velocity(Kind.FORWARD, size, steps, Phase.EVALUATION)
+        for call in drawing.scores(size, self.decode_batch_size or size):
+            calls.append(replace(call, phase=Phase.EVALUATION))
+        return calls
+
+    @property
+    def head_kind(self) -> Literal["value_network", "critic"] | None:
+        """The network that is trained beside the transformer."""
+        return None
+
+    @property
+    def latents_kept(self) -> int:
+        """The latents of each image that wait in the buffer for the loss."""
+        return 0
+
+    def prompts_of_micro_batches(self) -> list[int]:
+        """The number of different prompts in every micro-batch of a rollout, on the first process."""
+        size, share = self.per_device_train_batch_size, self.images_per_update // self.world_size
+        starts = [
+            update * self.images_per_update + first
+            for update in range(self.updates_per_rollout)
+            for first in range(0, share, size)
+        ]
+        return [(s + size - 1) // self.num_generations - s // self.num_generations + 1 for s in starts]
 
     def __post_init__(self) -> None:
         weights: Any = self.reward_weights

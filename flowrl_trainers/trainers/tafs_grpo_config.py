@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from transformers.hf_argparser import HfArg
 
+from ..cost import Call, Drawing, Kind, Phase
 from ..flow.advantages import CreditRule, Scale
 from .base_config import FlowRLConfig
 from .config_checks import Range
@@ -98,3 +99,38 @@ class TAFSGRPOConfig(FlowRLConfig):
                 f"`eval_num_inference_steps` ({self.eval_num_inference_steps}) must be left out: evaluation takes the "
                 "trained sampler with `num_inference_steps`, and the ODE with `ode_num_inference_steps` beside it."
             )
+
+    @property
+    def scored_steps(self) -> int:
+        """The clean estimates of each image that the credit rule asks for."""
+        return {"final": 1, "gain": self.num_inference_steps}.get(self.credit_rule, self.num_inference_steps - 1)
+
+    @property
+    def latents_kept(self) -> int:
+        """All states, and the base velocities of the draws where they are needed."""
+        return self.num_inference_steps + (self.num_inference_steps - 1) * self.compares_with_base
+
+    @property
+    def compares_with_base(self) -> bool:
+        """Whether the base model's velocities are needed."""
+        return self.beta > 0 or self.max_velocity_distance is not None
+
+    def calls(self, drawing: Drawing) -> list[Call]:
+        """N velocities for (1) to (3), the scores of (4), and at N - 1 states v_base and the velocity of (5) and (6).
+
+        Where a prompt's images start from the same noise, the first velocity is computed once per prompt.
+        """
+        size, draws = self.per_device_train_batch_size, self.num_inference_steps - 1
+        calls: list[Call] = []
+        for prompts in self.prompts_of_micro_batches():
+            first = prompts if self.share_initial_noise else size
+            calls += drawing.velocity(Kind.FORWARD, first, 1, Phase.ROLLOUT)
+            calls += drawing.velocity(Kind.FORWARD, size, draws, Phase.ROLLOUT)
+            calls += drawing.scores(size * self.scored_steps, self.decode_batch_size or size)
+            kinds = [(Kind.TRAIN, self.num_iterations, Phase.UPDATE)]
+            if self.compares_with_base:
+                kinds.append((Kind.BASE, 1, Phase.TARGET))
+            for kind, times, phase in kinds:
+                calls += drawing.velocity(kind, first, times, phase)
+                calls += drawing.velocity(kind, size, times * (draws - 1), phase)
+        return [call for call in calls if call.count]

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from transformers.hf_argparser import HfArg
 
+from ..cost import Call, Drawing, Kind, Phase
 from .config_checks import Range
 from .reward_gradient_config import RewardGradientConfig
 
@@ -63,3 +64,42 @@ class VGGFlowConfig(RewardGradientConfig):
                 "`ddp_find_unused_parameters` must be False: with a value network the model is called twice before "
                 "each backward pass."
             )
+
+    @property
+    def head_kind(self) -> Literal["value_network"] | None:
+        """The value network."""
+        return None if self.value_network == "none" else "value_network"
+
+    @property
+    def latents_kept(self) -> int:
+        """State, base velocity and reward term of every trained step; for (3) three more, and the final latent."""
+        return 3 * self.timestep_bins + (0 if self.value_network == "none" else 3 * self.timestep_bins + 1)
+
+    def calls(self, drawing: Drawing) -> list[Call]:
+        """N steps, and at each of K = `timestep_bins` states: R of (1), v_base, (2); with a value network (3) and (4).
+
+        (3) takes c, the velocity and R at the shifted point, the product J_base^T G, and c and c_eps with gradients;
+        (4) adds c at the end to the last of these calls. The product meets v_base on its way, so where there is a
+        value network v_base is computed twice; the final pictures are scored for the log alone. All with guidance.
+        """
+        size, micro_batches, head = (
+            self.per_device_train_batch_size,
+            self.micro_steps_per_rollout,
+            self.value_network != "none",
+        )
+        states = self.timestep_bins * micro_batches
+        calls = self.rollout_calls(drawing)
+        for _ in range(micro_batches):
+            calls += drawing.scores(size, self.decode_batch_size or size, needed=False)
+        together = self.timestep_bins * size
+        calls += drawing.reward_gradients(together, micro_batches, self.decode_batch_size, size)
+        calls += drawing.velocity(Kind.BASE, size, states, Phase.TARGET, needed=not head)
+        if head:
+            calls += [Call(Kind.HEAD, size, states, Phase.TARGET)]
+            calls += drawing.velocity(Kind.FORWARD, size, states, Phase.TARGET)
+            calls += drawing.reward_gradients(size, states, self.decode_batch_size, size)
+            calls += drawing.velocity(Kind.BASE_PRODUCT, size, states, Phase.TARGET)
+            last = micro_batches * self.num_iterations
+            calls += [Call(Kind.HEAD_TRAIN, 3 * size, last, Phase.UPDATE)]
+            calls += [Call(Kind.HEAD_TRAIN, 2 * size, (self.timestep_bins - 1) * last, Phase.UPDATE)]
+        return calls + drawing.velocity(Kind.TRAIN, size, states * self.num_iterations, Phase.UPDATE)

@@ -1,0 +1,325 @@
+"""`Estimator`: operations and bytes of every call of a run, and the sum of what each phase holds."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from ..networks import critic, value_network
+from .architectures import META, Architecture
+from .calls import Call, Kind, Phase, counted
+from .conditioning import blank_conditioning
+from .meter import metered
+from .rewards import BlankReward
+
+ADAMW_MOMENTS = 2
+ENCODE = "encode"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call costs.
+
+    Attributes:
+        flop: Floating-point operations.
+        operations: ATen operations.
+        peak: The most bytes that it holds at a time.
+    """
+
+    flop: int
+    operations: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """What a phase holds at its peak, in bytes by name, and what is computed in it.
+
+    Attributes:
+        parts: Bytes of weights, adapter, gradients, optimizer, rewards, buffer and of the largest call.
+        largest: The call that holds most beside what stays.
+        flop: Floating-point operations of the phase, over one rollout and its updates.
+        operations: ATen operations.
+    """
+
+    parts: dict[str, int]
+    largest: str
+    flop: int = 0
+    operations: int = 0
+
+    @property
+    def peak(self) -> int:
+        """The bytes of all parts."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run costs one process.
+
+    Attributes:
+        phases: By name, in the order of a run.
+        calls: The calls of the transformer, rewards and heads by kind, per update.
+        updates: Those that use one rollout.
+    """
+
+    phases: dict[str, PhaseCost]
+    calls: dict[str, float]
+    updates: int
+
+    @property
+    def peak_phase(self) -> str:
+        """The name of the phase that holds most."""
+        return max(self.phases, key=lambda name: self.phases[name].peak)
+
+    @property
+    def peak_gib(self) -> float:
+        """What it holds, in GiB."""
+        return self.phases[self.peak_phase].peak / 2**30
+
+    @property
+    def tflop_per_update(self) -> float:
+        """Floating-point operations of one update, in units of 10^12, evaluation left out."""
+        counted_phases = [cost for name, cost in self.phases.items() if name != Phase.EVALUATION]
+        return sum(cost.flop for cost in counted_phases) / self.updates / 1e12
+
+    def after(self, encoding: PhaseCost) -> "Estimate":
+        """With the phase before training in which prompts are encoded; without encoders, as it is."""
+        return replace(self, phases={ENCODE: encoding} | self.phases) if encoding.parts else self
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "peak_gib": self.peak_gib,
+            "peak_phase": self.peak_phase,
+            "phases": {
+                name: {
+                    "peak_gib": cost.peak / 2**30,
+                    "gib": {part: size / 2**30 for part, size in cost.parts.items()},
+                    "largest_call": cost.largest,
+                    "tflop_per_update": cost.flop / self.updates / 1e12,
+                }
+                for name, cost in self.phases.items()
+            },
+            "tflop_per_update": self.tflop_per_update,
+            "calls": self.calls,
+        }
+
+
+@dataclass
+class Estimator:
+    """Measures calls on the meta device.
+
+    Attributes:
+        flow: The pipeline, on the meta device.
+        rewards: Those of training.
+        lora: The adapter that is trained; None for all weights.
+        autocast: The lower precision of the run; None for float32.
+        head: "value_network" or "critic"; None without one.
+        checkpointing: Whether activations are computed twice instead of kept.
+        encoder_dtype: The precision of the text encoders.
+        judges: Rewards that evaluation adds; they are on the device meanwhile.
+    """
+
+    flow: Any
+    rewards: list[BlankReward]
+    lora: LoraConfig | None
+    autocast: torch.dtype | None = None
+    head: str | None = None
+    checkpointing: bool = False
+    encoder_dtype: torch.dtype = torch.float32
+    judges: list[BlankReward] = field(default_factory=list)
+    _works: dict[tuple[Kind, int, bool], Work] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        network = self.flow.transformer
+        self.base_bytes = _bytes(network)
+        if self.lora is not None:
+            self.lora.target_modules = self.lora.target_modules or list(self.flow.lora_target_modules)
+            self.lora.exclude_modules = self.lora.exclude_modules or list(self.flow.lora_exclude_modules) or None
+            network.requires_grad_(False)
+            network.add_adapter(self.lora)
+        else:
+            network.requires_grad_(True)
+        with META:
+            cast_training_params(network, dtype=torch.float32)
+        if self.checkpointing:
+            network.enable_gradient_checkpointing()
+        self.frozen_bytes = self.base_bytes if self.lora is None else 0
+
+    # ---- the work of a call ----------------------------------------------------------------------------------------
+
+    def work(self, call: Call) -> Work:
+        """What one call of this kind and batch costs; every one is measured once."""
+        key = call.kind, call.batch, call.guided
+        if key not in self._works:
+            with metered(self.autocast if call.kind in _OF_TRANSFORMER else None) as meter:
+                self._do(call)
+            self._works[key] = Work(meter.flop, meter.operations, meter.peak)
+            for network in (self.flow.transformer, self._head):
+                if network is not None:
+                    network.zero_grad()
+        return self._works[key]
+
+    def _do(self, call: Call) -> None:
+        network, batch = self.flow.transformer, call.batch
+        match call.kind:
+            case Kind.FORWARD:
+                with torch.no_grad():
+                    self._velocity(self._latents(batch), call.guided)
+            case Kind.BASE:
+                with torch.no_grad():
+                    self._as_base(lambda: self._velocity(self._latents(batch), call.guided))
+            case Kind.PRODUCT:
+                self._product(batch, call.guided)
+            case Kind.BASE_PRODUCT:
+                self._as_base(lambda: self._product(batch, call.guided))
+            case Kind.TRAIN:
+                network.train()
+                self._velocity(self._latents(batch), call.guided).square().mean().backward()
+                network.eval()
+            case Kind.HEAD:
+                with torch.no_grad():
+                    self._ask_head(batch)
+            case Kind.HEAD_TRAIN:
+                self._ask_head(batch).square().mean().backward()
+            case Kind.DECODE:
+                with torch.no_grad():
+                    self.flow.images(self._latents(batch))
+            case Kind.REWARD:
+                with torch.no_grad():
+                    self._score(self._pictures(batch))
+            case Kind.REWARD_GRADIENT:
+                x = self._latents(batch).requires_grad_()
+                torch.autograd.grad(self._score(self.flow.decode(x)), x)
+
+    def _latents(self, batch: int) -> Tensor:
+        return self.flow.initial_latents(batch)
+
+    def _pictures(self, batch: int) -> Tensor:
+        height, width = (self.flow.settings[name] for name in ("height", "width"))
+        return torch.empty(batch, 3, height, width, device=META)
+
+    def _velocity(self, x: Tensor, guided: bool) -> Tensor:
+        sigma, conditioning = x.new_empty(len(x)), blank_conditioning(self.flow, len(x), self.encoder_dtype)
+        return self.flow.velocity(self.flow.transformer, x, sigma, conditioning, guidance=guided)
+
+    def _product(self, batch: int, guided: bool) -> None:
+        x = self._latents(batch).requires_grad_()
+        v = self._velocity(x, guided)
+        torch.autograd.grad(v, x, torch.empty_like(v))
+
+    def _as_base(self, work: Callable[[], Any]) -> None:
+        """With the adapter off; all weights frozen where these are trained, as in the frozen copy."""
+        network = self.flow.transformer
+        if self.lora is None:
+            network.requires_grad_(False)
+            work()
+            network.requires_grad_(True)
+        else:
+            network.disable_adapters()
+            work()
+            network.enable_adapters()
+
+    def _score(self, images: Tensor) -> Tensor:
+        return torch.stack([reward(images.clone()) for reward in self.rewards]).sum()
+
+    def _ask_head(self, batch: int) -> Tensor:
+        assert self._head is not None
+        x = self._latents(batch)
+        features, mask = self.flow.prompt_features(blank_conditioning(self.flow, batch, self.encoder_dtype))
+        return self._head(x, x.new_empty(batch), features.float().to(META), mask.to(META))
+
+    @cached_property
+    def _head(self) -> nn.Module | None:
+        if self.head is None:
+            return None
+        features, _ = self.flow.prompt_features(blank_conditioning(self.flow, 1, self.encoder_dtype))
+        make = value_network if self.head == "value_network" else critic
+        with META:
+            return make(self._latents(1).shape[1:], features.shape[-1])
+
+    # ---- a run -----------------------------------------------------------------------------------------------------
+
+    def estimate(self, calls: list[Call], evaluation: list[Call], updates: int, latents_kept: int) -> Estimate:
+        """The sums over one rollout and its updates.
+
+        Args:
+            calls: Of one rollout and its updates.
+            evaluation: Of one batch of an evaluation; none without one.
+            updates: Those that use a rollout.
+            latents_kept: The latents of all images of the rollout that wait in the buffer.
+        """
+        phases = {}
+        for phase in Phase:
+            mine = [call for call in (*calls, *evaluation) if call.phase == phase]
+            if mine:
+                phases[str(phase)] = self._phase(phase, mine, latents_kept)
+        names = Counter[str]()
+        for (kind, _), count in counted(calls).items():
+            names[kind] += count
+        return Estimate(phases, {str(kind): count / updates for kind, count in names.items()}, updates)
+
+    def _phase(self, phase: Phase, calls: list[Call], latents_kept: int) -> PhaseCost:
+        works = [(self.work(call), call) for call in calls]
+        largest, call = max(works, key=lambda pair: pair[0].peak)
+        parts = self.resident() | {"buffer": latents_kept * _bytes_of(self._latents(1))}
+        if phase == Phase.EVALUATION:
+            parts["further rewards"] = _bytes_of_rewards(self.judges)
+        if phase == Phase.UPDATE:
+            parts["gradients"] = self.trained_bytes
+        parts["largest call"] = largest.peak - (self.trained_bytes if call.kind == Kind.TRAIN else 0)
+        return PhaseCost(
+            parts,
+            f"{call.kind} of {call.batch}",
+            sum(work.flop * call.count for work, call in works),
+            sum(work.operations * call.count for work, call in works),
+        )
+
+    @property
+    def trained_bytes(self) -> int:
+        """Those of the adapter, or of all weights where these are trained."""
+        return sum(_bytes_of(p) for p in self.flow.transformer.parameters() if p.requires_grad)
+
+    def resident(self) -> dict[str, int]:
+        """What stays on the device during a run, in bytes."""
+        head = 0 if self._head is None else _bytes(self._head)
+        trained = self.trained_bytes
+        return {
+            "weights": _bytes(self.flow.transformer) - trained + self.frozen_bytes,
+            "adapter" if self.lora is not None else "trained weights": trained,
+            "optimizer": ADAMW_MOMENTS * (trained + head),
+            "head": head,
+            "autoencoder": sum(_bytes(network) for network in self.flow.decoders()),
+            "rewards": _bytes_of_rewards(self.rewards),
+        }
+
+
+def encoding(architecture: Architecture, dtype: torch.dtype) -> PhaseCost:
+    """The phase before training: the text encoders alone, on the device to encode prompts.
+
+    Their weights are counted, not their activations.
+    """
+    sizes = {name: _bytes(architecture.part(name, dtype)) for name in architecture.text_encoders()}
+    return PhaseCost(sizes, "text encoders")
+
+
+_OF_TRANSFORMER = (Kind.FORWARD, Kind.BASE, Kind.PRODUCT, Kind.BASE_PRODUCT, Kind.TRAIN)
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _bytes_of_rewards(rewards: list[BlankReward]) -> int:
+    return sum(_bytes(reward.network) for reward in rewards if reward.network is not None)
+
+
+def _bytes(network: nn.Module) -> int:
+    return sum(_bytes_of(tensor) for tensor in [*network.parameters(), *network.buffers()])

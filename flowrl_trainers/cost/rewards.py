@@ -1,0 +1,91 @@
+"""The networks of rewards with a name, on the meta device: their sizes are published, and nothing is loaded."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BlipConfig, CLIPConfig, CLIPModel, CLIPVisionConfig
+
+from ..rewards.aesthetic import AestheticPredictor
+from ..rewards.hpsv2 import vit_h_14
+from ..rewards.image_reward import ImageRewardModel
+from ..rewards.preprocessing import resize_and_crop
+
+CLIP_TOKENS = 77
+WITHOUT_NETWORK = ("jpeg_compressibility", "jpeg_incompressibility")
+
+
+def _vit_l_14() -> CLIPConfig:
+    """OpenAI's, the default of the CLIP score."""
+    text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    return CLIPConfig(text_config=text, vision_config=vision | {"patch_size": 14}, projection_dim=768)
+
+
+def _blip() -> BlipConfig:
+    """ImageReward's: a ViT-L/16 and a BERT that attends to it."""
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    text = {"vocab_size": 30524, "hidden_size": 768, "encoder_hidden_size": 1024, "num_hidden_layers": 12}
+    text |= {"intermediate_size": 3072, "num_attention_heads": 12, "max_position_embeddings": 512}
+    return BlipConfig(text_config=text, vision_config=vision | {"patch_size": 16, "image_size": 224})
+
+
+@dataclass(frozen=True)
+class BlankReward:
+    """A reward whose scores are shapes alone.
+
+    Attributes:
+        name: Of the reward.
+        network: On the meta device; None for a reward whose cost is not known, or that has no network.
+    """
+
+    name: str
+    network: nn.Module | None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Scores (B,) of images (B, 3, H, W)."""
+        match self.network:
+            case CLIPModel() as clip:
+                vision = clip.config.vision_config
+                text = clip.get_text_features(torch.zeros(len(images), CLIP_TOKENS, dtype=torch.long, device="meta"))
+                found = clip.get_image_features(resize_and_crop(images, vision.image_size).to(clip.dtype))
+                return (found.pooler_output.float() * text.pooler_output.float()).sum(dim=-1)
+            case AestheticPredictor() as predictor:
+                pixels = resize_and_crop(images, predictor.config.image_size).to(predictor.dtype)
+                return predictor.layers(predictor(pixels).image_embeds)[:, 0].float()
+            case ImageRewardModel() as blip:
+                pixels = resize_and_crop(images, blip.config.vision_config.image_size).to(blip.dtype)
+                picture = blip.vision_model(pixels).last_hidden_state
+                return blip.layers(picture[:, 0, : blip.config.text_config.hidden_size])[:, 0].float()
+            case _:
+                return images.mean(dim=(1, 2, 3))
+
+
+def blank_reward(name: str, dtype: torch.dtype = torch.float32) -> BlankReward:
+    """The reward of a name; one of another name is taken to cost nothing.
+
+    Args:
+        name: As in `reward_funcs`.
+        dtype: The precision of its weights.
+    """
+    made: Any = None
+    with torch.device("meta"):
+        match name:
+            case "clip_score":
+                made = CLIPModel(_vit_l_14())
+            case "pickscore" | "hpsv2":
+                made = CLIPModel(vit_h_14())
+            case "aesthetic":
+                vision = _vit_l_14().vision_config.to_dict() | {"projection_dim": 768}
+                made = AestheticPredictor(CLIPVisionConfig(**vision))
+            case "image_reward":
+                made = ImageRewardModel(_blip())
+    if made is not None:
+        made = made.to(dtype).requires_grad_(False).eval()
+    return BlankReward(name, made)
+
+
+def is_counted(name: str) -> bool:
+    """Whether the cost of the reward of a name is known."""
+    return name in WITHOUT_NETWORK or blank_reward(name).network is not None

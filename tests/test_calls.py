@@ -1,0 +1,141 @@
+"""The calls that a method's configuration states are those that real updates make."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from flowrl_trainers import FlowRLTrainer
+from flowrl_trainers.cost import Call, Drawing, Kind, Phase, counted
+from flowrl_trainers.cost.calls import parts
+from flowrl_trainers.rewards import FunctionReward
+from flowrl_trainers.sampling import scoring
+from flowrl_trainers.sampling.scoring import pictures_at_a_time
+
+from .helpers import make_trainer, redness
+
+ROLLOUTS = 2  # of each run
+ROLLOUT = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_generations": 2}
+
+# A trainer, its settings, and the pictures that are decoded at a time (None: any number).
+OPTIONS: dict[str, tuple[str, dict[str, Any], int | None]] = {
+    "lean": ("AdjointMatchingTrainer", {"adjoint_steps": 3, "num_inference_steps": 4}, None),
+    "one step": ("AdjointMatchingTrainer", {"adjoint_steps": 1, "num_inference_steps": 1, "reward_scale": 10.0}, None),
+    "full": ("AdjointMatchingTrainer", {"adjoint": "full", "adjoint_steps": 3}, None),
+    "current": ("AdjointMatchingTrainer", {"adjoint": "current", "adjoint_steps": 3}, None),
+    "hamiltonian, all weights": ("AdjointMatchingTrainer", {"loss_type": "hamiltonian", "lora": False}, None),
+    "memoryless": (
+        "AdjointMatchingTrainer",
+        {"dynamics": "memoryless", "num_inference_steps": 5, "adjoint_steps": 5, "reward_scale": 10.0},
+        None,
+    ),
+    "memoryless, one step": (
+        "AdjointMatchingTrainer",
+        {"dynamics": "memoryless", "num_inference_steps": 1, "adjoint_steps": 1, "reward_scale": 10.0},
+        None,
+    ),
+    "guided window": ("AdjointMatchingTrainer", {"guidance_scale": 3.0, "decode_batch_size": 1}, None),
+    "value network": ("VGGFlowTrainer", {"num_iterations": 2}, 3),
+    "no value network": ("VGGFlowTrainer", {"value_network": "none", "decode_batch_size": 3}, None),
+    "guided value network": ("VGGFlowTrainer", {"guidance_scale": 3.0, "timestep_bins": 1}, None),
+    "critic": ("ACFlowTrainer", {"critic_warmup_max_steps": 0, "critic_steps": 3, "decode_batch_size": 3}, None),
+    "no critic": ("ACFlowTrainer", {"critic": "none", "timestep_bins": 2, "guidance_scale": 3.0}, 1),
+    "no anchor": ("ACFlowTrainer", {"wasserstein_coefficient": 0, "critic_warmup_max_steps": 0, "lora": False}, None),
+    "shared noise": ("TAFSGRPOTrainer", {"num_inference_steps": 4}, None),
+    "groups over micro-batches": ("TAFSGRPOTrainer", {"num_generations": 4, "credit_rule": "gain"}, None),
+    "noise of its own": ("TAFSGRPOTrainer", {"share_initial_noise": False, "credit_rule": "final"}, 1),
+    "no divergence": ("TAFSGRPOTrainer", {"beta": 0.0, "guidance_scale": 3.0, "num_inference_steps": 2}, None),
+    "budget": ("TAFSGRPOTrainer", {"beta": 0.0, "max_velocity_distance": 1e9, "lora": False}, None),
+    "rollouts used twice": (
+        "TAFSGRPOTrainer",
+        {"steps_per_generation": 4, "num_iterations": 2, "num_generations": 4},
+        None,
+    ),
+}
+
+
+class Observer:
+    """Counts the calls of a trainer's networks and rewards, told apart by grad mode, adapter and what takes gradients."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[tuple[Kind, int]] = Counter()
+        self.reward = FunctionReward(self._reward, differentiable=True, name="redness")
+
+    def _reward(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> torch.Tensor:
+        if not images.requires_grad:
+            self.calls[Kind.REWARD, len(images)] += 1
+        return redness(images, prompts)
+
+    def watch(self, t: FlowRLTrainer) -> None:
+        layers = [m for m in t.model.transformer.modules() if isinstance(m, BaseTunerLayer)]
+        adapter_is_off = lambda: any(layer.disable_adapters for layer in layers)  # noqa: E731
+        self._watch_network(t.model.transformer, adapter_is_off)
+        if t.model.frozen is not None:
+            self._watch_network(t.model.frozen, lambda: True)
+        for network in t.extra_networks().values():
+            network.register_forward_pre_hook(self._head)
+        vae = t.flow.pipeline.vae
+        decode = vae.decode
+
+        def decoder(z: torch.Tensor, **settings: Any) -> Any:
+            self.calls[Kind.REWARD_GRADIENT if torch.is_grad_enabled() else Kind.DECODE, len(z)] += 1
+            return decode(z, **settings)
+
+        vae.decode = decoder
+
+    def _head(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        self.calls[Kind.HEAD_TRAIN if torch.is_grad_enabled() else Kind.HEAD, len(args[0])] += 1
+
+    def _watch_network(self, network: torch.nn.Module, is_base: Callable[[], bool]) -> None:
+        def seen(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = kwargs["hidden_states"]
+            if not torch.is_grad_enabled():
+                kind = Kind.BASE if is_base() else Kind.FORWARD
+            elif x.requires_grad:
+                kind = Kind.BASE_PRODUCT if is_base() else Kind.PRODUCT
+            else:
+                assert not is_base()
+                kind = Kind.TRAIN
+            self.calls[kind, len(x)] += 1
+
+        network.register_forward_pre_hook(seen, with_kwargs=True)
+
+
+def calls_of_the_probe(t: FlowRLTrainer, drawing: Drawing) -> list[Call]:
+    """Two pictures before training."""
+    steps = len(t.sigmas) - 1
+    calls = drawing.velocity(Kind.FORWARD, 2, steps, Phase.ROLLOUT)
+    if t.needs_reward_gradient:
+        return calls + drawing.reward_gradients(2, 1, t.args.decode_batch_size, t.args.per_device_train_batch_size)
+    decoded = parts(2, min(2, drawing.decoded_together))
+    calls += [Call(Kind.DECODE, size, count, Phase.REWARD) for size, count in decoded.items()]
+    return [*calls, Call(Kind.REWARD, 2, 1, Phase.REWARD)]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_calls_made_are_the_calls_stated(tmp_path, monkeypatch, option):
+    """Over two rollouts with all updates on them, the probe before, and what the first rollout alone needs."""
+    name, settings, together = OPTIONS[option]
+    monkeypatch.setattr(scoring, "MEGAPIXEL", (together or 1000) * 32**2)
+    monkeypatch.setattr(
+        sys.modules["flowrl_trainers.networks.value_network"], "WIDTHS", (32, 32)
+    )  # the calls are the same, and take a tenth of the time
+    observer = Observer()
+    updates = settings.get("steps_per_generation", 2) // 2 * settings.get("num_iterations", 1)
+    t = make_trainer(name, tmp_path, reward=observer.reward, **(ROLLOUT | settings), max_steps=ROLLOUTS * updates)
+    assert t.args.updates_on_rollout == updates
+    observer.watch(t)
+    t.train()
+    drawing = Drawing(guided=t.flow.guided, decoded_together=pictures_at_a_time(t.flow, 1000))
+    stated = [*calls_of_the_probe(t, drawing), *t.args.first_calls(drawing), *ROLLOUTS * t.args.calls(drawing)]
+    assert observer.calls == counted(stated)
+
+
+def test_a_batch_is_split_into_whole_parts_and_a_rest():
+    assert parts(7, 3) == {3: 2, 1: 1}
+    assert parts(6, 3) == {3: 2}
+    assert parts(2, 3) == {2: 1}

@@ -1,0 +1,312 @@
+"""What `flowrl estimate` says, against counts by hand, allocations on a CPU, and published measurements."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+
+from flowrl_trainers.cli import main
+from flowrl_trainers.cli.arguments import TRAINERS
+from flowrl_trainers.cli.estimate import read_anywhere
+from flowrl_trainers.cost import Call, Drawing, Kind, Phase
+from flowrl_trainers.cost.architectures import META, Architecture, find, known_names
+from flowrl_trainers.cost.conditioning import blank_conditioning
+from flowrl_trainers.cost.estimate import Estimator
+from flowrl_trainers.cost.meter import metered
+from flowrl_trainers.cost.rewards import BlankReward, blank_reward
+from flowrl_trainers.pipelines import FlowPipeline
+from flowrl_trainers.shapes import load_pipeline
+
+from .helpers import redness
+from .tiny import tiny_sd3
+from .tiny_families import tiny
+
+PROMPT = "a red circle"
+ROOT = Path(__file__).parent.parent
+MODELS = {
+    "sd3": (tiny_sd3, {"max_sequence_length": 8}),
+    "flux": (lambda: tiny("flux"), {"max_sequence_length": 64}),
+    "z image": (lambda: tiny("z image"), {"max_sequence_length": 64, "guidance_scale": 0.0}),
+}
+
+
+# ---- bytes -------------------------------------------------------------------------------------------------------
+
+
+def architecture_of(pipeline: Any) -> Architecture:
+    parts = {name: dict(pipeline.components[name].config) for name in ("transformer", "vae", "scheduler")}
+    for name, config in parts.items():
+        config["_class_name"] = type(pipeline.components[name]).__name__
+    settings = {name: value for name, value in pipeline.config.items() if name == "is_distilled"}
+    return Architecture("tiny", type(pipeline).__name__, settings, parts)
+
+
+def allocated(work: Any) -> int:
+    """The most bytes that torch's allocator gave out at a time during some work, as its profiler saw them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+def real_work(flow: FlowPipeline, kind: Kind, batch: int) -> Any:
+    """The same call on the CPU, with numbers."""
+    encoded = flow.encode_prompts([PROMPT] * batch)
+    generator = torch.Generator().manual_seed(0)
+    latents, sigma = flow.initial_latents(batch, generator), torch.full((batch,), 0.5)
+
+    def velocity(x: torch.Tensor) -> torch.Tensor:
+        conditioning = {name: value.clone() for name, value in encoded.items()}
+        return flow.velocity(flow.transformer, x, sigma, conditioning, guidance=False)
+
+    def product() -> None:
+        x = latents.clone().requires_grad_()
+        v = velocity(x)
+        torch.autograd.grad(v, x, torch.empty_like(v))
+
+    def reward_gradient() -> None:
+        x = latents.clone().requires_grad_()
+        torch.autograd.grad(redness(flow.decode(x).clone(), [""] * batch).sum(), x)
+
+    def work() -> None:
+        match kind:
+            case Kind.FORWARD:
+                with torch.no_grad():
+                    velocity(latents.clone())
+            case Kind.BASE_PRODUCT:
+                flow.transformer.disable_adapters()
+                product()
+                flow.transformer.enable_adapters()
+            case Kind.TRAIN:
+                velocity(latents.clone()).square().mean().backward()
+            case Kind.DECODE:
+                with torch.no_grad():
+                    flow.images(latents.clone())
+            case Kind.REWARD_GRADIENT:
+                reward_gradient()
+
+    return work
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bytes_of_every_call_are_those_that_a_cpu_allocates(monkeypatch, name):
+    """Within 5 %, for pictures of 64 pixels, where activations outweigh what kernels need for themselves."""
+    make, settings = MODELS[name]
+    pipeline = make()
+    settings = settings | {"height": 64, "width": 64}
+    lora = LoraConfig(r=4, lora_alpha=4)
+    estimator = Estimator(
+        architecture_of(pipeline).flow(torch.float32, settings), [BlankReward("redness", None)], lora
+    )
+    flow = FlowPipeline.from_pipeline(pipeline, **settings)
+    flow.transformer.requires_grad_(False)
+    flow.pipeline.vae.requires_grad_(False)
+    flow.transformer.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=list(flow.lora_target_modules)))
+    cast_training_params(flow.transformer, dtype=torch.float32)
+    # A tiny pipeline's tokenizers are shorter than published ones, so both get what they make of one prompt.
+    encoded = flow.encode_prompts([PROMPT] * 4)
+    monkeypatch.setattr(
+        "flowrl_trainers.cost.estimate.blank_conditioning",
+        lambda *_: {n: v.clone() if "mask" in n else torch.zeros_like(v, device=META) for n, v in encoded.items()},
+    )
+    for kind in (Kind.FORWARD, Kind.BASE_PRODUCT, Kind.TRAIN, Kind.DECODE, Kind.REWARD_GRADIENT):
+        work = real_work(flow, kind, 4)
+        work()  # what is made once, such as tables of positions
+        flow.transformer.zero_grad()
+        measured, estimated = allocated(work), estimator.work(Call(kind, 4, 1, Phase.UPDATE)).peak
+        assert estimated == pytest.approx(measured, rel=0.05), kind
+
+
+def test_attention_and_norms_are_counted_as_fused_kernels_keep_them():
+    """Queries, keys, values, output and a number a row; a norm keeps its input and a number a row, and no product."""
+    with metered() as meter:
+        x = torch.empty(2, 3, 50, 8, device=META, requires_grad=True)
+        normed = torch.nn.functional.rms_norm(x, (8,))
+        out = torch.nn.functional.scaled_dot_product_attention(normed, normed, normed)
+    rows = 2 * 3 * 50
+    assert meter.peak == 4 * (rows * 8 + (rows * 8 + rows) + (rows * 8 + rows))
+    assert meter.flop == 2 * (2 * rows * 50 * 8)  # two products, and five more in the backward pass
+    out.sum().backward()
+    assert meter.flop == 7 * (2 * rows * 50 * 8)
+
+
+def test_autocast_is_counted_as_on_a_gpu():
+    """A product keeps its inputs in half precision and returns it; a norm computes and returns float32."""
+    weight, x = torch.empty(4, 8, device=META), torch.empty(2, 8, device=META)
+    with metered(torch.bfloat16):
+        half = torch.nn.functional.linear(x, weight)
+        assert half.dtype == torch.bfloat16
+        assert torch.nn.functional.layer_norm(half, (4,)).dtype == torch.float32
+    with metered():
+        assert torch.nn.functional.linear(x, weight).dtype == torch.float32
+
+
+# ---- operations --------------------------------------------------------------------------------------------------
+
+
+def operations_of_sit(pictures: int) -> int:
+    """28 blocks of width 1152: 12 d^2 weights a token, attention over 1024 tokens, 6 d^2 of modulation a picture."""
+    d, n = 1152, 32 * 32
+    block = n * 12 * d**2 + 2 * n**2 * d + 6 * d**2
+    return 2 * pictures * (28 * block + n * d * (16 + 16) + 2 * d**2 + 256 * d + d**2)
+
+
+def operations_of_stable_diffusion_3_5(pictures: int) -> int:
+    """24 joint blocks of width 1536 on 1024 tokens of the picture and 333 of the prompt.
+
+    13 of them attend to the picture once more; the last one does nothing with the prompt after its attention.
+    """
+    d, n, m = 1536, 32 * 32, 333
+    joint = 24 * (12 * n * d**2 + 2 * (n + m) ** 2 * d) + 23 * 12 * m * d**2 + 3 * m * d**2
+    dual = 13 * (4 * n * d**2 + 2 * n**2 * d)
+    modulation = 24 * 12 * d**2 + 13 * 3 * d**2
+    return 2 * pictures * (joint + dual + modulation + m * 4096 * d)
+
+
+def operations_of_flux_2_klein(pictures: int) -> int:
+    """25 blocks of width 3072 with 13 d^2 weights a token (SwiGLU of three times the width), 1024 + 512 tokens."""
+    d, n = 3072, 32 * 32 + 512
+    return 2 * pictures * (25 * (13 * n * d**2 + 2 * n**2 * d) + 512 * 7680 * d)
+
+
+@pytest.mark.parametrize(
+    ("model", "by_hand"),
+    [
+        ("SiT-XL/2", operations_of_sit),
+        ("stabilityai/stable-diffusion-3.5-medium", operations_of_stable_diffusion_3_5),
+        ("black-forest-labs/FLUX.2-klein-4B", operations_of_flux_2_klein),
+    ],
+)
+def test_operations_of_a_forward_pass_are_those_counted_by_hand(model, by_hand):
+    """Within 3 %, without the adapter."""
+    settings = {"height": 512, "width": 512, "guidance_scale": 1.0}
+    flow = find(model).flow(torch.bfloat16, settings)
+    work = Estimator(flow, [], LoraConfig(r=32), torch.bfloat16).work(Call(Kind.BASE, 2, 1, Phase.TARGET))
+    assert work.flop == pytest.approx(by_hand(2), rel=0.03)
+
+
+# ---- a run -------------------------------------------------------------------------------------------------------
+
+
+def write_run(folder: Path, **settings: Any) -> Path:
+    """A run that only a machine with two GPUs could start."""
+    lines = {"model": "SiT-XL/2", "dataset": "classes", "output_dir": str(folder / "out"), "bf16": True} | settings
+    path = folder / "run.yaml"
+    path.write_text("\n".join(f"{name}: {json.dumps(value)}" for name, value in lines.items()))
+    return path
+
+
+def test_a_run_for_gpus_is_estimated_without_one(tmp_path, capsys):
+    """Also its batch: 2 processes of 2 images fill the groups of 4, which one process would not."""
+    settings = {"per_device_train_batch_size": 2, "num_generations": 4, "height": 256, "width": 256, "tf32": True}
+    path = write_run(tmp_path, reward_funcs=["aesthetic", "jpeg_compressibility"], guidance_scale=1.0, **settings)
+    command = ["estimate", "tafs_grpo", "--config", str(path), "--num_processes", "2"]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"peak_gib", "phases", "tflop_per_update", "calls", "peak_phase", "not_counted"} == set(found)
+    assert found["calls"] == {"forward": 4, "reward": 3, "decode": 3, "base_forward": 3, "forward_backward": 3}
+    assert list(found["phases"]) == ["rollout", "decode and reward", "adjoint", "update"]
+    for phase in found["phases"].values():
+        assert phase["peak_gib"] == pytest.approx(sum(phase["gib"].values()))
+    assert found["peak_gib"] == max(phase["peak_gib"] for phase in found["phases"].values())
+    assert found["not_counted"] == []
+    assert not (tmp_path / "out").exists()
+    assert main(["estimate", "tafs_grpo", "--config", str(path)]) == 2
+    assert "must be a multiple of `num_generations` (4)" in capsys.readouterr().err
+
+
+def test_unknown_models_and_methods_are_refused(tmp_path, capsys):
+    assert main(["estimate", "--config", "run.yaml"]) == 2
+    assert "needs a method before its flags" in capsys.readouterr().err
+    path = write_run(tmp_path, model="nobody/nothing", reward_funcs=["aesthetic"])
+    assert main(["estimate", "tafs_grpo", "--config", str(path), "--per_device_train_batch_size", "16"]) == 2
+    assert "'nobody/nothing') is no folder" in capsys.readouterr().err
+
+
+def test_a_folder_is_read_without_its_weights(tmp_path):
+    """The configuration files of a saved pipeline are enough."""
+    pipeline = tiny_sd3()
+    pipeline.save_pretrained(tmp_path)
+    for weights in tmp_path.rglob("*.safetensors"):
+        weights.unlink()
+    architecture = find(str(tmp_path))
+    assert architecture.text_encoders() == ["text_encoder", "text_encoder_2", "text_encoder_3"]
+    for name in ("transformer", "vae", "text_encoder_3"):
+        kept = {n: p.shape for n, p in pipeline.components[name].named_parameters()}
+        assert {n: p.shape for n, p in architecture.part(name).named_parameters()} == kept
+
+
+def test_every_architecture_that_ships_can_be_built():
+    """And has the number of parameters that its card states, in billions, where it states one."""
+    stated = {
+        "stabilityai/stable-diffusion-3.5-large": 8.1,
+        "black-forest-labs/FLUX.1-dev": 11.9,
+        "black-forest-labs/FLUX.2-klein-4B": 3.9,
+        "black-forest-labs/FLUX.2-klein-9B": 9.1,
+        "black-forest-labs/FLUX.2-dev": 32.2,
+        "Qwen/Qwen-Image": 20.4,
+        "Tongyi-MAI/Z-Image": 6.2,
+        "Efficient-Large-Model/Sana_1600M_1024px_diffusers": 1.6,
+    }
+    for name in known_names():
+        flow = find(name).flow(torch.bfloat16, {})
+        size = sum(p.numel() for p in flow.transformer.parameters()) / 1e9
+        assert size == pytest.approx(stated.get(name, size), abs=0.05), name
+
+
+def test_the_embedded_pipeline_is_known_too():
+    """Its transformer and its prompts have the shapes of the loaded one."""
+    flow, loaded = find("shapes").flow(torch.float32, {}), FlowPipeline.from_pipeline(load_pipeline())
+    assert {n: p.shape for n, p in flow.transformer.named_parameters()} == {
+        n: p.shape for n, p in loaded.transformer.named_parameters()
+    }
+    blank, encoded = blank_conditioning(flow, 1, torch.float32), loaded.encode_prompts([PROMPT])
+    assert {n: v.shape for n, v in blank.items() if "negative" not in n} == {
+        n: v.shape for n, v in encoded.items() if "negative" not in n
+    }
+
+
+ROWS = {
+    "stable_diffusion_3": "stabilityai/stable-diffusion-3.5-medium",
+    "flux_2_klein": "black-forest-labs/FLUX.2-klein-4B",
+    "sit": "SiT-XL/2",
+}
+
+
+def published_rows() -> list[tuple[str, str, int, float]]:
+    """Model, method, sampler steps and peak memory in GiB of every row that was measured on an H100."""
+    rows = []
+    for name, model in ROWS.items():
+        text = (ROOT / "docs" / "tables" / f"full_size_{name}.md").read_text(encoding="utf-8")
+        for method, steps, gib in re.findall(r"^\|[^|]*\|[^|]*B \| ([^|]*) \| (\d+) \|[^|]*\| (\d+) \|$", text, re.M):
+            rows.append((model, method, int(steps), float(gib)))
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "method", "steps", "measured"), published_rows())
+def test_peak_memory_is_that_measured_on_an_h100(model, method, steps, measured):
+    """Within 10 % in each row of `docs/tables/full_size_*.md`; no constant is fitted."""
+    trainer = next(t for t in TRAINERS.values() if t._name == method)
+    settings = {"height": 512, "width": 512} | ({} if "klein" in model else {"guidance_scale": 1.0})
+    bins = {"timestep_bins": min(5, steps - 1)} if method == "VGG-Flow" else {}
+    config = read_anywhere(trainer.config_class, 1)(
+        output_dir="unused", bf16=True, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        num_generations=4, num_inference_steps=steps, **settings, **bins,
+    )  # fmt: skip
+    flow = find(model).flow(torch.bfloat16, settings)
+    reward = blank_reward("pickscore", torch.bfloat16)
+    lora = LoraConfig(r=32, lora_alpha=32)
+    estimator = Estimator(flow, [reward], lora, torch.bfloat16, config.head_kind, encoder_dtype=torch.bfloat16)
+    drawing = Drawing(guided=False, decoded_together=4)
+    found = estimator.estimate(config.calls(drawing), [], config.updates_on_rollout, 8 * config.latents_kept)
+    assert found.peak_gib == pytest.approx(measured, rel=0.1)
