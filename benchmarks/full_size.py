@@ -52,6 +52,7 @@ from transformers import (
 from flowrl_trainers import (
     ACFlowTrainer,
     AdjointMatchingTrainer,
+    DiffusionNFTTrainer,
     FlowRLTrainer,
     TAFSGRPOTrainer,
     VGGFlowTrainer,
@@ -67,6 +68,7 @@ TRAINERS: dict[type[FlowRLTrainer], dict[str, Any]] = {
     AdjointMatchingTrainer: {},
     VGGFlowTrainer: {},
     ACFlowTrainer: {"critic_warmup_max_steps": 1},  # the update that is not counted
+    DiffusionNFTTrainer: {},
     TAFSGRPOTrainer: {},
 }
 FOUR_BLOCKS = {

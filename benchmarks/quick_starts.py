@@ -1,6 +1,6 @@
 """Run the quick start of a method's page as it stands, and leave its sheet and its curve in docs/images.
 
-python benchmarks/quick_starts.py adjoint_matching vgg_flow ac_flow tafs_grpo
+python benchmarks/quick_starts.py adjoint_matching vgg_flow ac_flow diffusion_nft tafs_grpo
 """
 
 import os

@@ -62,6 +62,7 @@ settings = {
     "AdjointMatching": {"adjoint_steps": 20, "control_to_velocity_ratio": 1.0},
     "VGGFlow": {"control_to_velocity_ratio": 1.0},
     "ACFlow": {"num_generations": 8},
+    "DiffusionNFT": {"num_generations": 8},
     "TAFSGRPO": {"num_generations": 16},
 }
 for name, own in settings.items():

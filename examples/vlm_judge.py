@@ -5,7 +5,7 @@
     cd examples && flowrl ac_flow --config ac_flow.yaml --reward_funcs vlm_judge.vlm_judge
 
 Any server with OpenAI's chat API will do; set VLM_API_KEY for a server that asks for a key. Not differentiable, so it
-trains with AC-Flow and TAFS-GRPO.
+trains with AC-Flow, DiffusionNFT and TAFS-GRPO.
 """
 
 import asyncio

@@ -6,7 +6,7 @@ from torch import nn
 from flowrl_trainers import ACFlowConfig, ACFlowTrainer
 from flowrl_trainers.sampling.buffer import MicroBatch
 from flowrl_trainers.sampling.prompt_groups import Example, ImageKey
-from flowrl_trainers.trainers.ac_flow_trainer import ACFlowReturns, ACFlowRollout
+from flowrl_trainers.trainers.renoising_trainer import RenoisingRollout, Returns
 
 from .gaussian import NUMBERED, GaussianFlow, height, settings
 
@@ -41,14 +41,14 @@ def ac_flow(folder, network=None, reward=height, given=None, **changes) -> ACFlo
     return t
 
 
-def drawn_images(t: ACFlowTrainer, count: int, rollout: int = 0) -> MicroBatch[ACFlowRollout]:
+def drawn_images(t: ACFlowTrainer, count: int, rollout: int = 0) -> MicroBatch[RenoisingRollout]:
     """A micro-batch whose images are drawn from N(0, 1) itself."""
     examples = [Example(ImageKey(i % 64, i // 64, rollout), str(i % 64), {}) for i in range(count)]
     x = torch.randn(count, 1, generator=torch.Generator().manual_seed(100 + rollout))
-    return MicroBatch(examples, ACFlowRollout(x), torch.ones(count, dtype=torch.bool))
+    return MicroBatch(examples, RenoisingRollout(x), torch.ones(count, dtype=torch.bool))
 
 
-def exact_images(t: ACFlowTrainer, count: int, rollout: int = 0) -> MicroBatch[ACFlowReturns]:
+def exact_images(t: ACFlowTrainer, count: int, rollout: int = 0) -> MicroBatch[Returns]:
     """The same, scored by the trainer."""
     (batch,) = t._shape([drawn_images(t, count, rollout)])
     return batch

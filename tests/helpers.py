@@ -1,4 +1,4 @@
-"""What the tests of trainers share: the four trainers with short settings, a reward with a gradient, a first
+"""What the tests of trainers share: the trainers with short settings, a reward with a gradient, a first
 rollout.
 """
 
@@ -27,6 +27,7 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "AdjointMatchingTrainer": {"adjoint_steps": 2, "control_to_velocity_ratio": 0.3},
     "VGGFlowTrainer": {"timestep_bins": 2, "control_to_velocity_ratio": 0.3},
     "ACFlowTrainer": {"num_generations": 2, "critic_warmup_max_steps": 1},
+    "DiffusionNFTTrainer": {"num_generations": 2, "timestep_bins": 2, "old_policy_ramp": None},
     "TAFSGRPOTrainer": {"num_generations": 2},
 }
 CAPTIONS = ["a red circle", "a blue square", "a green cross", "a red circle and a blue square"]
@@ -61,7 +62,7 @@ def make_trainer(
     lora: bool = True,
     **settings,
 ) -> FlowRLTrainer:
-    """Any of the four, for two updates of four images in three steps."""
+    """Any of them, for two updates of four images in three steps."""
     trainer = getattr(flowrl_trainers, name)
     defaults = dict(
         output_dir=str(folder), max_steps=2, per_device_train_batch_size=4, num_inference_steps=3, guidance_scale=1.0,

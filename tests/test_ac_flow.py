@@ -25,7 +25,8 @@ from flowrl_trainers.flow import (
 from flowrl_trainers.networks import ConvCritic, MLPCritic, critic
 from flowrl_trainers.run_folder.gallery import to_pillow
 from flowrl_trainers.sampling.buffer import MicroBatch
-from flowrl_trainers.trainers.ac_flow_trainer import ACFlowRecord, ACFlowReturns
+from flowrl_trainers.trainers.ac_flow_trainer import ACFlowRecord
+from flowrl_trainers.trainers.renoising_trainer import Returns
 
 from .ac_flow import Velocities, ac_flow, drawn_images, exact_images
 from .helpers import first_rollout, make_trainer, update_rows
@@ -260,7 +261,7 @@ def test_the_actor_s_minimum_is_the_weighted_mean_pulled_to_the_base(tmp_path, c
     m = (1 - sigma) ** 2 + sigma**2
     x = (1 - sigma) / m * z + sigma / math.sqrt(m) * torch.randn(count, generator=torch.Generator().manual_seed(0))
     noise = (z - (1 - sigma) * x) / sigma
-    images = exact_images(t, count).with_record(ACFlowReturns(final=x[:, None], returns=x))
+    images = exact_images(t, count).with_record(Returns(final=x[:, None], returns=x))
     t._renoised = lambda batch, purpose: (z[:, None, None], noise[:, None, None], torch.full((count, 1), sigma))
     (batch,) = t._actor_batches([images])
     alpha = t.args.wasserstein_coefficient
@@ -304,7 +305,7 @@ def test_without_critic_shaping_clipping_and_normalising_it_is_orw_cfm_w2(tmp_pa
     with torch.no_grad():
         for k in range(16):
             again = again + (t.sigmas[k + 1] - t.sigmas[k]) * t.flow.network(again, t.sigmas[k].expand(16))
-    z, noise, sigma = t._renoised(batch.with_record(ACFlowReturns(again, again[:, 0])), "actor")
+    z, noise, sigma = t._renoised(batch.with_record(Returns(again, again[:, 0])), "actor")
     reference, total = Velocities(), 0.0
     for k in range(3):
         v = t.flow.network(z[:, k], sigma[:, k])

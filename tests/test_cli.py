@@ -139,7 +139,7 @@ def test_env_prints_what_a_bug_report_needs():
 @pytest.mark.parametrize(("arguments", "sentence"), [
     (["demo", "--adjoint_steps", "30"], "flowrl: `adjoint_steps` (30) must be between 1 and `num_inference_steps` (20)."),
     (["demo", "--no_such_field", "1"], "flowrl: 'no_such_field' in the command line is no setting of `flowrl demo`"),
-    (["demo", "--trainer", "ppo"], "flowrl: `--trainer` is 'ppo': choose adjoint_matching, vgg_flow, ac_flow, tafs_grpo."),
+    (["demo", "--trainer", "ppo"], "flowrl: `--trainer` is 'ppo': choose adjoint_matching, vgg_flow, ac_flow, diffusion_nft, tafs_grpo."),
     (["demo", "--reward_funcs", "checker"], "flowrl: Reward 'checker' is not differentiable, which AdjointMatchingTrainer needs"),
     (["demo", "--accelerate_config", "fsdp9"], "flowrl: `--accelerate_config` (fsdp9) is neither 'ddp' nor a file"),
     (["demo", "--num_processes", "2"], "flowrl: `--num_processes` needs `--accelerate_config ddp`"),
@@ -148,7 +148,7 @@ def test_env_prints_what_a_bug_report_needs():
     (["demo", "--trainer=ppo"], "flowrl: `--trainer` is 'ppo'"),
     (["adjoint_matching", "--config"], "flowrl: `--config` needs the name of a YAML file."),
     (["evaluate", "--config"], "flowrl: `--config` needs the name of a YAML file."),
-    (["train"], "flowrl: there is no command 'train': choose adjoint_matching, vgg_flow, ac_flow, tafs_grpo, demo, evaluate, card, export_comfyui, serve_reward, convert_sit, convert_image_reward, env."),
+    (["train"], "flowrl: there is no command 'train': choose adjoint_matching, vgg_flow, ac_flow, diffusion_nft, tafs_grpo, demo, evaluate, card, export_comfyui, serve_reward, convert_sit, convert_image_reward, env."),
 ])  # fmt: skip
 def test_wrong_arguments_get_one_sentence_and_status_2(refused, arguments, sentence):
     status, said = refused(*arguments)

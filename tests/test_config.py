@@ -13,11 +13,18 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from flowrl_trainers import ACFlowConfig, AdjointMatchingConfig, FlowRLConfig, TAFSGRPOConfig, VGGFlowConfig
+from flowrl_trainers import (
+    ACFlowConfig,
+    AdjointMatchingConfig,
+    DiffusionNFTConfig,
+    FlowRLConfig,
+    TAFSGRPOConfig,
+    VGGFlowConfig,
+)
 from flowrl_trainers.cli.arguments import TRAINERS, RunArguments, parse
 from flowrl_trainers.trainers.config_checks import UNSUPPORTED, Range, rules
 
-CONFIGS = [FlowRLConfig, AdjointMatchingConfig, VGGFlowConfig, ACFlowConfig, TAFSGRPOConfig]
+CONFIGS = [FlowRLConfig, AdjointMatchingConfig, VGGFlowConfig, ACFlowConfig, DiffusionNFTConfig, TAFSGRPOConfig]
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.yaml"))
 
 OUT_OF_RANGE: dict[str, list[Any]] = {
@@ -49,14 +56,25 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "value_network_learning_rate": [0.0],
     "boundary_coefficient": [0.0],
     "finite_difference_step": [0.0],
-    # ACFlowConfig
+    # RenoisingConfig
     "reward_clip": [0.0],
+    "old_policy_decay": [-0.1, 1.0],
+    "old_policy_ramp": [0.0],
+    "old_policy_flat": [-1],
+    "norm_guard": [-0.1],
+    # ACFlowConfig
+    "reward_multiplier": [0.0],
+    "old_policy_coefficient": [-1.0],
+    "huber_power": [0.0, 1.5],
     "advantage_clip": [0.0, -1.0],
     "temperature": [0.0, -1.0],
     "wasserstein_coefficient": [-0.1],
     "critic_steps": [0],
     "critic_learning_rate": [0.0],
     "critic_warmup_max_steps": [-1],
+    # DiffusionNFTConfig
+    "branch_beta": [0.0],
+    "reference_coefficient": [-1e-4],
     # TAFSGRPOConfig
     "ode_num_inference_steps": [0],
     "eta": [0.0, -1.0, 1.5],

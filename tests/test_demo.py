@@ -61,6 +61,7 @@ SHORT = {
     "adjoint_matching": ["--num_inference_steps", "3", "--adjoint_steps", "2"],
     "vgg_flow": ["--num_inference_steps", "3", "--timestep_bins", "2"],
     "ac_flow": ["--num_inference_steps", "3", "--num_generations", "2", "--critic_warmup_max_steps", "0"],
+    "diffusion_nft": ["--num_inference_steps", "3", "--timestep_bins", "2", "--num_generations", "2"],
     "tafs_grpo": ["--num_inference_steps", "3", "--ode_num_inference_steps", "3", "--num_generations", "2"],
 }
 

@@ -17,12 +17,12 @@ from .gaussian import NUMBERED, GaussianFlow, Shifted, height
 EXAMPLE = Path(__file__).parent.parent / "examples" / "custom_model.py"
 
 
-def test_a_model_of_ones_own_is_tuned_by_all_four_trainers(tmp_path):
+def test_a_model_of_ones_own_is_tuned_by_all_trainers(tmp_path):
     assert len([line for line in EXAMPLE.read_text().splitlines() if line.strip()]) < 60
     done = script(EXAMPLE, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^(\w+)  base (\S+)  tuned (\S+)", done.stdout, flags=re.M)
-    assert [name for name, _, _ in rows] == ["AdjointMatching", "VGGFlow", "ACFlow", "TAFSGRPO"]
+    assert [name for name, _, _ in rows] == ["AdjointMatching", "VGGFlow", "ACFlow", "DiffusionNFT", "TAFSGRPO"]
     assert all(float(tuned) > float(base) + 0.3 for _, base, tuned in rows)
 
 

@@ -17,7 +17,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers.utils import logging
 
-from flowrl_trainers import ACFlowConfig, AdjointMatchingConfig, TAFSGRPOConfig, VGGFlowConfig
+from flowrl_trainers import ACFlowConfig, AdjointMatchingConfig, DiffusionNFTConfig, TAFSGRPOConfig, VGGFlowConfig
 from flowrl_trainers.run_folder.checkpoints import write_manifest
 from flowrl_trainers.run_folder.identity import FREE, FREE_FIELDS, identity, refuse_another_run
 from flowrl_trainers.trainers.checkpointed_trainer import WEIGHTS
@@ -26,7 +26,7 @@ from flowrl_trainers.trainers.config_checks import UNSUPPORTED, alternatives, ch
 from .helpers import TRAINERS, make_trainer
 from .runs import assert_same
 
-CONFIGS = [AdjointMatchingConfig, VGGFlowConfig, ACFlowConfig, TAFSGRPOConfig]
+CONFIGS = [AdjointMatchingConfig, VGGFlowConfig, ACFlowConfig, DiffusionNFTConfig, TAFSGRPOConfig]
 
 # ---- every field ----------------------------------------------------------------------------------------------------
 

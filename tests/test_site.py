@@ -66,7 +66,7 @@ def test_the_site_needs_no_other_server(pages):
 
 
 def test_formulas_are_typeset_on_the_pages_of_the_methods(site):
-    for method in ("adjoint_matching", "vgg_flow", "ac_flow", "tafs_grpo"):
+    for method in ("adjoint_matching", "vgg_flow", "ac_flow", "diffusion_nft", "tafs_grpo"):
         text = (site / method / "index.html").read_text(encoding="utf-8")
         assert text.count('class="arithmatex"') >= 6, method
         assert "katex.min.js" in text

@@ -73,7 +73,15 @@ OF: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "critic_warmup_max_steps": st.integers(0, 1), "normalize_weights": st.booleans(),
         "weighting": st.sampled_from(["exponential", "softplus", "positive", "indicator", "linear"]),
         "advantage_clip": st.none() | st.floats(0, 2), "temperature": st.floats(0.01, 10),
-        "wasserstein_coefficient": st.floats(0, 1),
+        "wasserstein_coefficient": st.floats(0, 1), "target": st.sampled_from(["weighted", "fixed"]),
+        "rollout_policy": st.sampled_from(["current", "old"]), "old_policy_decay": st.floats(0, 1),
+        "old_policy_coefficient": st.floats(0, 1),
+    },
+    "DiffusionNFTTrainer": {
+        "branch_beta": st.floats(0.01, 10), "advantage_clip": st.floats(0, 6), "adaptive_weighting": st.booleans(),
+        "reference_coefficient": st.floats(0, 1), "norm_guard": st.floats(0, 1), "timestep_bins": st.integers(1, 4),
+        "timestep_sampling": st.sampled_from(["uniform", "pipeline", "noisy", "steps", "noisy_steps"]),
+        "old_policy_decay": st.floats(0, 1), "reward_std": st.sampled_from(["centred", "raw"]),
     },
     "TAFSGRPOTrainer": {
         "kernel": st.sampled_from(["renoise", "flow_grpo"]), "eta": st.floats(0, 1),

@@ -95,7 +95,7 @@ def refused(tmp_path, monkeypatch, capsys):
     # several processes, the demo, other commands
     (["ac_flow", "--num_processes", "2"], "flowrl: `--num_processes` needs `--accelerate_config ddp`"),
     (["ac_flow", "--accelerate_config", "fsdp9"], "flowrl: `--accelerate_config` (fsdp9) is neither 'ddp' nor a file"),
-    (["demo", "--trainer", "ppo"], "flowrl: `--trainer` is 'ppo': choose adjoint_matching, vgg_flow, ac_flow, tafs_grpo."),
+    (["demo", "--trainer", "ppo"], "flowrl: `--trainer` is 'ppo': choose adjoint_matching, vgg_flow, ac_flow, diffusion_nft, tafs_grpo."),
     (["demo", "--trainer"], "flowrl: `--trainer` is '': choose"),
     (["demo", "--adjoint_steps", "30"], "flowrl: `adjoint_steps` (30) must be between 1 and `num_inference_steps` (20)."),
     ([*EVALUATE, "--pictures_per_prompt", "0"], "flowrl: `pictures_per_prompt` (0) must be at least 1."),

@@ -142,6 +142,7 @@ def blind_to_green(images, prompts, **columns):
 
 ONE_IMAGE = {  # of each prompt, where that can be
     "ACFlowTrainer": {"num_generations": 1, "reward_shaping": "none"},
+    "DiffusionNFTTrainer": {"num_generations": 1, "reward_shaping": "none"},
     "TAFSGRPOTrainer": {"num_generations": 2, "per_device_train_batch_size": 8},
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..trainers.suggestions import did_you_mean
 
-METHODS = ("adjoint_matching", "vgg_flow", "ac_flow", "tafs_grpo")
+METHODS = ("adjoint_matching", "vgg_flow", "ac_flow", "diffusion_nft", "tafs_grpo")
 COMMANDS = (
     *METHODS, "demo", "estimate", "evaluate", "card", "export_comfyui", "serve_reward", "convert_sit",
     "convert_image_reward", "env",
@@ -24,9 +24,11 @@ commands:
   adjoint_matching   tune a pipeline by adjoint matching, for differentiable rewards
   vgg_flow           tune a pipeline by value-gradient guidance, for differentiable rewards
   ac_flow            tune a pipeline by actor-critic flow matching, for any reward
+  diffusion_nft      tune a pipeline by matching the flow towards its good pictures and away from bad ones, for any
+                     reward
   tafs_grpo          tune a pipeline as a few-step generator by policy gradients on its sampler's draws, for any reward
   demo               tune the embedded pipeline, print base and tuned on held-out prompts, and write the adapter and
-                     pictures; `--trainer METHOD` takes another of the four methods than `adjoint_matching`
+                     pictures; `--trainer METHOD` takes another of the five methods than `adjoint_matching`
   estimate           say what a run will need before it starts, without its weights: calls, operations, memory by
                      phase; `flowrl estimate METHOD --config run.yaml`
   evaluate           measure adapters beside their base model, same prompts and seeds; writes a table and a picture

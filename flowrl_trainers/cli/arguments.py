@@ -10,6 +10,7 @@ from ..sampling.prompt_sources import is_prompt_file
 from ..trainers import (
     ACFlowTrainer,
     AdjointMatchingTrainer,
+    DiffusionNFTTrainer,
     FlowRLConfig,
     FlowRLTrainer,
     TAFSGRPOTrainer,
@@ -23,6 +24,7 @@ TRAINERS: dict[str, type[FlowRLTrainer]] = {
     "adjoint_matching": AdjointMatchingTrainer,
     "vgg_flow": VGGFlowTrainer,
     "ac_flow": ACFlowTrainer,
+    "diffusion_nft": DiffusionNFTTrainer,
     "tafs_grpo": TAFSGRPOTrainer,
 }
 

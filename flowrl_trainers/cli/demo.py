@@ -62,6 +62,11 @@ METHODS: dict[str, dict[str, Any]] = {
         "wasserstein_coefficient": 0.5,
         "critic_warmup_max_steps": 3,
     },
+    "diffusion_nft": {
+        "max_steps": 50,
+        "num_inference_steps": 8,
+        "per_device_train_batch_size": 128,
+    },
     "tafs_grpo": {
         "max_steps": 60,
         "per_device_train_batch_size": 192,

@@ -9,6 +9,7 @@ from torch import Tensor
 Weighting = Literal["exponential", "softplus", "positive", "indicator", "linear"]
 Scale = Literal["batch", "group", "none"]
 CreditRule = Literal["mixed", "final", "level", "gain", "return"]
+Spread = Literal["centred", "raw"]
 SMALLEST_SPREAD = 1e-4
 LARGEST_SQUARED = 1e15  # the squares of larger numbers, summed over a rollout, may overflow float32
 
@@ -19,15 +20,17 @@ def with_room(rewards: Tensor) -> Tensor:
     return rewards.double() if huge else rewards
 
 
-def shape_rewards(rewards: Tensor, groups: Tensor, clip: float) -> Tensor:
-    """Rewards minus the mean of their group, over the standard deviation of all so centred, clipped to +-clip.
+def shape_rewards(rewards: Tensor, groups: Tensor, clip: float, spread_of: Spread = "centred") -> Tensor:
+    """Rewards minus the mean of their group, over a standard deviation, clipped to +-clip.
 
     The standard deviation is one of everything, as a group whose images are nearly alike would otherwise be blown up.
 
     Args:
         rewards: (M,), NaN for images that have none, which get 0.
         groups: (M,), equal numbers for images of one prompt.
-        clip: Above 0, in standard deviations.
+        clip: Above 0, in standard deviations; infinity for no bound.
+        spread_of: "centred" takes the standard deviation of the centred rewards, "raw" that of the rewards as they
+            came, to which differences between groups add.
     """
     dtype, rewards = rewards.dtype, with_room(rewards)
     present = ~rewards.isnan()
@@ -36,7 +39,11 @@ def shape_rewards(rewards: Tensor, groups: Tensor, clip: float) -> Tensor:
     zeros = torch.zeros(int(number.max()) + 1, dtype=rewards.dtype, device=rewards.device)
     means = zeros.index_add(0, number, values) / zeros.index_add(0, number, present.to(rewards.dtype)).clamp(min=1)
     centred = torch.where(present, values - means[number], 0.0)
-    spread = (centred.square().sum() / present.sum().clamp(min=1)).sqrt()
+    count = present.sum().clamp(min=1)
+    if spread_of == "centred":
+        spread = (centred.square().sum() / count).sqrt()
+    else:
+        spread = (torch.where(present, values - values.sum() / count, 0.0).square().sum() / count).sqrt()
     return (centred / (spread + SMALLEST_SPREAD)).clamp(-clip, clip).to(dtype)
 
 

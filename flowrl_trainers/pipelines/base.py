@@ -145,6 +145,13 @@ class FlowPipeline(ABC):
         """The arguments that make the stock pipeline sample at these levels, before its shift; for cards."""
         return {"sigmas": levels}
 
+    @property
+    def guided(self) -> bool:
+        """Whether the guided velocity takes a second, negative forward pass, and so differs from the conditional
+        one.
+        """
+        return False
+
     def advice(self, num_inference_steps: int) -> list[str]:
         """Warnings about settings that do not suit the model; a trainer logs them."""
         return []

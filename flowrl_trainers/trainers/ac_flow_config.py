@@ -7,66 +7,76 @@ from transformers.hf_argparser import HfArg
 
 from ..cost import Call, Drawing, Kind, Phase
 from ..flow.advantages import Weighting
-from .base_config import FlowRLConfig
 from .config_checks import Range
+from .renoising_config import RenoisingConfig
 
 
 @dataclass
-class ACFlowConfig(FlowRLConfig):
-    r"""Settings of `ACFlowTrainer`, beside those of `FlowRLConfig`.
+class ACFlowConfig(RenoisingConfig):
+    r"""Settings of `ACFlowTrainer`, beside those of `RenoisingConfig`.
 
     All defaults are our choice: the paper's could not be read.
 
     ORW-CFM-W2, the predecessor, is `critic="none"`, `reward_shaping="none"`, `advantage_clip=None`,
-    `normalize_weights=False`; reward-weighted flow matching is that with `wasserstein_coefficient=0`. Different from
-    `FlowRLConfig`: `num_generations` 8.
+    `normalize_weights=False`; reward-weighted flow matching is that with `wasserstein_coefficient=0`. RAM is
+    `target="fixed"` without a critic.
     """
 
-    num_generations: Annotated[int, Range(at_least=1)] = HfArg(
-        default=8,
-        help="The number of images per prompt in a rollout, over which rewards are centred; at least 2 with shaping.",
+    target: Literal["weighted", "fixed"] = HfArg(
+        default="weighted",
+        help="'weighted': the error to the velocity of the image's own path, weighted by the advantage; 'fixed': the "
+        "error to a target that the advantage shifts, as in RAM, which stays bounded for bad images. It resolves the "
+        "settings whose default is None.",
     )
-    reward_shaping: Literal["standardise", "none"] = HfArg(
-        default="standardise",
-        help="'standardise' takes the mean of its prompt's images from each reward, divides by the standard "
-        "deviation of the rollout and clips; several rewards are shaped one by one, then summed with their weights. "
-        "'none' leaves rewards as they are.",
+    target_anchor: Literal["base", "old"] = HfArg(
+        default="base",
+        help="The velocity from which the advantage shifts the fixed target: that of the base model, or that of the "
+        "old policy, which is the velocity form of DiffusionNFT.",
     )
-    reward_clip: Annotated[float, Range(above=0)] = HfArg(
-        default=5.0, help="Shaped rewards are clipped to plus and minus this many standard deviations."
+    reward_multiplier: Annotated[float, Range(above=0)] = HfArg(
+        default=100.0,
+        help="The factor eta on the advantage in the fixed target, whose loss is divided by it: the pull to the "
+        "anchor is 1 / eta of that of the reward. RAM has 100, and 1000 with PickScore.",
+    )
+    rollout_policy: Literal["current", "old"] = HfArg(
+        default="current", help="Which policy draws the rollouts: the present one, or the old one, which lags behind."
+    )
+    old_policy_coefficient: Annotated[float, Range(at_least=0)] = HfArg(
+        default=0.0,
+        help="The weight of the mean squared distance to the velocity of the old policy; 1 in AWM, with advantages "
+        "that are at most 1.",
+    )
+    loss_weighting: Literal["none", "sigma", "huber"] = HfArg(
+        default="none",
+        help="What multiplies the weighted error of a state at level sigma: 'none' 1, 'sigma' sigma, 'huber' sigma "
+        "times the error to the power `huber_power` - 1, as in AWM; none is differentiated.",
+    )
+    huber_power: Annotated[float, Range(above=0, at_most=1)] = HfArg(
+        default=0.25, help="The power q of the mean squared error in AWM's loss; 1 is 'sigma'."
     )
     advantage_clip: Annotated[float, Range(above=0)] | None = HfArg(
         default=1.0,
         help="Advantages are clipped to plus and minus this, in standard deviations of the reward, which bounds the "
         "weights; None for no bound.",
     )
-    weighting: Weighting = HfArg(
-        default="exponential",
+    weighting: Weighting | None = HfArg(
+        default=None,
         help="How an advantage A weighs its image: 'exponential' exp(A / temperature), 'softplus' log(1 + exp(A / "
         "temperature)), 'positive' max(A, 0), 'indicator' 1 where A is above 0, 'linear' A / temperature, which is "
-        "signed and needs the anchor.",
+        "signed and needs the anchor. Default: 'exponential'; 'linear' with a fixed target, which knows no other.",
     )
     temperature: Annotated[float, Range(above=0)] = HfArg(
         default=1.0, help="The temperature tau of the weighting, above 0; small ones are greedy."
     )
-    normalize_weights: bool = HfArg(
-        default=True,
-        help="Whether weights are divided by their mean over the rollout, so that the anchor's weight is relative.",
+    normalize_weights: bool | None = HfArg(
+        default=None,
+        help="Whether weights are divided by their mean over the rollout, so that the anchor's weight is relative. "
+        "Default: yes; no with a fixed target.",
     )
-    wasserstein_coefficient: Annotated[float, Range(at_least=0)] = HfArg(
-        default=0.3,
+    wasserstein_coefficient: Annotated[float, Range(at_least=0)] | None = HfArg(
+        default=None,
         help="The weight alpha of the mean squared distance to the base velocity, a bound of the Wasserstein-2 "
-        "distance that keeps diversity; 0 for no anchor.",
-    )
-    timestep_bins: Annotated[int, Range(at_least=1)] = HfArg(
-        default=4,
-        help="The re-noised states per image: the noise levels are split into so many bins, and one is drawn from "
-        "each.",
-    )
-    timestep_sampling: Literal["uniform", "logit_normal", "pipeline"] = HfArg(
-        default="uniform",
-        help="The distribution of noise levels, for critic and actor alike: uniform, the logit-normal one of Stable "
-        "Diffusion 3, or 'pipeline', as many between any two neighbouring steps of the sampler, uniform in between.",
+        "distance that keeps diversity; 0 for no anchor. Default: 0.3; 0 with a fixed target.",
     )
     critic: Literal["default", "none"] = HfArg(
         default="default",
@@ -93,12 +103,14 @@ class ACFlowConfig(FlowRLConfig):
                 "`load_best_model_at_end` needs the critic of a checkpoint, which `save_only_model` leaves out: "
                 "choose one."
             )
-        if self.reward_shaping == "standardise" and self.num_generations < 2:
-            raise ValueError(
-                f"`num_generations` ({self.num_generations}) must be at least 2: shaped rewards are measured against "
-                "the other images of their prompt."
-            )
-        if self.weighting == "linear" and self.wasserstein_coefficient == 0:
+        self._refuse_idle_settings()
+        if self.target == "fixed":
+            self._resolve_fixed_target()
+            return
+        self.weighting = "exponential" if self.weighting is None else self.weighting
+        self.normalize_weights = True if self.normalize_weights is None else self.normalize_weights
+        self.wasserstein_coefficient = 0.3 if self.wasserstein_coefficient is None else self.wasserstein_coefficient
+        if self.weighting == "linear" and self.wasserstein_coefficient == 0 and self.old_policy_coefficient == 0:
             raise ValueError(
                 "`wasserstein_coefficient` must be above 0 with `weighting='linear'`: without it the loss has no "
                 "minimum."
@@ -115,12 +127,24 @@ class ACFlowConfig(FlowRLConfig):
         return None if self.critic == "none" else "critic"
 
     @property
+    def needs_base(self) -> bool:
+        """Whether (4), (5) or the guard asks for the base velocity."""
+        fixed = self.target == "fixed" and self.target_anchor == "base"
+        return bool(self.wasserstein_coefficient) or self.norm_guard > 0 or fixed
+
+    @property
+    def needs_old(self) -> bool:
+        """Whether (5) or the pull towards the old policy asks for its velocity at the states."""
+        return self.target == "fixed" or self.old_policy_coefficient > 0
+
+    @property
     def latents_kept(self) -> int:
-        """State, target and base velocity of every level."""
-        return (3 if self.wasserstein_coefficient > 0 else 2) * self.timestep_bins
+        """State and target of every level, and the velocities of base and old policy that the loss pulls towards."""
+        pulls = bool(self.wasserstein_coefficient) + (self.old_policy_coefficient > 0)
+        return (2 + pulls) * self.timestep_bins
 
     def calls(self, drawing: Drawing) -> list[Call]:
-        """N steps, r of (1), and at K = `timestep_bins` states (2) once per critic step, V of (3), v_base and (4).
+        """N steps, r of (1), and at K = `timestep_bins` states (2) once per critic step, V of (3), v_base, v_old, (4).
 
         V is also asked at K further states before the critic learns from them, which tells how well it does.
         """
@@ -131,6 +155,52 @@ class ACFlowConfig(FlowRLConfig):
         if self.critic != "none":
             calls += [Call(Kind.HEAD, size, 2 * states, Phase.TARGET)]
             calls += [Call(Kind.HEAD_TRAIN, size, self.critic_steps * states, Phase.TARGET)]
-        if self.wasserstein_coefficient > 0:
-            calls += drawing.velocity(Kind.BASE, size, states, Phase.TARGET)
-        return calls + drawing.velocity(Kind.TRAIN, size, states * self.num_iterations, Phase.UPDATE)
+        return calls + self.matching_calls(drawing, needs_base=self.needs_base, needs_old=self.needs_old)
+
+    @property
+    def uses_old_policy(self) -> bool:
+        """Whether the old policy draws rollouts, or stands in the loss."""
+        return self.rollout_policy == "old" or self.target == "fixed" or self.old_policy_coefficient > 0
+
+    def _refuse_idle_settings(self) -> None:
+        """Raises `ValueError` for what has no effect, or none that is meant, beside the other settings."""
+        if self.old_policy_decay > 0 and not self.uses_old_policy:
+            raise ValueError(
+                f"`old_policy_decay` ({self.old_policy_decay}) has no effect where nothing asks for the old policy: "
+                "set `rollout_policy='old'`, `target='fixed'` or `old_policy_coefficient`, or leave it out."
+            )
+        if self.target == "weighted" and self.target_anchor == "old":
+            raise ValueError(
+                "`target_anchor` ('old') has no effect with `target='weighted'`: leave it out, or set "
+                "`target='fixed'`."
+            )
+        updates = self.updates_per_rollout * self.num_iterations
+        if self.loss_weighting == "huber" and updates > 1:
+            raise ValueError(
+                f"`loss_weighting` ('huber') needs one update per rollout, but there are {updates}: AWM's likelihood "
+                "ratio, which is 1 in the first of them, is not computed. Set `steps_per_generation` to "
+                "`gradient_accumulation_steps` and `num_iterations` to 1."
+            )
+
+    def _resolve_fixed_target(self) -> None:
+        """Fill in what is None; raises `ValueError` for what contradicts a fixed target."""
+        if self.weighting not in (None, "linear"):
+            raise ValueError(
+                f"`weighting` ({self.weighting!r}) must be 'linear' with `target='fixed'`, whose target the advantage "
+                "shifts both ways: leave it out."
+            )
+        if self.normalize_weights:
+            raise ValueError(
+                "`normalize_weights` must be False with `target='fixed'`: signed weights have no mean to divide by."
+            )
+        if self.wasserstein_coefficient and self.target_anchor == "base":
+            raise ValueError(
+                f"`wasserstein_coefficient` ({self.wasserstein_coefficient}) must be 0 with `target='fixed'`, whose "
+                "anchor the base model is already: lower `reward_multiplier`, or set `target_anchor='old'`."
+            )
+        if self.loss_weighting != "none":
+            raise ValueError(
+                f"`loss_weighting` ({self.loss_weighting!r}) must be 'none' with `target='fixed'`: leave it out."
+            )
+        self.weighting, self.normalize_weights = "linear", False
+        self.wasserstein_coefficient = self.wasserstein_coefficient or 0.0

@@ -10,6 +10,18 @@ With images x of the current model, fresh noise e and a level sigma, at the stat
 whose minimum, state by state, is (E[w | z] u_w + alpha v_base) / (E[w | z] + alpha), u_w the weighted mean of e - x.
 In (3) and (4), V, w and v_base are not differentiated.
 
+With `target="fixed"`, (4) is a regression to a target that does not depend on v_theta, as in RAM (arXiv 2605.10759):
+
+    (5)  1 / eta mean_d (v_theta(z) - [ v_anchor(z) + eta A / temperature ((e - x) - v_old(z)) ])^2
+
+v_anchor is v_base, or v_old, which makes it the velocity form of DiffusionNFT (arXiv 2509.16117). Where v_old =
+v_theta its gradient is that of (4) with linear weights and alpha = 1 / eta; it is bounded below for bad images too.
+
+AWM (arXiv 2509.25050) is (4) with linear weights times a level weight that is not differentiated, and a pull towards
+the old policy, `old_policy_coefficient` mean_d (v_theta(z) - v_old(z))^2:
+
+    (6)  omega = sigma m^(huber_power - 1), m = mean_d (v_theta(z) - (e - x))^2, or sigma, or 1
+
 Only the abstract and reviews of 2510.18072 could be read. They name: reward shaping for stable value learning, a
 critic of intermediate states that is regressed onto the final reward, a bounded advantage, a warm-up of the critic,
 weights from the critic, a Wasserstein-2 regulariser, and ORW-CFM-W2 as a special case (V = 0 and no shaping, clipping
@@ -23,6 +35,7 @@ The paper runs t = 1 - sigma with v_paper = -v; squares do not see the sign.
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,42 +43,19 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
-from ..flow import advantage_weights, euler_steps, explained_variance, interpolate, shape_rewards, velocity_between
+from ..flow import advantage_weights, expand_like, explained_variance, velocity_between
 from ..networks import critic
 from ..networks.warmup import Warmup
 from ..pipelines import Conditioning
 from ..sampling.buffer import MicroBatch, Record
-from ..sampling.draws import ImageKey, keyed_generators, noise
+from ..sampling.draws import ImageKey
 from .ac_flow_config import ACFlowConfig
-from .base_trainer import FlowRLTrainer
+from .renoising_trainer import RenoisingRollout, RenoisingTrainer, Returns
 
 logger = logging.getLogger(__name__)
 
 MAX_CRITIC_GRAD_NORM = 1.0
-
-
-@dataclass(frozen=True)
-class ACFlowRollout(Record):
-    """What a rollout keeps.
-
-    Attributes:
-        final: The images' latents x, (B, ...).
-    """
-
-    final: Tensor
-
-
-@dataclass(frozen=True)
-class ACFlowReturns(Record):
-    """Images and what they earned: all that the critic learns from.
-
-    Attributes:
-        final: x, (B, ...).
-        returns: r~ of (1), summed over the rewards with their weights, (B,).
-    """
-
-    final: Tensor
-    returns: Tensor
+SMALLEST_ERROR = 1e-10  # added to a mean squared error before its power is taken, as in the code of arXiv 2509.25050
 
 
 @dataclass(frozen=True)
@@ -75,19 +65,23 @@ class ACFlowRecord(Record):
     Attributes:
         states: z, (B, K, ...).
         sigmas: Their levels, (B, K).
-        targets: e - x, (B, K, ...).
-        weights: w of (3), (B, K).
+        targets: e - x, or the fixed target of (5), (B, K, ...).
+        weights: w of (3), (B, K); None with a fixed target, which holds the advantage.
         base_velocities: v_base at the states, (B, K, ...); None without an anchor.
+        old_velocities: v_old at the states, (B, K, ...); None where no term pulls towards it.
+        base_lengths: |v_base| at the states, (B, K); None without a guard.
     """
 
     states: Tensor
     sigmas: Tensor
     targets: Tensor
-    weights: Tensor
+    weights: Tensor | None
     base_velocities: Tensor | None
+    old_velocities: Tensor | None = None
+    base_lengths: Tensor | None = None
 
 
-class ACFlowTrainer(FlowRLTrainer[ACFlowRollout, ACFlowRecord]):
+class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
     """Fine-tunes a flow model to raise any reward, by flow matching on its own images, weighted by a critic's
     advantage.
 
@@ -115,7 +109,10 @@ class ACFlowTrainer(FlowRLTrainer[ACFlowRollout, ACFlowRecord]):
         super().__init__(*args, **kwargs)
 
     def set_up(self) -> None:
-        """The critic, its warm-up and its optimizer. Trainer does not see them, as they take steps of their own."""
+        """The old policy; the critic, its warm-up and its optimizer. Trainer does not see the critic, as it takes
+        steps of its own.
+        """
+        super().set_up()
         self.critic = self._make_critic()
         self.warmup = Warmup(0 if self.critic is None else self.args.critic_warmup_max_steps)
         if self.warmup.running and self.args.fp16:
@@ -137,9 +134,9 @@ class ACFlowTrainer(FlowRLTrainer[ACFlowRollout, ACFlowRecord]):
         return critic(*self.latent_and_prompt_sizes()).to(self.args.device)
 
     @property
-    def num_trained_states(self) -> int:
-        """One per bin."""
-        return self.args.timestep_bins
+    def uses_old_policy(self) -> bool:
+        """See `ACFlowConfig.uses_old_policy`."""
+        return self.args.uses_old_policy
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """See `FlowRLTrainer.train`; says so where the run ended before the critic's warm-up did."""
@@ -154,18 +151,14 @@ class ACFlowTrainer(FlowRLTrainer[ACFlowRollout, ACFlowRecord]):
 
     # ---- the rollout -----------------------------------------------------------------------------------------------
 
-    def rollout(self, conditioning: Conditioning, keys: list[ImageKey]) -> ACFlowRollout:
-        """The Euler ODE with guidance; keeps its end."""
-
-        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-            return self.model(x, sigma, conditioning, guidance=True)
-
-        *_, (_, _, final) = euler_steps(velocity, self.initial_latents(keys), self.sigmas)
-        return ACFlowRollout(final)
+    def rollout(self, conditioning: Conditioning, keys: list[ImageKey]) -> RenoisingRollout:
+        """The Euler ODE with guidance, of the policy that `rollout_policy` names; keeps its end."""
+        with self.old_policy() if self.args.rollout_policy == "old" else nullcontext():
+            return super().rollout(conditioning, keys)
 
     # ---- once per rollout ------------------------------------------------------------------------------------------
 
-    def prepare(self, rollout: list[MicroBatch[ACFlowRollout]]) -> list[MicroBatch[ACFlowRecord]]:
+    def prepare(self, rollout: list[MicroBatch[RenoisingRollout]]) -> list[MicroBatch[ACFlowRecord]]:
         """(1) to (3): scores, the critic's steps, and the states, targets, weights and anchors of (4).
 
         Nothing is returned while the critic warms up, and where no prompt's images earned differently.
@@ -180,67 +173,9 @@ class ACFlowTrainer(FlowRLTrainer[ACFlowRollout, ACFlowRecord]):
         self.metrics.note("critic/warming_up", float(self.warmup.running))
         if self.warmup.running or not self._has_signal(shaped):
             return []
-        batches = [batch.zero_not_finite() for batch in self._actor_batches(shaped)]
-        known = torch.cat([batch.good for batch in shaped])  # images without a reward are left out, but not bad
-        self.count_bad_samples("target", known & ~torch.cat([batch.good for batch in batches]))
-        return batches
+        return self._without_bad(shaped, self._actor_batches(shaped))
 
-    def _shape(self, rollout: list[MicroBatch[ACFlowRollout]]) -> list[MicroBatch[ACFlowReturns]]:
-        """(1), over the images of all processes."""
-        final = torch.cat([batch.record.final for batch in rollout])
-        mine = self.scorer.score(final, [e for batch in rollout for e in batch.examples])
-        self.log_rewards(mine, rollout)
-        self.show_samples(final, mine, rollout)
-        bad = mine.isinf().any(dim=1) | ~final.flatten(1).isfinite().all(dim=1)
-        absent = mine.isnan().all(dim=1)
-        scores = torch.where(mine.isinf(), torch.nan, mine)
-        if self.args.reward_shaping == "standardise":
-            rows = self.prompt_rows(rollout)
-            everyone, groups, clip = (
-                self.accelerator.gather(scores),
-                self.accelerator.gather(rows),
-                self.args.reward_clip,
-            )
-            shaped = torch.stack([shape_rewards(column, groups, clip) for column in everyone.unbind(dim=1)], dim=1)
-            scores = shaped[self.args.process_index * len(mine) :][: len(mine)]
-        returns = (scores.nan_to_num(0.0) * self.reward_weights).sum(dim=1)
-        self.count_bad_samples("reward", bad)
-        sizes = [len(batch.examples) for batch in rollout]
-        parts = zip(rollout, returns.split(sizes), (~(bad | absent)).split(sizes), strict=True)
-        return [
-            batch.with_record(ACFlowReturns(batch.record.final, part), good).zero_not_finite()
-            for batch, part, good in parts
-        ]
-
-    def _has_signal(self, shaped: list[MicroBatch[ACFlowReturns]]) -> bool:
-        """Whether any shaped reward differs from its prompt's mean: else every image would be imitated alike."""
-        returns = self.accelerator.gather(torch.cat([batch.record.returns for batch in shaped]))
-        return self.args.reward_shaping == "none" or bool(returns.any())
-
-    # ---- states ----------------------------------------------------------------------------------------------------
-
-    def _renoised(self, batch: MicroBatch[ACFlowReturns], purpose: str) -> tuple[Tensor, Tensor, Tensor]:
-        """One state of every bin for every image: states (B, K, ...), noise (B, K, ...) and levels (B, K)."""
-        final, bins = batch.record.final, self.args.timestep_bins
-        generators = keyed_generators(self.args.seed, batch.keys, purpose)
-        share = torch.stack([(torch.arange(bins) + torch.rand(bins, generator=g)) / bins for g in generators])
-        sigma = self._levels(share).to(final.device)
-        e = noise(generators, (bins, *final.shape[1:]), final.device)
-        return interpolate(final[:, None], e, sigma), e, sigma
-
-    def _levels(self, share: Tensor) -> Tensor:
-        """The noise levels below which so large a share of all levels lies; share: in [0, 1], any shape."""
-        match self.args.timestep_sampling:
-            case "uniform":
-                return share
-            case "logit_normal":
-                return torch.sigmoid(torch.special.ndtri(share.clamp(1e-4, 1 - 1e-4)))
-            case "pipeline":
-                # Of the sampler's own number of steps, on which the shift of some pipelines depends.
-                steps = self.args.num_inference_steps
-                levels = self.flow.sigmas(steps, "uniform").flip(0)
-                below = (share * steps).long().clamp(max=steps - 1)
-                return torch.lerp(levels[below], levels[below + 1], share * steps - below)
+    # ---- the critic ------------------------------------------------------------------------------------------------
 
     def _values(self, states: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """V (B, K) at states (B, K, ...) and levels (B, K); zero without a critic."""
@@ -250,9 +185,7 @@ class ACFlowTrainer(FlowRLTrainer[ACFlowRollout, ACFlowRecord]):
         columns = zip(states.unbind(1), sigma.unbind(1), strict=True)
         return torch.stack([self.critic(z, s, features.float(), mask) for z, s in columns], dim=1)
 
-    # ---- the critic ------------------------------------------------------------------------------------------------
-
-    def _critic_step(self, shaped: list[MicroBatch[ACFlowReturns]], purpose: str) -> None:
+    def _critic_step(self, shaped: list[MicroBatch[Returns]], purpose: str) -> None:
         """One update of (2) on freshly re-noised images of all processes."""
         assert self.critic is not None
         self.critic.train()
@@ -269,7 +202,7 @@ class ACFlowTrainer(FlowRLTrainer[ACFlowRollout, ACFlowRecord]):
         self.critic_optimizer.zero_grad()
         self.metrics.note("critic/loss", self.accelerator.gather(torch.stack(losses).sum()).mean())
 
-    def _critic_losses(self, shaped: list[MicroBatch[ACFlowReturns]], purpose: str) -> Iterator[Tensor]:
+    def _critic_losses(self, shaped: list[MicroBatch[Returns]], purpose: str) -> Iterator[Tensor]:
         """The share of each micro-batch in the mean squared error."""
         for batch in shaped:
             states, _, sigma = self._renoised(batch, purpose)
@@ -278,7 +211,7 @@ class ACFlowTrainer(FlowRLTrainer[ACFlowRollout, ACFlowRecord]):
             yield torch.where(batch.good, error, 0.0).mean() / len(shaped)
 
     @torch.no_grad()
-    def _judge_critic(self, shaped: list[MicroBatch[ACFlowReturns]]) -> None:
+    def _judge_critic(self, shaped: list[MicroBatch[Returns]]) -> None:
         """Explained variance, bin by bin, on a rollout that the critic has not learned from; steers the warm-up."""
         assert self.critic is not None
         self.critic.eval()
@@ -301,7 +234,7 @@ class ACFlowTrainer(FlowRLTrainer[ACFlowRollout, ACFlowRecord]):
     # ---- the actor -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _actor_batches(self, shaped: list[MicroBatch[ACFlowReturns]]) -> list[MicroBatch[ACFlowRecord]]:
+    def _actor_batches(self, shaped: list[MicroBatch[Returns]]) -> list[MicroBatch[ACFlowRecord]]:
         """States, targets, weights and anchors; the images themselves are not needed any more."""
         renoised = [self._renoised(batch, "actor") for batch in shaped]
         advantages = [
@@ -312,27 +245,57 @@ class ACFlowTrainer(FlowRLTrainer[ACFlowRollout, ACFlowRecord]):
         parts = zip(shaped, renoised, weights.split([len(batch.examples) for batch in shaped]), strict=True)
         return [
             batch.with_record(
-                ACFlowRecord(
-                    states=states,
-                    sigmas=sigma,
-                    targets=velocity_between(batch.record.final[:, None], e),
-                    weights=part,
-                    base_velocities=self._anchors(states, sigma, self.condition(batch.examples)),
+                self._record(
+                    states,
+                    sigma,
+                    velocity_between(batch.record.final[:, None], e),
+                    part,
+                    self.condition(batch.examples),
                 )
             )
             for batch, (states, e, sigma), part in parts
         ]
 
-    def _anchors(self, states: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor | None:
-        """v_base at states (B, K, ...) and levels (B, K): (B, K, ...); None without an anchor."""
-        if self.args.wasserstein_coefficient == 0:
-            return None
-        return self.base_velocities(states, sigma, conditioning)
+    def _record(
+        self, states: Tensor, sigma: Tensor, u: Tensor, weights: Tensor, conditioning: Conditioning
+    ) -> ACFlowRecord:
+        """What the loss needs of the images of a micro-batch.
+
+        Args:
+            states: z, (B, K, ...).
+            sigma: Their levels, (B, K).
+            u: e - x, (B, K, ...).
+            weights: w of (3), (B, K).
+            conditioning: Of the B prompts.
+        """
+        args, fixed = self.args, self.args.target == "fixed"
+        anchored, pulled = bool(args.wasserstein_coefficient), args.old_policy_coefficient > 0
+        base, old, targets = None, None, u
+        if args.needs_base:
+            base = self.base_velocities(states, sigma, conditioning, guidance=args.loss_guidance)
+        if args.needs_old:
+            with self.old_policy():
+                old = self.velocities(states, sigma, conditioning, guidance=args.loss_guidance)
+        if fixed:
+            anchor = base if args.target_anchor == "base" else old
+            assert anchor is not None
+            assert old is not None
+            targets = anchor + args.reward_multiplier * expand_like(weights, u) * (u - old)
+        return ACFlowRecord(
+            states=states,
+            sigmas=sigma,
+            targets=targets,
+            weights=None if fixed else weights,
+            base_velocities=base if anchored else None,
+            old_velocities=old if pulled else None,
+            base_lengths=self._lengths(base) if base is not None and args.norm_guard > 0 else None,
+        )
 
     def _weights(self, advantages: Tensor, good: Tensor) -> Tensor:
         """(3), over the rollout of all processes: w (M, K) of this process's advantages (M, K); good: (M,)."""
         clip = self.args.advantage_clip
         clipped = advantages if clip is None else advantages.clamp(-clip, clip)
+        assert self.args.weighting is not None  # resolved by the configuration
         weights = advantage_weights(clipped, self.args.weighting, self.args.temperature)
         good = self.accelerator.gather(good)
         everyone = self.accelerator.gather(weights)[good]
@@ -351,33 +314,48 @@ class ACFlowTrainer(FlowRLTrainer[ACFlowRollout, ACFlowRecord]):
     def micro_batch_losses(
         self, model: nn.Module, batch: MicroBatch[ACFlowRecord], conditioning: Conditioning, state: int
     ) -> Tensor:
-        """(4) at one state."""
-        record = batch.record
-        z, sigma, target, w = (t[:, state] for t in (record.states, record.sigmas, record.targets, record.weights))
-        v = model(z, sigma, conditioning, guidance=True)
-        losses = w * (v - target).flatten(1).square().mean(dim=1)
-        if record.base_velocities is None:
-            return losses
-        v_base = record.base_velocities[:, state]
-        distance, length = (t.flatten(1).square().mean(dim=1) for t in (v - v_base, v_base))
-        moved, of = (self.mean_of_good(t, batch.good) for t in (distance, length))
-        self.metrics.note("velocity_distance", (moved / of.clamp(min=1e-12)).sqrt())
-        return losses + self.args.wasserstein_coefficient * distance
+        """(4), or (5) with a fixed target, at one state."""
+        args, record = self.args, batch.record
+        z, sigma, target = (t[:, state] for t in (record.states, record.sigmas, record.targets))
+        v = model(z, sigma, conditioning, guidance=args.loss_guidance)
+        error = (v - target).flatten(1).square().mean(dim=1)
+        if record.weights is None:
+            losses = error / args.reward_multiplier
+        else:
+            w = record.weights[:, state]
+            losses = (w if args.loss_weighting == "none" else w * self._level_weights(sigma, error.detach())) * error
+        if record.base_velocities is not None:
+            distance = self._distance_to_base(v, record.base_velocities[:, state], batch.good)
+            losses = losses + (args.wasserstein_coefficient or 0.0) * distance
+        if record.old_velocities is not None:
+            distance = (v - record.old_velocities[:, state]).flatten(1).square().mean(dim=1)
+            losses = losses + args.old_policy_coefficient * distance
+        if record.base_lengths is not None:
+            losses = losses + args.norm_guard * self._excess_length(v, record.base_lengths[:, state])
+        return losses
+
+    def _level_weights(self, sigma: Tensor, error: Tensor) -> Tensor:
+        """The weights omega of (6), (B,), from the levels and the mean squared errors (B,)."""
+        if self.args.loss_weighting == "sigma":
+            return sigma
+        return sigma * (error + SMALLEST_ERROR) ** (self.args.huber_power - 1)
 
     # ---- files -----------------------------------------------------------------------------------------------------
 
     def algorithm_state(self) -> dict[str, Any]:
-        """The critic, its optimizer, and how far its warm-up has come."""
-        if self.critic is None:
-            return {}
-        return {
-            "critic": self.critic.state_dict(),
-            "critic_optimizer": self.critic_optimizer.state_dict(),
-            "warmup": self.warmup.state_dict(),
-        }
+        """The old policy, the critic, its optimizer, and how far its warm-up has come."""
+        state = super().algorithm_state()
+        if self.critic is not None:
+            state |= {
+                "critic": self.critic.state_dict(),
+                "critic_optimizer": self.critic_optimizer.state_dict(),
+                "warmup": self.warmup.state_dict(),
+            }
+        return state
 
     def load_algorithm_state(self, state: Mapping[str, Any]) -> None:
         """Take them up."""
+        super().load_algorithm_state(state)
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"])
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
@@ -390,9 +368,14 @@ class ACFlowTrainer(FlowRLTrainer[ACFlowRollout, ACFlowRecord]):
     def card_settings(self) -> dict[str, Any]:
         """What the card shows of the method."""
         args, warmup = self.args, self.warmup.rollouts
-        return {
+        shown: dict[str, Any] = {
             "weighting, temperature": f"{args.weighting}, {args.temperature:g}",
             "advantage clip, anchor": f"{args.advantage_clip}, {args.wasserstein_coefficient:g}",
             "critic": "none" if self.critic is None else f"{type(self.critic).__name__}, warm-up of {warmup} rollouts",
             "images per prompt": args.num_generations,
         }
+        if args.target == "fixed":
+            shown["fixed target"] = (
+                f"from the {args.target_anchor} velocity, reward multiplier {args.reward_multiplier:g}"
+            )
+        return shown | self.card_old_policy(args.rollout_policy == "old")

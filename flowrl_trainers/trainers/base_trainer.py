@@ -4,6 +4,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -289,6 +290,10 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         """The last act of `__init__`: check and keep what the algorithm needs; nothing by default."""
         return None
 
+    def before_rollout(self) -> None:
+        """What comes before the images of a rollout are drawn; nothing by default."""
+        return None
+
     @property
     @abstractmethod
     def num_trained_states(self) -> int:
@@ -547,6 +552,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         """Draw the images of a rollout, and prepare them for the loss."""
         size = self.args.per_device_train_batch_size
         self.model.eval()
+        self.before_rollout()
         drawn = []
         with self.metrics.timed("rollout"), torch.no_grad():
             for start in range(0, len(examples), size):
@@ -573,11 +579,22 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         return self.conditioning([e.prompt for e in examples], self.args.device)
 
     @torch.no_grad()
-    def base_velocities(self, states: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
-        """The guided velocities of the base model at states (B, K, ...) and levels (B, K): (B, K, ...)."""
+    def velocities(self, states: Tensor, sigmas: Tensor, conditioning: Conditioning, *, guidance: bool) -> Tensor:
+        """The velocities (B, K, ...) at states of each image, without gradients.
+
+        Args:
+            states: (B, K, ...).
+            sigmas: Their levels, (B, K).
+            conditioning: Of the B prompts.
+            guidance: Whether they are the guided ones.
+        """
         columns = zip(states.unbind(1), sigmas.unbind(1), strict=True)
+        return torch.stack([self.model(x, s, conditioning, guidance=guidance) for x, s in columns], dim=1)
+
+    def base_velocities(self, states: Tensor, sigmas: Tensor, conditioning: Conditioning, *, guidance: bool) -> Tensor:
+        """Those of the base model; arguments as in `velocities`."""
         with self.model.reference():
-            return torch.stack([self.model(x, s, conditioning, guidance=True) for x, s in columns], dim=1)
+            return self.velocities(states, sigmas, conditioning, guidance=guidance)
 
     def _accumulate_gradient(self, model: nn.Module, batch: MicroBatch[RecordT]) -> Tensor:
         conditioning, states = self.condition(batch.examples), self.num_trained_states
@@ -916,9 +933,12 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
 def _flow_pipeline(model: str | Path | DiffusionPipeline | FlowPipeline, args: FlowRLConfig) -> FlowPipeline:
     settings = {name: getattr(args, name) for name in PIPELINE_SETTINGS if getattr(args, name) is not None}
     if isinstance(model, FlowPipeline):
-        if settings:
+        # A default that a method has of a setting, as DiffusionNFT of `guidance_scale`, is for other models.
+        defaults = {field.name: field.default for field in fields(args)}
+        changed = [name for name, value in settings.items() if value != defaults[name]]
+        if changed:
             raise ValueError(
-                f"`{next(iter(settings))}` is set in `args`, but `model` is a `FlowPipeline` with settings of its "
+                f"`{changed[0]}` is set in `args`, but `model` is a `FlowPipeline` with settings of its "
                 "own: set it there."
             )
         return model

@@ -64,8 +64,9 @@ def check_rewards(rewards: list[Reward], args: FlowRLConfig, needs_gradient: str
     for reward in rewards:
         if needs_gradient is not None and not reward.differentiable:
             raise ValueError(
-                f"Reward {reward.name!r} is not differentiable, which {needs_gradient} needs: take `ACFlowTrainer` or "
-                "`TAFSGRPOTrainer`, or mark it with `@flowrl_trainers.rewards.differentiable` if gradients flow "
+                f"Reward {reward.name!r} is not differentiable, which {needs_gradient} needs: take `ACFlowTrainer`, "
+                "`DiffusionNFTTrainer` or `TAFSGRPOTrainer`, or mark it with "
+                "`@flowrl_trainers.rewards.differentiable` if gradients flow "
                 "through it."
             )
     if args.reward_weights is not None and len(args.reward_weights) != len(rewards):

@@ -190,7 +190,9 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
         self.count_bad_samples("reward_gradient", ~torch.cat([batch.good for batch in rollout]))
         with self.metrics.timed("base"):
             base_velocities = [
-                self.base_velocities(batch.record.states, batch.record.sigmas, self.condition(batch.examples))
+                self.base_velocities(
+                    batch.record.states, batch.record.sigmas, self.condition(batch.examples), guidance=True
+                )
                 for batch in rollout
             ]
             if self.reward_scale is None:
