@@ -75,7 +75,7 @@ class DiffusionNFTConfig(RenoisingConfig):
 
     @property
     def latents_kept(self) -> int:
-        """State, target and velocity of the old policy at every level, and that of the base where it is in the loss."""
+        """State, target and velocity of the old policy at every level; that of the base where the loss has it."""
         return (3 + (self.reference_coefficient > 0)) * self.timestep_bins
 
     def calls(self, drawing: Drawing) -> list[Call]:
