@@ -97,7 +97,7 @@ def test_a_pipeline_that_carries_a_lora_is_refused_or_trained_further(tmp_path, 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_settings_of_a_flow_pipeline_are_not_overridden(tmp_path, name):
     with pytest.raises(ValueError, match="`guidance_scale` is set in `args`, but `model` is a `FlowPipeline`"):
-        make_trainer(name, tmp_path, FlowPipeline.from_pipeline(tiny_sd3()))
+        make_trainer(name, tmp_path, FlowPipeline.from_pipeline(tiny_sd3()), guidance_scale=2.0)
 
 
 # ---- the probe ------------------------------------------------------------------------------------------------------

@@ -46,13 +46,13 @@ class DiffusionNFTConfig(RenoisingConfig):
         help="After n updates the share is at most this times n, less `old_policy_flat`; None for `old_policy_decay` "
         "from the start. Published: 0.001, and 0.0075 for OCR, there after 75 updates of copies.",
     )
-    branch_beta: Annotated[float, Range(above=0)] = HfArg(
+    branch_beta: Annotated[float, Range(at_least=1e-3)] = HfArg(
         default=1.0,
         help="The paper's beta: how far the positive and the negative branch lie from the old policy, as multiples "
         "of v - v_old. Where the loss is smallest v is 2 / beta times the reinforcement direction away, so smaller is "
         "faster and less stable. Published: 1, and 0.1 for OCR and for several rewards.",
     )
-    advantage_clip: Annotated[float, Range(above=0)] = HfArg(
+    advantage_clip: Annotated[float, Range(at_least=1e-3)] = HfArg(
         default=5.0,
         help="The advantage c at which an image is wholly positive, and -c at which it is wholly negative, in "
         "standard deviations of the reward: r = clip(A, -c, c) / (2 c) + 1/2.",

@@ -72,7 +72,7 @@ class RenoisingConfig(FlowRLConfig):
     norm_guard: Annotated[float, Range(at_least=0)] = HfArg(
         default=0.0,
         help="The weight of a penalty on velocities that are longer than the base's, relu(|v| / |v_base| - 1)^2 at "
-        "each state: rewards inflate them by 5 to 15 %. 0 for none. Our form of the idea of arXiv 2606.27771.",
+        "each state: rewards inflate them by 5 to 15 percent. 0 for none. Our form of the idea of arXiv 2606.27771.",
     )
 
     def old_decay(self, updates: int) -> float:
