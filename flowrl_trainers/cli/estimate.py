@@ -1,11 +1,9 @@
 """`flowrl estimate METHOD`."""
 
 import json
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from transformers.hf_argparser import HfArg
 
 from ..cost import Drawing
 from ..cost.architectures import find
@@ -15,26 +13,10 @@ from ..cost.table import table
 from ..sampling.scoring import MEGAPIXEL
 from ..trainers import FlowRLConfig
 from ..trainers.base_trainer import PIPELINE_SETTINGS
-from ..trainers.config_checks import Range, check_fields
 from .adapter import lora_fields, make_lora_config
 from .arguments import TRAINERS, RunArguments
+from .estimate_arguments import EstimateArguments
 from .parser import SettingsParser
-
-
-@dataclass
-class EstimateArguments:
-    """What an estimate is asked beside the settings of the run."""
-
-    gpu: Literal["t4", "l4", "rtx4090", "a100", "h100", "h200"] | None = HfArg(
-        default=None, help="The GPU whose memory and speed the run is compared with. Default: none."
-    )
-    num_processes: Annotated[int, Range(at_least=1)] = HfArg(
-        default=1, help="The number of processes of the run, one per GPU; what is printed is the cost of one."
-    )
-    json: bool = HfArg(default=False, help="Whether to print JSON in place of a table.")
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 def estimate(arguments: list[str]) -> None:
@@ -90,10 +72,11 @@ def read_anywhere(config_class: type[FlowRLConfig], processes: int) -> type[Flow
         world_size = processes
 
         def __post_init__(self) -> None:
-            half, self.fp16 = self.fp16, False  # which a CPU refuses
-            self.use_cpu, self.tf32 = True, None
+            settings: Any = self
+            half, settings.fp16 = settings.fp16, False  # which a CPU refuses
+            settings.use_cpu, settings.tf32 = True, None
             super().__post_init__()
-            self.fp16 = half
+            settings.fp16 = half
 
     Elsewhere.__name__ = config_class.__name__
     return Elsewhere
@@ -121,7 +104,7 @@ def estimate_run(method: str, run: RunArguments, config: FlowRLConfig) -> tuple[
         lora if run.lora_r else None,
         autocast=half,
         head=config.head_kind,
-        checkpointing=config.activation_checkpointing,
+        checkpointing=bool(config.activation_checkpointing),
         encoder_dtype=half or torch.float32,
         judges=[blank_reward(name) for name in run.eval_reward_funcs],
     )

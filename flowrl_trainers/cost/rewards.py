@@ -45,19 +45,20 @@ class BlankReward:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Scores (B,) of images (B, 3, H, W)."""
+        network: Any = self.network  # whose configurations are typed as if they could be absent
         match self.network:
-            case CLIPModel() as clip:
-                vision = clip.config.vision_config
+            case CLIPModel():
+                clip, vision = network, network.config.vision_config
                 text = clip.get_text_features(torch.zeros(len(images), CLIP_TOKENS, dtype=torch.long, device="meta"))
                 found = clip.get_image_features(resize_and_crop(images, vision.image_size).to(clip.dtype))
                 return (found.pooler_output.float() * text.pooler_output.float()).sum(dim=-1)
-            case AestheticPredictor() as predictor:
-                pixels = resize_and_crop(images, predictor.config.image_size).to(predictor.dtype)
-                return predictor.layers(predictor(pixels).image_embeds)[:, 0].float()
-            case ImageRewardModel() as blip:
-                pixels = resize_and_crop(images, blip.config.vision_config.image_size).to(blip.dtype)
-                picture = blip.vision_model(pixels).last_hidden_state
-                return blip.layers(picture[:, 0, : blip.config.text_config.hidden_size])[:, 0].float()
+            case AestheticPredictor():
+                pixels = resize_and_crop(images, network.config.image_size).to(network.dtype)
+                return network.layers(network(pixels).image_embeds)[:, 0].float()
+            case ImageRewardModel():
+                pixels = resize_and_crop(images, network.config.vision_config.image_size).to(network.dtype)
+                picture = network.vision_model(pixels).last_hidden_state
+                return network.layers(picture[:, 0, : network.config.text_config.hidden_size])[:, 0].float()
             case _:
                 return images.mean(dim=(1, 2, 3))
 
@@ -77,7 +78,7 @@ def blank_reward(name: str, dtype: torch.dtype = torch.float32) -> BlankReward:
             case "pickscore" | "hpsv2":
                 made = CLIPModel(vit_h_14())
             case "aesthetic":
-                vision = _vit_l_14().vision_config.to_dict() | {"projection_dim": 768}
+                vision = _vit_l_14().to_dict()["vision_config"] | {"projection_dim": 768}
                 made = AestheticPredictor(CLIPVisionConfig(**vision))
             case "image_reward":
                 made = ImageRewardModel(_blip())

@@ -1,0 +1,24 @@
+"""The settings of `flowrl estimate`."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from transformers.hf_argparser import HfArg
+
+from ..trainers.config_checks import Range, check_fields
+
+
+@dataclass
+class EstimateArguments:
+    """What an estimate is asked beside the settings of the run."""
+
+    gpu: Literal["t4", "l4", "rtx4090", "a100", "h100", "h200"] | None = HfArg(
+        default=None, help="The GPU whose memory and speed the run is compared with. Default: none."
+    )
+    num_processes: Annotated[int, Range(at_least=1)] = HfArg(
+        default=1, help="The number of processes of the run, one per GPU; what is printed is the cost of one."
+    )
+    json: bool = HfArg(default=False, help="Whether to print JSON in place of a table.")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
