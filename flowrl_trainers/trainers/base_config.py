@@ -149,6 +149,16 @@ class FlowRLConfig(TrainingArguments):
         """The updates of one pass over a rollout."""
         return self.micro_steps_per_rollout // self.gradient_accumulation_steps
 
+    @property
+    def images_per_rollout(self) -> int:
+        """The images of one rollout, over all micro-steps and processes."""
+        return self.images_per_update * self.updates_per_rollout
+
+    @property
+    def pool_size(self) -> int | None:
+        """The (prompt, noise) pairs that all rollouts are drawn from; None where each draws new noise."""
+        return None
+
     def __post_init__(self) -> None:
         weights: Any = self.reward_weights
         if weights is not None:  # YAML reads one weight as a number, and 1e-2 in a list as a string

@@ -186,6 +186,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             repeats=args.micro_steps_per_rollout * args.num_iterations,
             num_processes=args.world_size,
             seed=args.seed,
+            pool_size=args.pool_size,
         )
         self.conditioning = ConditioningCache(self.flow)
         self._encode_prompts(args, train_dataset, eval_dataset)
