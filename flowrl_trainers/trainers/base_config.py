@@ -94,6 +94,13 @@ class FlowRLConfig(TrainingArguments):
         "and scored so too where a gradient is taken.",
     )
 
+    # Cheaper calls
+    compile_blocks: bool = HfArg(
+        default=False,
+        help="Whether the repeated blocks of the network are compiled (`torch.compile`), for rollouts, evaluations "
+        "and updates alike. The first updates take minutes longer; results differ by rounding.",
+    )
+
     log_images: Annotated[int, Range(at_least=0)] = HfArg(
         default=8,
         help="The number of held-out prompts whose pictures every evaluation writes into `samples/`; 0 for none.",

@@ -268,6 +268,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             eval_reward_funcs=[r.name for r in self.eval_rewards],
         )
         self.set_up()
+        if args.compile_blocks:
+            self.model.compile_blocks()
         if self.optimizer is not None:
             self._check_optimizer(self.optimizer)
         self._working = PipelineState(self.flow)
@@ -825,6 +827,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             settings={"updates": self.step_of_weights, "images per update": args.images_per_update}
             | {"learning rate": args.learning_rate, "seed": args.seed}
             | adapter
+            | ({"compiled": "blocks of the network"} if args.compile_blocks else {})
             | self.card_settings(),
             repository=self.hub_model_id,
             prompt=self.flow.example_prompt,
