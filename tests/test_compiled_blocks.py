@@ -9,8 +9,8 @@ import torch
 from flowrl_trainers import FlowPipeline
 from flowrl_trainers.sampling import flow_model
 
+from .gaussian import GaussianFlow, Shifted, closeness
 from .helpers import adjoint_matching, first_examples, make_trainer
-from .test_adjoint_matching import Vectors, shrink
 from .tiny import tiny_sd3
 from .tiny_families import FAMILIES, tiny
 from .tiny_sit import original_checkpoint, tiny_sit
@@ -87,10 +87,12 @@ def test_a_frozen_copy_is_compiled_too(tmp_path, graphs):
     "sd3", "sana",
     *(pytest.param(name, marks=pytest.mark.slow) for name in ("sit", *FAMILIES) if name != "sana"),
 ])  # fmt: skip
-def test_the_blocks_of_every_family_are_one_graph_each(graphs, family):
+def test_the_blocks_of_every_family_are_one_graph_each(tmp_path, graphs, family):
     """With gradients; what it gives is what it gave."""
-    pipeline = tiny_sd3() if family == "sd3" else tiny_sit(original_checkpoint()) if family == "sit" else tiny(family)
-    settings = {} if family in ("sd3", "sit") else {"height": 32, "width": 32} | FAMILIES[family][1]
+    torch.save(original_checkpoint(), tmp_path / "sit.pt")
+    special = {"sd3": tiny_sd3, "sit": lambda: tiny_sit(tmp_path / "sit.pt")}
+    pipeline = special[family]() if family in special else tiny(family)
+    settings = {} if family in special else {"height": 32, "width": 32} | FAMILIES[family][1]
     flow = FlowPipeline.from_pipeline(pipeline, **settings)
     model = flow_model.FlowModel(flow, has_adapter=True)
     prompts = ["0", "1"] if family == "sit" else ["a red circle", "a blue square"]
@@ -129,7 +131,6 @@ def test_past_the_limit_of_graphs_torch_raises_instead_of_going_on_uncompiled(tm
 
 
 def test_a_model_that_names_no_blocks_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="`compile_blocks` is True, but Vectors names no blocks of its network: set"):
-        adjoint_matching(
-            tmp_path, Vectors(), shrink, lora=None, guidance_scale=None, max_sequence_length=None, compile_blocks=True
-        )
+    settings = {"lora": None, "guidance_scale": None, "max_sequence_length": None, "compile_blocks": True}
+    with pytest.raises(ValueError, match="`compile_blocks` is True, but GaussianFlow names no blocks of its network"):
+        adjoint_matching(tmp_path, GaussianFlow(Shifted(), 1), closeness(0.0), **settings)

@@ -2,7 +2,7 @@
 
 import inspect
 from dataclasses import dataclass
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from transformers import SchedulerType, TrainingArguments
@@ -99,6 +99,12 @@ class FlowRLConfig(TrainingArguments):
         default=False,
         help="Whether the repeated blocks of the network are compiled (`torch.compile`), for rollouts, evaluations "
         "and updates alike. The first updates take minutes longer; results differ by rounding.",
+    )
+
+    decoder_dtype: Literal["float32", "bfloat16", "float16"] = HfArg(
+        default="float32",
+        help="The precision in which pictures are decoded, those of evaluations too. Below float32 for trainers that "
+        "take no gradient of the reward alone.",
     )
 
     log_images: Annotated[int, Range(at_least=0)] = HfArg(
