@@ -103,8 +103,8 @@ class FlowRLConfig(TrainingArguments):
 
     decoder_dtype: Literal["float32", "bfloat16", "float16"] = HfArg(
         default="float32",
-        help="The precision in which pictures are decoded, those of evaluations too. Below float32 for trainers that "
-        "take no gradient of the reward alone.",
+        help="The precision in which pictures are decoded, those of evaluations too. Trainers that take the gradient "
+        "of the reward need float32.",
     )
 
     log_images: Annotated[int, Range(at_least=0)] = HfArg(
