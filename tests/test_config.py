@@ -48,6 +48,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "reward_gradient_clip_quantile": [0.0, 1.1],
     # AdjointMatchingConfig
     "adjoint_steps": [0, 21],
+    "prefix_pool_size": [0, 7],
     "adjoint_clip_quantile": [0.0, 1.1],
     "memoryless_loss_clip": [0.0],
     "control_cost_weight": [-1.0, 0.0],

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from flowrl_trainers import AdjointMatchingConfig, FlowPipeline
 from flowrl_trainers.sampling.flow_model import FlowModel
 
-from .helpers import adjoint_matching, first_rollout, update_rows
+from .helpers import adjoint_matching, first_rollout, make_trainer, update_rows
 from .tiny import tiny_sd3
 
 
@@ -85,3 +85,31 @@ def test_a_folder_is_trained_in_bfloat16_with_float32_where_it_matters(tmp_path,
     t.train()
     assert all(math.isfinite(r["loss"]) for r in update_rows(t))
     t.save_model()
+
+
+def test_black_boxes_get_float32_pictures_of_a_decoder_in_bfloat16(tmp_path, tiny_pipeline):
+    """Within the 8 bits of bfloat16 of those of a float32 decoder, and not nearer than its rounding."""
+    seen: list[torch.Tensor] = []
+
+    def judge(images, prompts, **columns):
+        seen.append(images)
+        return images.mean(dim=(1, 2, 3))
+
+    for dtype in ("float32", "bfloat16"):
+        t = make_trainer("TAFSGRPOTrainer", tmp_path / dtype, tiny_sd3(), judge, decoder_dtype=dtype, max_steps=1)
+        vae = t.flow.pipeline.vae
+        assert {p.dtype for p in vae.parameters()} == {getattr(torch, dtype)}
+        first_rollout(t)
+        t.train()
+        assert {p.dtype for p in vae.parameters()} == {torch.float32}
+    before, after = seen[0], seen[len(seen) // 2]
+    assert before.shape == after.shape
+    assert before.dtype == after.dtype == torch.float32
+    assert 1e-6 < float((before - after).abs().max()) < 0.05
+    t.create_model_card()
+    assert "bfloat16" in (tmp_path / "bfloat16" / "README.md").read_text(encoding="utf-8")
+
+
+def test_gradients_of_rewards_are_not_taken_through_a_decoder_in_lower_precision(tmp_path, tiny_pipeline):
+    with pytest.raises(ValueError, match=r"`decoder_dtype` \('bfloat16'\) must be 'float32' with AdjointMatchingTr"):
+        adjoint_matching(tmp_path, tiny_pipeline, decoder_dtype="bfloat16")

@@ -18,6 +18,7 @@ class AuraFlowFlowPipeline(DiffusersFlowPipeline):
     """`AuraFlowPipeline` as a velocity field; settings and defaults are those of its `__call__`."""
 
     lora_target_modules: ClassVar[list[str]] = JOINT_ATTENTION
+    repeated_blocks: ClassVar[list[str]] = ["AuraFlowJointTransformerBlock", "AuraFlowSingleTransformerBlock"]
     default_settings: ClassVar[Settings] = {"guidance_scale": 3.5, "negative_prompt": "", "max_sequence_length": 256}
 
     def default_size(self) -> int:

@@ -34,6 +34,9 @@ class FlowPipeline(ABC):
     lora_exclude_modules: Sequence[str] = ()
     """Layers among them that a LoRA must leave out, because their output is not used."""
 
+    repeated_blocks: ClassVar[Sequence[str]] = ()
+    """The names of the classes of the network's repeated blocks, which `compile_blocks` compiles."""
+
     task: ClassVar[str | None] = "text-to-image"
     """The `pipeline_tag` of a model card; None if the Hub has no tag for the model."""
 
@@ -120,6 +123,10 @@ class FlowPipeline(ABC):
     def name(self) -> str | None:
         """The Hub id of the model, for cards; None for a model that is not from the Hub."""
         return None
+
+    def blocks(self, network: nn.Module) -> list[nn.Module]:
+        """The repeated blocks of the network, or of a copy of it."""
+        return [module for module in network.modules() if type(module).__name__ in self.repeated_blocks]
 
     def call_arguments(self) -> dict[str, Any]:
         """The arguments with which the stock pipeline draws as here.

@@ -24,6 +24,7 @@ class CogView4FlowPipeline(DiffusersFlowPipeline):
     """`CogView4Pipeline` as a velocity field; settings and defaults are those of its `__call__`."""
 
     lora_target_modules: ClassVar[list[str]] = ATTENTION
+    repeated_blocks: ClassVar[list[str]] = ["CogView4TransformerBlock"]
     default_settings: ClassVar[Settings] = {"guidance_scale": 5.0, "negative_prompt": "", "max_sequence_length": 1024}
 
     def most_tokens(self) -> int:

@@ -152,6 +152,10 @@ class DiffusersFlowPipeline(FlowPipeline):
     def name(self) -> str | None:
         return self._name
 
+    def blocks(self, network: Any) -> list[nn.Module]:
+        names = network._repeated_blocks or self.repeated_blocks  # what diffusers declares, where it does
+        return [module for module in network.modules() if type(module).__name__ in names]
+
     def call_arguments(self) -> dict[str, Any]:
         return {name: value for name, value in self.settings.items() if value not in ("", None)}
 

@@ -25,6 +25,7 @@ class SanaFlowPipeline(DiffusersFlowPipeline):
     """`SanaPipeline` as a velocity field, without its resolution binning: pictures have the size that is asked for."""
 
     lora_target_modules: ClassVar[list[str]] = ATTENTION
+    repeated_blocks: ClassVar[list[str]] = ["SanaTransformerBlock"]
     default_settings: ClassVar[Settings] = {"guidance_scale": 4.5, "negative_prompt": "", "max_sequence_length": 300}
 
     def __init__(self, pipeline: Any, **settings: Any) -> None:

@@ -17,6 +17,7 @@ class StableDiffusion3FlowPipeline(DiffusersFlowPipeline):
     """`StableDiffusion3Pipeline` as a velocity field; settings and defaults are those of its `__call__`."""
 
     lora_target_modules: ClassVar[list[str]] = JOINT_ATTENTION
+    repeated_blocks: ClassVar[list[str]] = ["JointTransformerBlock", "SD3SingleTransformerBlock"]
     default_settings: ClassVar[Settings] = {"guidance_scale": 7.0, "negative_prompt": "", "max_sequence_length": 256}
 
     def pixels_per_token(self) -> int:

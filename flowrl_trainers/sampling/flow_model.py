@@ -6,10 +6,14 @@ from copy import deepcopy
 from typing import Any, Literal
 
 import torch
+import torch._dynamo
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from ..pipelines import Conditioning, FlowPipeline
+
+BACKEND = "inductor"
+GRAPHS = 64  # of one class of blocks; ten have been seen in a run
 
 
 class FlowModel(nn.Module):
@@ -120,6 +124,30 @@ class FlowModel(nn.Module):
                 kept = network.state_dict(keep_vars=True)
                 tensors |= {f"{part}.{name}": buffer for name, buffer in network.named_buffers() if name in kept}
         return tensors
+
+    def compile_blocks(self) -> None:
+        """Compile the repeated blocks of the transformer, and of its frozen copy, in place.
+
+        One graph serves all blocks of a class. There is one for every combination of adapter on or off, with or
+        without gradients, batch size fixed or not, and kind of block, so that torch's limit of 8 is raised. Past the
+        limit, and for a block that is not one graph, torch raises, where without `fullgraph` it would go on uncompiled
+        in silence.
+
+        Raises:
+            ValueError: For a model that names no blocks.
+        """
+        networks = [self.transformer] if self.frozen is None else [self.transformer, self.frozen]
+        for network in networks:
+            blocks = self.flow.blocks(network)
+            if not blocks:
+                raise ValueError(
+                    f"`compile_blocks` is True, but {type(self.flow).__name__} names no blocks of its network: set "
+                    "its `repeated_blocks`, or leave `compile_blocks` out."
+                )
+            for block in blocks:
+                block.compile(fullgraph=True, backend=BACKEND)
+        config: Any = torch._dynamo.config  # of the whole process; the argument of `compile` is newer than torch 2.6
+        config.recompile_limit = max(config.recompile_limit, GRAPHS)
 
     def activation_checkpointing_enable(
         self,

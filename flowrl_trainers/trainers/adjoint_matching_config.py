@@ -27,6 +27,14 @@ class AdjointMatchingConfig(RewardGradientConfig):
         "over them and the loss is taken at them. Between 1 (the reward gradient alone) and `num_inference_steps` "
         "(no truncation). Our choice of default, after the label of a figure of arXiv 2605.06583.",
     )
+    prefix_pool_size: Annotated[int, Range(at_least=1)] | None = HfArg(
+        default=None,
+        help="The number of (prompt, noise) pairs that all rollouts are drawn from, a multiple of the images per "
+        "rollout. Rollouts then take the steps before the controlled window with the base model, once for each pair: "
+        "the states that open the window are kept and used again, in memory or, above 2 GiB, in a temporary file. "
+        "Evaluations and pictures use the trained model in all steps. Default: no pool; every rollout draws new noise "
+        "and takes all its steps with the trained model.",
+    )
     adjoint: Literal["lean", "full", "current"] = HfArg(
         default="lean",
         help="Whose Jacobian carries the adjoint back: 'lean' the frozen base's (one vector-Jacobian product a step; "
@@ -66,6 +74,11 @@ class AdjointMatchingConfig(RewardGradientConfig):
         help="The weight c of the control's cost, above 0; 0, no cost, goes with the Hamiltonian loss alone.",
     )
 
+    @property
+    def pool_size(self) -> int | None:
+        """That of the cached prefixes."""
+        return self.prefix_pool_size
+
     def __post_init__(self) -> None:
         self.control_cost_order = str(self.control_cost_order)  # YAML reads 2 as a number
         super().__post_init__()
@@ -73,6 +86,19 @@ class AdjointMatchingConfig(RewardGradientConfig):
             raise ValueError(
                 f"`adjoint_steps` ({self.adjoint_steps}) must be between 1 and `num_inference_steps` "
                 f"({self.num_inference_steps})."
+            )
+        if self.prefix_pool_size is not None and self.adjoint_steps == self.num_inference_steps:
+            raise ValueError(
+                f"`prefix_pool_size` ({self.prefix_pool_size}) keeps what comes before the controlled window, but "
+                f"`adjoint_steps` ({self.adjoint_steps}) controls all `num_inference_steps`: leave it out, or take "
+                "fewer adjoint steps."
+            )
+        if self.prefix_pool_size is not None and self.prefix_pool_size % self.images_per_rollout:
+            below = self.prefix_pool_size // self.images_per_rollout * self.images_per_rollout
+            nearest = " or ".join(str(n) for n in (below, below + self.images_per_rollout) if n)
+            raise ValueError(
+                f"`prefix_pool_size` ({self.prefix_pool_size}) must be a multiple of the images per rollout "
+                f"({self.images_per_rollout}): make it {nearest}."
             )
         if self.control_cost_weight == 0 and self.loss_type != "hamiltonian":
             raise ValueError(

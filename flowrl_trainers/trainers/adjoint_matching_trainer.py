@@ -27,6 +27,9 @@ steps and as many drawn from the earlier ones
 
 which is (3) with the target gain_k g_{k+1}, gain_k = s_k^2 / 2, and the weight 2 / gain_k.
 
+With `prefix_pool_size`, rollouts take the steps before the window with the base model, from a fixed pool of (prompt,
+noise) pairs, so that the states that open the window are drawn once (`PrefixPool`); (1) to (4) hold inside the window.
+
 Only the abstract of 2605.06583 could be read, which names the deterministic control problem, the regression, the
 truncation and costs beyond the quadratic one. Our choices: the lean adjoint by default, the pairing of the control at
 step k with g_{k+1} (exact for the Euler system; g_k is off by O(h); also in (5), where the paper takes the Jacobian at
@@ -36,9 +39,9 @@ regression, the conditional branch alone in (2) to (5) while rollouts are guided
 
 import logging
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -60,6 +63,7 @@ from ..flow import (
 from ..pipelines import Conditioning
 from ..sampling.buffer import MicroBatch, Record
 from ..sampling.draws import ImageKey, keyed_generator, keyed_generators, noise
+from ..sampling.prefix_pool import PrefixPool
 from .adjoint_matching_config import AdjointMatchingConfig
 from .reward_gradient_trainer import RewardGradientTrainer
 
@@ -140,6 +144,10 @@ class AdjointMatchingTrainer(RewardGradientTrainer[AdjointMatchingRollout, Adjoi
         if self.is_world_process_zero():
             number = self.args.num_inference_steps
             logger.info("The window of %d of %d steps opens at sigma %.3f.", steps, number, opening)
+        self.first_controlled = self.args.num_inference_steps - steps
+        self.prefixes: PrefixPool | None = None
+        if self.args.prefix_pool_size is not None:
+            self.prefixes = PrefixPool(self.sampler.pool(), self.args.per_device_train_batch_size, self._prefixes)
 
     @property
     def num_trained_states(self) -> int:
@@ -150,9 +158,33 @@ class AdjointMatchingTrainer(RewardGradientTrainer[AdjointMatchingRollout, Adjoi
 
     def rollout(self, conditioning: Conditioning, keys: list[ImageKey]) -> AdjointMatchingRollout:
         """Steps with guidance; keeps the states before the last `adjoint_steps` steps, and the final one."""
-        x, kept = self.initial_latents(keys), list[Tensor]()
-        for step, (sigma, sigma_next) in enumerate(pairwise(self.sigmas)):
-            kept = [*kept, x][-self.args.adjoint_steps :]
+        if self.prefixes is None:
+            x, first = self.initial_latents(keys), 0
+        else:
+            x, first = self.prefixes.states(keys, self.args.device), self.first_controlled
+        walk = self._walk(x, range(first, self.args.num_inference_steps), conditioning, keys)
+        *states, final = deque(walk, maxlen=self.args.adjoint_steps + 1)
+        return AdjointMatchingRollout(states=torch.stack(states, dim=1), final=final)
+
+    def _prefixes(self, keys: list[ImageKey]) -> Tensor:
+        """The states (B, ...) that open the window, as the base model draws them."""
+        conditioning = self.condition([self.train_dataset[key] for key in keys])
+        with self.model.reference():
+            walk = self._walk(self.initial_latents(keys), range(self.first_controlled), conditioning, keys)
+            return deque(walk, maxlen=1).pop()
+
+    def _walk(self, x: Tensor, steps: range, conditioning: Conditioning, keys: list[ImageKey]) -> Iterator[Tensor]:
+        """The state before the first of some guided steps, and after each of them, (B, ...).
+
+        Args:
+            x: (B, ...), the first state.
+            steps: Numbers of consecutive sampler steps.
+            conditioning: Of B prompts.
+            keys: Of the images.
+        """
+        yield x
+        for step in steps:
+            sigma, sigma_next = self.sigmas[step], self.sigmas[step + 1]
             level, guided = sigma.expand(len(x)), {"conditioning": conditioning, "guidance": True}
             if self.dynamics.controlled(sigma_next):
                 velocity = self.model(x, level, **guided)
@@ -163,7 +195,7 @@ class AdjointMatchingTrainer(RewardGradientTrainer[AdjointMatchingRollout, Adjoi
             if std is not None:
                 generators = keyed_generators(self.args.seed, keys, f"noise of step {step}")
                 x = x + std * noise(generators, x.shape[1:], x.device)
-        return AdjointMatchingRollout(states=torch.stack(kept, dim=1), final=x)
+            yield x
 
     # ---- once per rollout ------------------------------------------------------------------------------------------
 
@@ -326,8 +358,14 @@ class AdjointMatchingTrainer(RewardGradientTrainer[AdjointMatchingRollout, Adjoi
         """What the card shows of the method."""
         args = self.args
         opening = float(self.window_sigmas[0])
+        pool = {}
+        if args.prefix_pool_size is not None:
+            pool["rollouts"] = (
+                f"from {args.prefix_pool_size} pairs of prompt and noise, by the base model up to sigma {opening:.3f}"
+            )
         return {
             "controlled steps": f"{args.adjoint_steps} of {args.num_inference_steps}, from sigma {opening:.3f}",
             "dynamics, adjoint, loss": f"{args.dynamics}, {args.adjoint}, {args.loss_type}",
             "cost": f"order {args.control_cost_order}, weight {args.control_cost_weight:g}",
+            **pool,
         } | super().card_settings()

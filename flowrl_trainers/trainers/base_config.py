@@ -95,6 +95,19 @@ class FlowRLConfig(TrainingArguments):
         "and scored so too where a gradient is taken.",
     )
 
+    # Cheaper calls
+    compile_blocks: bool = HfArg(
+        default=False,
+        help="Whether the repeated blocks of the network are compiled (`torch.compile`), for rollouts, evaluations "
+        "and updates alike. The first updates take minutes longer; results differ by rounding.",
+    )
+
+    decoder_dtype: Literal["float32", "bfloat16", "float16"] = HfArg(
+        default="float32",
+        help="The precision in which pictures are decoded, those of evaluations too. Trainers that take the gradient "
+        "of the reward need float32.",
+    )
+
     log_images: Annotated[int, Range(at_least=0)] = HfArg(
         default=8,
         help="The number of held-out prompts whose pictures every evaluation writes into `samples/`; 0 for none.",
@@ -149,6 +162,16 @@ class FlowRLConfig(TrainingArguments):
     def updates_per_rollout(self) -> int:
         """The updates of one pass over a rollout."""
         return self.micro_steps_per_rollout // self.gradient_accumulation_steps
+
+    @property
+    def images_per_rollout(self) -> int:
+        """The images of one rollout, over all micro-steps and processes."""
+        return self.images_per_update * self.updates_per_rollout
+
+    @property
+    def pool_size(self) -> int | None:
+        """The (prompt, noise) pairs that all rollouts are drawn from; None where each draws new noise."""
+        return None
 
     # ---- what one rollout and its updates cost ----------------------------------------------------------------------
 

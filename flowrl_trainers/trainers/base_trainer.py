@@ -143,6 +143,11 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         self.rewards = as_rewards(reward_funcs)
         self.eval_rewards = as_rewards(eval_reward_funcs, "eval_reward_funcs") if eval_reward_funcs else []
         check_rewards(self.rewards, args, type(self).__name__ if self.needs_reward_gradient else None)
+        if self.needs_reward_gradient and args.decoder_dtype != "float32":
+            raise ValueError(
+                f"`decoder_dtype` ({args.decoder_dtype!r}) must be 'float32' with {type(self).__name__}, which takes "
+                "the gradient of the reward through the decoder."
+            )
         check_best_metric(args, [*self.rewards, *self.eval_rewards])
         check_columns(self.rewards, train_dataset, "train_dataset")
         if eval_dataset is not None:
@@ -187,6 +192,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             repeats=args.micro_steps_per_rollout * args.num_iterations,
             num_processes=args.world_size,
             seed=args.seed,
+            pool_size=args.pool_size,
         )
         self.conditioning = ConditioningCache(self.flow)
         self._encode_prompts(args, train_dataset, eval_dataset)
@@ -268,6 +274,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             eval_reward_funcs=[r.name for r in self.eval_rewards],
         )
         self.set_up()
+        if args.compile_blocks:
+            self.model.compile_blocks()
         if self.optimizer is not None:
             self._check_optimizer(self.optimizer)
         self._working = PipelineState(self.flow)
@@ -383,7 +391,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
     def _place_frozen_parts(self) -> None:
         for module in self.flow.decoders():
             module.requires_grad_(False).eval()
-            module.to(self.args.device).float()  # rewards and their gradients are float32
+            # Gradients of rewards are taken in float32; what is decoded becomes float32 in any case.
+            module.to(self.args.device, getattr(torch, self.args.decoder_dtype))
             if self.args.activation_checkpointing and isinstance(module, ModelMixin):
                 with suppress(ValueError):  # raised by models without gradient checkpointing
                     module.enable_gradient_checkpointing()
@@ -841,6 +850,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             settings={"updates": self.step_of_weights, "images per update": args.images_per_update}
             | {"learning rate": args.learning_rate, "seed": args.seed}
             | adapter
+            | ({"compiled": "blocks of the network"} if args.compile_blocks else {})
+            | ({"decoder": args.decoder_dtype} if args.decoder_dtype != "float32" else {})
             | self.card_settings(),
             repository=self.hub_model_id,
             prompt=self.flow.example_prompt,

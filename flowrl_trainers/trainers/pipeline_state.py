@@ -41,7 +41,7 @@ class TensorState:
 
 
 class PartState:
-    """Mode, gradient checkpointing, device, tensors and adapters of one network.
+    """Mode, gradient checkpointing, compilation, device, tensors and adapters of one network.
 
     Of adapters that come later, the device alone is changed with that of the network.
     """
@@ -56,6 +56,8 @@ class PartState:
             for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         ]
         layers = [module for module in part.modules() if isinstance(module, BaseTunerLayer)]
+        # Private to torch, which has no public way to ask whether a module was compiled in place, nor to undo it.
+        self.compiled = [(module, module._compiled_call_impl) for module in part.modules()]
         self.adapters = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in layers]
 
     def restore(self, trained: Collection[int]) -> None:
@@ -67,6 +69,8 @@ class PartState:
                 part.enable_gradient_checkpointing()
             else:
                 part.disable_gradient_checkpointing()
+        for module, call in self.compiled:
+            module._compiled_call_impl = call
         for layer, active, disabled in self.adapters:
             if list(layer.active_adapters) != active:
                 layer.set_adapter(active)
