@@ -309,7 +309,12 @@ class ACFlowTrainer(FlowRLTrainer[ACFlowRollout, ACFlowRecord]):
             for batch, (states, _, sigma) in zip(shaped, renoised, strict=True)
         ]
         weights = self._weights(torch.cat(advantages), torch.cat([batch.good for batch in shaped]))
-        parts = zip(shaped, renoised, weights.split([len(batch.examples) for batch in shaped]), strict=True)
+        anchors: list[Tensor] | list[None] = [None] * len(shaped)
+        if self.args.wasserstein_coefficient != 0:
+            columns = [states for states, _, _ in renoised], [sigma for _, _, sigma in renoised]
+            anchors = self.at_once(self.base_velocities, shaped, *columns)
+        sizes = [len(batch.examples) for batch in shaped]
+        parts = zip(shaped, renoised, weights.split(sizes), anchors, strict=True)
         return [
             batch.with_record(
                 ACFlowRecord(
@@ -317,17 +322,11 @@ class ACFlowTrainer(FlowRLTrainer[ACFlowRollout, ACFlowRecord]):
                     sigmas=sigma,
                     targets=velocity_between(batch.record.final[:, None], e),
                     weights=part,
-                    base_velocities=self._anchors(states, sigma, self.condition(batch.examples)),
+                    base_velocities=anchor,
                 )
             )
-            for batch, (states, e, sigma), part in parts
+            for batch, (states, e, sigma), part, anchor in parts
         ]
-
-    def _anchors(self, states: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor | None:
-        """v_base at states (B, K, ...) and levels (B, K): (B, K, ...); None without an anchor."""
-        if self.args.wasserstein_coefficient == 0:
-            return None
-        return self.base_velocities(states, sigma, conditioning)
 
     def _weights(self, advantages: Tensor, good: Tensor) -> Tensor:
         """(3), over the rollout of all processes: w (M, K) of this process's advantages (M, K); good: (M,)."""

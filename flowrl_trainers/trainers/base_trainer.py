@@ -106,6 +106,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
     _tag_names: ClassVar[list[str]] = []
     _paper: ClassVar[dict[str, str] | None] = None
     needs_reward_gradient: ClassVar[bool] = False
+    replays_rollout: ClassVar[bool] = False
+    """Whether the loss computes again what the rollout did, so that both need batches of one size: see rounding."""
     loss_is_scaled_for_ga = False
 
     args: FlowRLConfig
@@ -223,8 +225,9 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             self.rewards,
             self.reward_weights,
             self.reward_context,
-            batch_size=args.per_device_train_batch_size,
+            batch_size=args.images_at_once,
             decode_batch_size=args.decode_batch_size,
+            gradient_batch_size=args.per_device_train_batch_size,
         )
         self.reward_watch = RewardWatch(self.rewards)
         evaluator = Evaluator(
@@ -546,14 +549,17 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
     def make_rollout(self, examples: list[Example]) -> list[MicroBatch[RecordT]]:
         """Draw the images of a rollout, and prepare them for the loss."""
         size = self.args.per_device_train_batch_size
+        at_once = size if self.replays_rollout else self.args.images_at_once
         self.model.eval()
         drawn = []
         with self.metrics.timed("rollout"), torch.no_grad():
-            for start in range(0, len(examples), size):
-                part = examples[start : start + size]
+            for start in range(0, len(examples), at_once):
+                part = examples[start : start + at_once]
                 record = self.rollout(self.condition(part), [e.key for e in part])
-                good = torch.ones(len(part), dtype=torch.bool, device=self.args.device)
-                drawn.append(MicroBatch(part, record, good))
+                for first in range(0, len(part), size):
+                    images = slice(first, first + size)
+                    good = torch.ones(len(part[images]), dtype=torch.bool, device=self.args.device)
+                    drawn.append(MicroBatch(part[images], record.of_images(images), good))
         prepared = self.prepare(drawn)
         for batch in prepared:
             if type(batch.record) is not self.record_class:  # else a checkpoint could not be read again
@@ -572,9 +578,33 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         """What the network reads of the examples' prompts."""
         return self.conditioning([e.prompt for e in examples], self.args.device)
 
+    def at_once(
+        self,
+        function: Callable[..., Tensor],
+        batches: Sequence[MicroBatch[Any]],
+        *columns: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """What a function without gradients says of each micro-batch, called with `rollout_batch_size` images.
+
+        Args:
+            function: Maps one tensor (M, ...) of each column, and M examples, to (M, ...).
+            batches: Micro-batches.
+            *columns: One tensor (B, ...) for each of them.
+        """
+        count = self.args.images_at_once // self.args.per_device_train_batch_size
+        found: list[Tensor] = []
+        for start in range(0, len(batches), count):
+            part = slice(start, start + count)
+            sizes = [len(batch.examples) for batch in batches[part]]
+            inputs = (torch.cat(list(column[part])) for column in columns)
+            examples = [example for batch in batches[part] for example in batch.examples]
+            found += function(*inputs, examples).split(sizes)
+        return found
+
     @torch.no_grad()
-    def base_velocities(self, states: Tensor, sigmas: Tensor, conditioning: Conditioning) -> Tensor:
+    def base_velocities(self, states: Tensor, sigmas: Tensor, examples: list[Example]) -> Tensor:
         """The guided velocities of the base model at states (B, K, ...) and levels (B, K): (B, K, ...)."""
+        conditioning = self.condition(examples)
         columns = zip(states.unbind(1), sigmas.unbind(1), strict=True)
         with self.model.reference():
             return torch.stack([self.model(x, s, conditioning, guidance=True) for x, s in columns], dim=1)

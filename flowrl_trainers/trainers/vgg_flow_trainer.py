@@ -179,7 +179,7 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
         """Reward gradients of (1), their clipping and scale, base velocities, and all that (3) needs beside c."""
         with self.metrics.timed("reward_gradient"):
             final = torch.cat([batch.record.final for batch in rollout])
-            scores = torch.cat([self.scorer.score(batch.record.final, batch.examples) for batch in rollout])
+            scores = self.scorer.score(final, [example for batch in rollout for example in batch.examples])
             self.log_rewards(scores, rollout)
             self.show_samples(final, scores, rollout)
             found = [self._state_gradients(batch) for batch in rollout]
@@ -189,10 +189,9 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
             gradients = [self.clip(gradient, threshold, batch_dims=2) for gradient in gradients]
         self.count_bad_samples("reward_gradient", ~torch.cat([batch.good for batch in rollout]))
         with self.metrics.timed("base"):
-            base_velocities = [
-                self.base_velocities(batch.record.states, batch.record.sigmas, self.condition(batch.examples))
-                for batch in rollout
-            ]
+            states = [batch.record.states for batch in rollout]
+            sigmas = [batch.record.sigmas for batch in rollout]
+            base_velocities = self.at_once(self.base_velocities, rollout, states, sigmas)
             if self.reward_scale is None:
                 self.reward_scale = self._find_reward_scale(rollout, gradients, base_velocities)
         batches = [
