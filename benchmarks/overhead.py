@@ -53,9 +53,8 @@ def needed_calls(trainer: FlowRLTrainer) -> Calls:
             T = args.timestep_bins
             return Counter(
                 {
-                    ("forward", B): N + T, ("score", B): 1, ("score_gradient", B): 2 * T, ("base", B): T,
-                    ("product", B): T, ("head", B): T, ("train", B): T, ("head_train", 2 * B): T - 1,
-                    ("head_train", 3 * B): 1,
+                    ("forward", B): N + T, ("score", B): 1, ("score_gradient", B): 2 * T, ("product", B): T,
+                    ("head", B): T, ("train", B): T, ("head_train", 2 * B): T - 1, ("head_train", 3 * B): 1,
                 }
             )  # fmt: skip
         case "AC-Flow":  # (1); (2) on every bin, judged, learned and asked; v_base; (4)
