@@ -34,6 +34,9 @@ class FlowPipeline(ABC):
     lora_exclude_modules: Sequence[str] = ()
     """Layers among them that a LoRA must leave out, because their output is not used."""
 
+    guidance_in_one_call: bool = False
+    """Whether both branches of guidance are computed in one call, where no weight takes a gradient."""
+
     task: ClassVar[str | None] = "text-to-image"
     """The `pipeline_tag` of a model card; None if the Hub has no tag for the model."""
 

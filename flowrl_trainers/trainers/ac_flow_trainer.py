@@ -247,6 +247,10 @@ class ACFlowTrainer(FlowRLTrainer[ACFlowRollout, ACFlowRecord]):
         if self.critic is None:
             return torch.zeros_like(sigma)
         features, mask = self.flow.prompt_features(conditioning)
+        if self.args.critic_bins_in_one_call:
+            bins = sigma.shape[1]
+            features, mask = (t.repeat_interleave(bins, dim=0) for t in (features.float(), mask))
+            return self.critic(states.flatten(0, 1), sigma.flatten(), features, mask).unflatten(0, sigma.shape)
         columns = zip(states.unbind(1), sigma.unbind(1), strict=True)
         return torch.stack([self.critic(z, s, features.float(), mask) for z, s in columns], dim=1)
 
@@ -260,9 +264,11 @@ class ACFlowTrainer(FlowRLTrainer[ACFlowRollout, ACFlowRecord]):
         for loss in self._critic_losses(shaped, purpose):
             loss.backward()
             losses.append(loss.detach())
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        if self.args.world_size > 1:
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            bucket = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+            for gradient, mean in zip(gradients, bucket.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(mean.view_as(gradient))
         norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_CRITIC_GRAD_NORM)
         if norm.isfinite():
             self.critic_optimizer.step()

@@ -69,7 +69,9 @@ from .trackers import name_trackio_run, show_picture
 
 logger = logging.getLogger(__name__)
 
-PIPELINE_SETTINGS = ("height", "width", "guidance_scale", "negative_prompt", "max_sequence_length")
+PIPELINE_SETTINGS = (
+    "height", "width", "guidance_scale", "guidance_in_one_call", "negative_prompt", "max_sequence_length",
+)  # fmt: skip
 PROBE_IMAGES = 2
 SHOW_EVERY = 10  # rollouts, from one whose pictures trackers get to the next
 
@@ -853,6 +855,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             rewards=dict(zip([r.name for r in self.rewards], self.reward_weights.tolist(), strict=True)),
             settings={"updates": self.step_of_weights, "images per update": args.images_per_update}
             | {"learning rate": args.learning_rate, "seed": args.seed}
+            | ({"rollout batch": args.rollout_batch_size} if args.rollout_batch_size else {})
+            | ({"branches of guidance": "in one call"} if self.flow.guidance_in_one_call else {})
             | adapter
             | self.card_settings(),
             repository=self.hub_model_id,
@@ -896,6 +900,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             **{
                 "number of processes": self.args.world_size,
                 "arguments of the pipeline": self.flow.call_arguments(),
+                "guidance_in_one_call": self.flow.guidance_in_one_call or None,
                 "columns of the prompts": sorted(self.train_dataset.dataset.column_names),
                 "prompts": self._prompts_identity,
                 "noise levels": texts_identity(f"{sigma:.6f}" for sigma in self.sigmas.tolist()),

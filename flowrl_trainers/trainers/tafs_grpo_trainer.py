@@ -110,6 +110,11 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
                 f"`num_inference_steps` ({steps}) ends with a draw at sigma {last:.3f}, below {LEAST_LEVEL}, where "
                 "ratios explode: take fewer steps."
             )
+        if self.flow.guidance_in_one_call:
+            raise ValueError(
+                "`guidance_in_one_call` (True) does not suit TAFS-GRPO, whose loss computes the rollout's branches "
+                "again, with a gradient and one by one: leave it out."
+            )
         if self.peft_config is not None and self.peft_config.lora_dropout > 0:
             raise ValueError(
                 f"`lora_dropout` ({self.peft_config.lora_dropout}) must be 0: the rollout could not be replayed, and "
