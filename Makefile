@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install test test-slow test-arithmetic lint format types docs demo table clean
+.PHONY: install test test-slow test-arithmetic lint format types docs demo table bench clean
 
 install: $(INSTALLED)
 
@@ -51,6 +51,10 @@ demo: install
 # The table of the embedded base model: guidance scales and samplers.
 table: install
 	$(BIN)/python benchmarks/base_table.py --out docs/tables/base_model.md --sheet docs/images/base_grid.png
+
+# What an update costs beside the calls that its equations need: about five minutes of one idle core.
+bench: install
+	$(BIN)/python benchmarks/overhead.py --out docs/tables/overhead.md --json benchmarks/results/overhead.json
 
 clean:
 	rm -rf .venv build dist site flowrl-demo

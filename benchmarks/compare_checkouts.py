@@ -76,6 +76,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 TIMES = re.compile(r"seconds|runtime|per_second|total_flos")
+SAID = re.compile(r"/identity/|/format$")  # of settings, which a newer checkout may have more of
 # Of checkpoints before the records of November 2026, as (pattern, what it is called since; None: nothing reads it).
 STATE, BATCH = r"loop_state_0\.pt/", r"training_state_0.pt/buffer/batches/\1/"
 RENAMED: list[tuple[str, str | None]] = [
@@ -177,9 +178,9 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> tuple[int, list[str]]:
     """How many values are equal, and one line for each that is not."""
     old, new = ({p: v for p, v in left.items() if not TIMES.search(p)} for left in (old, new))
     named = {renamed(path): value for path, value in old.items()}
-    named.pop(None, None)
-    kept = {p for p in new if "/identity/" not in p and not p.endswith("/format")}
-    unread = {p for p in named if p is not None and p.endswith("consistency/final") and p not in new}
+    named = {p: v for p, v in named.items() if p is not None and not SAID.search(p)}
+    kept = {p for p in new if not SAID.search(p)}
+    unread = {p for p in named if p.endswith("consistency/final") and p not in new}
     lines = [f"only in the old one: {p}" for p in sorted(set(named) - kept - unread, key=str)]
     lines += [f"only in the new one: {p}" for p in sorted(kept - set(named), key=str)]
     shared = [p for p in named if p in kept]

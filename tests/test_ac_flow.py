@@ -25,6 +25,7 @@ from flowrl_trainers.flow import (
 from flowrl_trainers.networks import ConvCritic, MLPCritic, critic
 from flowrl_trainers.run_folder.gallery import to_pillow
 from flowrl_trainers.sampling.buffer import MicroBatch
+from flowrl_trainers.sampling.draws import ImageKey
 from flowrl_trainers.trainers.ac_flow_trainer import ACFlowRecord
 from flowrl_trainers.trainers.renoising_trainer import Returns
 
@@ -421,3 +422,20 @@ def test_the_critic_follows_the_latent_and_starts_from_zero(shape):
 def test_a_wrong_configuration_is_refused(tmp_path, changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         ACFlowConfig(output_dir=str(tmp_path), per_device_train_batch_size=8, use_cpu=True, **changes)
+
+
+def test_the_critic_judges_all_bins_in_one_call(tmp_path, monkeypatch):
+    """The values of four images at the bins of each, but for the order of sums."""
+    t = make_trainer("ACFlowTrainer", tmp_path)
+    examples = [t.train_dataset[ImageKey(row, 0, 0)] for row in range(4)]
+    states = torch.stack([t.initial_latents([e.key for e in examples], str(k)) for k in range(3)], dim=1)
+    sigma, conditioning = torch.rand(4, 3), t.condition(examples)
+    torch.nn.init.normal_(t.critic.judge.out.weight)
+    calls = []
+    t.critic.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    apart = t._values(states, sigma, conditioning)
+    monkeypatch.setattr(t.args, "critic_bins_in_one_call", True)
+    together = t._values(states, sigma, conditioning)
+    assert calls == [4, 4, 4, 12]
+    assert apart.std() > 0.01
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)

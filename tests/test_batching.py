@@ -6,16 +6,19 @@ from typing import Any
 import pytest
 import torch
 
+import flowrl_trainers
+
 from .helpers import TRAINERS, make_trainer, update_rows
 
 
 def trained(
-    folder: Path, name: str, size: int, accumulation: int
+    folder: Path, name: str, size: int, accumulation: int, **settings
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """What is trained, heads too, after an update of eight images, or two where the first is a critic's warm-up."""
     t = make_trainer(
         name, folder, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, num_generations=2,
         optim="sgd", learning_rate=1.0, max_steps=2 if name == "ACFlowTrainer" else 1, height=16, width=16,
+        **settings,
     )  # fmt: skip
     before = {n: p.detach().clone() for n, p in t.model.named_parameters() if p.requires_grad}
     t.train()
@@ -30,10 +33,52 @@ def test_eight_images_at_once_and_one_by_one_make_the_same_update(tmp_path, name
 
     AC-Flow's critic takes steps of Adam, which amplify rounding: what is learned from it differs by 1e-6, as measured.
     """
-    (whole, rows), (parts, others) = trained(tmp_path, name, 8, 1), trained(tmp_path, name, 1, 8)
+    assert_same_but_for_rounding(trained(tmp_path, name, 8, 1), trained(tmp_path, name, 1, 8))
+
+
+def assert_same_but_for_rounding(one: tuple[dict, list], other: tuple[dict, list]) -> None:
+    (whole, rows), (parts, others) = one, other
     assert whole.keys() == parts.keys()
     for parameter, value in whole.items():
         torch.testing.assert_close(value, parts[parameter], atol=1e-5, rtol=1e-4)
     for row, other in zip(rows, others, strict=True):
         for key in ("loss", "grad_norm", "reward", "reward/redness"):
             assert row[key] == pytest.approx(other[key], rel=1e-3, abs=1e-5), key
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_larger_batches_without_gradients_change_nothing_but_rounding(tmp_path, monkeypatch, name):
+    """Eight images in micro-batches of two are drawn six and two at a time; TAFS-GRPO draws as its loss replays.
+
+    Its guard stops a run whose replay differs from the rollout by more than 1e-6; its base model sees six at a time.
+    Without a critic, whose Adam would amplify the rounding of rewards.
+    """
+    settings = {"critic": "none"} if name == "ACFlowTrainer" else {}
+    drawn, asked = [], []
+    trainer = getattr(flowrl_trainers, name)
+    rollout, condition = trainer.rollout, trainer.condition
+
+    def watched_rollout(self, conditioning, keys):
+        drawn.append(len(keys))
+        return rollout(self, conditioning, keys)
+
+    def watched_condition(self, examples):
+        asked.append(len(examples))
+        return condition(self, examples)
+
+    monkeypatch.setattr(trainer, "rollout", watched_rollout)
+    monkeypatch.setattr(trainer, "condition", watched_condition)
+    small = trained(tmp_path, name, 2, 4, **settings)
+    assert set(drawn) == {2}
+    drawn.clear()
+    asked.clear()
+    large = trained(tmp_path, name, 2, 4, rollout_batch_size=6, **settings)
+    assert set(drawn) == ({2} if name == "TAFSGRPOTrainer" else {6, 2})
+    assert 6 in asked
+    assert_same_but_for_rounding(small, large)
+
+
+def test_a_rollout_batch_holds_whole_micro_batches(tmp_path):
+    sentence = r"`rollout_batch_size` \(6\) must be a multiple of `per_device_train_batch_size` \(4\)"
+    with pytest.raises(ValueError, match=sentence):
+        make_trainer("ACFlowTrainer", tmp_path, rollout_batch_size=6)

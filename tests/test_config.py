@@ -38,6 +38,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "num_generations": [0],
     "steps_per_generation": [0, -1],
     "num_iterations": [0],
+    "rollout_batch_size": [0],
     "decode_batch_size": [0],
     "log_images": [-1],
     "ema_decay": [0.0, 1.0, 1.5],

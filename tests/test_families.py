@@ -13,7 +13,7 @@ from flowrl_trainers import FlowPipeline
 from flowrl_trainers.pipelines.checkpoints import CHECKPOINTS, table
 from flowrl_trainers.sampling.conditioning import ConditioningCache
 
-from .helpers import TRAINERS, check_update, redness, seeds
+from .helpers import TRAINERS, check_update, make_trainer, redness, seeds
 from .tiny_families import (
     FAMILIES,
     GUIDANCE,
@@ -331,3 +331,41 @@ def test_sizes_that_do_not_fit_are_refused(family):
         FlowPipeline.from_pipeline(tiny(family), width=33)
     with pytest.raises(ValueError, match=r"`max_sequence_length` \(0\) must be between 1 and"):
         FlowPipeline.from_pipeline(tiny(family), max_sequence_length=0)
+
+
+@pytest.mark.parametrize("family", [f for f, cases in GUIDANCE.items() if len(cases) == 2])
+def test_both_branches_in_one_call_say_what_two_calls_say(family):
+    """Without gradients and for the Jacobian of the latents; weights learn through the conditional branch alone."""
+    settings = {"height": 32, "width": 32} | FAMILIES[family][1] | GUIDANCE[family][-1]
+    pipeline = tiny(family)
+    two, one = (FlowPipeline.from_pipeline(pipeline, **settings, guidance_in_one_call=b) for b in (None, True))
+    assert one.call_arguments() == two.call_arguments()
+    latents, sigma, conditioning = (
+        two.initial_latents(2, seeds(2)),
+        torch.tensor([0.8, 0.3]),
+        two.encode_prompts(PROMPTS),
+    )
+    sizes: list[int] = []
+    pipeline.transformer.register_forward_hook(lambda module, args, out: sizes.append(len(out[0])))
+    scale = settings["guidance_scale"]
+    with torch.no_grad():
+        expected, found = (f.velocity(f.transformer, latents, sigma, conditioning, guidance=True) for f in (two, one))
+    assert sum(sizes) == 8
+    torch.testing.assert_close(found, expected, atol=2 * scale * of_velocities(two), rtol=1e-5)
+    sizes.clear()
+    x = latents.clone().requires_grad_()
+    gradients = [
+        torch.autograd.grad(f.velocity(f.transformer, x, sigma, conditioning, guidance=True), x, latents)[0]
+        for f in (two, one)
+    ]
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-4, rtol=1e-4)
+    sizes.clear()
+    one.velocity(one.transformer, latents, sigma, conditioning, guidance=True)
+    assert max(sizes) <= 2
+
+
+def test_one_call_for_both_branches_needs_guidance_and_no_replay(tmp_path):
+    with pytest.raises(ValueError, match=r"`guidance_in_one_call` \(True\) has no effect without guidance"):
+        make_trainer("ACFlowTrainer", tmp_path, guidance_in_one_call=True)
+    with pytest.raises(ValueError, match=r"`guidance_in_one_call` \(True\) does not suit TAFS-GRPO"):
+        make_trainer("TAFSGRPOTrainer", tmp_path, guidance_scale=3.0, guidance_in_one_call=True)

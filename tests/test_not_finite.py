@@ -11,7 +11,9 @@ from transformers import TrainerCallback
 from flowrl_trainers.rewards import differentiable
 from flowrl_trainers.sampling.buffer import MicroBatch, Record
 from flowrl_trainers.sampling.draws import ImageKey
+from flowrl_trainers.sampling.metric_log import MetricLog
 from flowrl_trainers.sampling.prompt_groups import Example
+from flowrl_trainers.trainers.loop_callback import LoopCallback
 
 from .helpers import adjoint_matching, constant, first_rollout, redness, update_rows
 
@@ -110,3 +112,30 @@ def test_constant_rewards_are_named(tmp_path, tiny_pipeline):
     t = adjoint_matching(tmp_path, tiny_pipeline, reward=differentiable(constant), reward_scale=None)
     with pytest.raises(ValueError, match="gradient is zero on the whole first rollout"):
         t.train()
+
+
+@pytest.mark.parametrize(("value", "skipped"), [(3e38, 0.0), (math.inf, 1.0), (-math.inf, 1.0), (math.nan, 1.0)])
+def test_one_number_of_one_gradient_decides(value, skipped):
+    """A gradient of 3e38 is finite, though its square is not."""
+    network, metrics = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)), MetricLog()
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    network[1].weight.grad[1, 2] = value
+    callback = LoopCallback(None, network, metrics, None, lambda: None)
+    callback.on_pre_optimizer_step(None, None, None)
+    assert metrics.noted == {"skipped_updates": [skipped]}
+    assert all((parameter.grad is None) == bool(skipped) for parameter in network.parameters())
+
+
+def test_notes_are_copies_and_nan_may_say_that_there_is_no_number():
+    """Tensors are read when they are logged: of any type, and as they were when they were noted."""
+    metrics, value = MetricLog(), torch.tensor([0.1])
+    metrics.note("a", value)
+    value.zero_()
+    metrics.note("a", 2)
+    metrics.note("a", torch.tensor(3))
+    metrics.note("b", torch.tensor(math.nan), unless_nan=True)
+    metrics.note("c", torch.tensor(0.1, dtype=torch.float64, requires_grad=True))
+    assert metrics.noted == metrics.state_dict() == {"a": [float(torch.tensor(0.1)), 2.0, 3.0], "c": [0.1]}
+    metrics.note("b", torch.tensor(5.0), unless_nan=True)
+    assert metrics.means()["b"] == 5

@@ -206,3 +206,15 @@ def test_a_module_is_a_reward_under_the_name_of_its_class():
 def test_what_is_no_reward_is_refused(rewards, error, sentence):
     with pytest.raises(error, match=sentence):
         as_rewards(rewards)
+
+
+def test_a_prompt_that_stands_several_times_is_encoded_once(clip):
+    """Each picture meets the embedding of its own prompt; equal but for the order of sums."""
+    prompts = [PROMPTS[1], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
+    images, rows = pictures(28)[[0, 1, 0, 1]], []
+    each, once = CLIPScore(clip), CLIPScore(clip, distinct_prompts=True)
+    for reward in (each, once):
+        reward.model.text_model.register_forward_hook(lambda module, args, out: rows.append(len(out.pooler_output)))
+    torch.testing.assert_close(once(images, prompts), each(images, prompts), atol=1e-5, rtol=0)
+    assert rows == [2, 4]
+    assert once(images, prompts).std() > 1e-3

@@ -50,6 +50,7 @@ SHARED: dict[str, st.SearchStrategy[Any]] = {
     "num_generations": SMALL,
     "steps_per_generation": st.none() | st.integers(1, 6),
     "num_iterations": st.integers(1, 3),
+    "rollout_batch_size": st.none() | SMALL,
     "decode_batch_size": st.none() | SMALL,
     "ema_decay": st.none() | st.floats(0, 1),
     "max_bad_sample_share": st.floats(0, 1),

@@ -60,6 +60,10 @@ def _number_of_processes(arguments: list[str]) -> int:
     return int(value)
 
 
+NOT_COUNTED = ("rollout_batch_size", "guidance_in_one_call", "critic_bins_in_one_call", "prefix_pool_size")
+"""Settings that change the number or the size of calls, which the configurations do not state yet."""
+
+
 def read_anywhere(config_class: type[FlowRLConfig], processes: int) -> type[FlowRLConfig]:
     """The class of settings as it reads on a machine with so many GPUs, whatever this one has.
 
@@ -90,6 +94,11 @@ def estimate_run(method: str, run: RunArguments, config: FlowRLConfig) -> tuple[
         run: The settings of the command line.
         config: Those of the trainer.
     """
+    for name in NOT_COUNTED:
+        if config.to_dict().get(name):
+            raise ValueError(
+                f"`{name}` is not counted yet: leave it out for an estimate of the same run with calls of a micro-batch."
+            )
     half = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
     architecture = find(run.model)
     settings = {name: getattr(config, name) for name in PIPELINE_SETTINGS if getattr(config, name) is not None}

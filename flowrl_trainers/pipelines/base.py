@@ -37,6 +37,9 @@ class FlowPipeline(ABC):
     repeated_blocks: ClassVar[Sequence[str]] = ()
     """The names of the classes of the network's repeated blocks, which `compile_blocks` compiles."""
 
+    guidance_in_one_call: bool = False
+    """Whether both branches of guidance are computed in one call, where no weight takes a gradient."""
+
     task: ClassVar[str | None] = "text-to-image"
     """The `pipeline_tag` of a model card; None if the Hub has no tag for the model."""
 

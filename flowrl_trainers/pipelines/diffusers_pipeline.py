@@ -42,15 +42,18 @@ class DiffusersFlowPipeline(FlowPipeline):
     @classmethod
     def setting_names(cls) -> list[str]:
         """The names of all settings that the family understands."""
-        return ["height", "width", *cls.default_settings]
+        return ["height", "width", *cls.default_settings, "guidance_in_one_call"]
 
     def __init__(self, pipeline: Any, **settings: Any) -> None:
         self.pipeline = pipeline
         self._refuse_missing_parts()
         self._name = _hub_id(pipeline)  # now, as a folder with a relative path may not be found later
+        self.guidance_in_one_call = bool(settings.pop("guidance_in_one_call", False))
         size = self.default_size()
         self.settings = {"height": size, "width": size} | self.default_settings | settings
         self._check_settings()
+        if self.guidance_in_one_call and not self.guided:
+            raise ValueError("`guidance_in_one_call` (True) has no effect without guidance: leave it out.")
         negative = self.settings.get("negative_prompt") or ""
         if negative.strip() and not self.guided:
             raise ValueError(
@@ -247,6 +250,11 @@ class DiffusersFlowPipeline(FlowPipeline):
         for name, value in conditioning.items():
             part = negative_prompt if name.startswith(NEGATIVE) else prompt
             part[name.removeprefix(NEGATIVE)] = value
+        learns = torch.is_grad_enabled() and not latents.requires_grad  # through the conditional branch alone
+        if guidance and self.guided and self.guidance_in_one_call and not learns:
+            both = {name: _one_batch(value, negative_prompt[name]) for name, value in prompt.items()}
+            v = self._branch(transformer, torch.cat([latents, latents]), torch.cat([sigma, sigma]), both)
+            return self._guide(*v.chunk(2))
         v = self._branch(transformer, latents, sigma, prompt)
         if guidance and self.guided:
             with torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad):
@@ -311,6 +319,13 @@ def _sort_metadata(path: Path) -> None:
     text += b" " * (-len(text) % 8)  # so that the numbers stay aligned
     path.unlink()  # safetensors lets nobody else read its files
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
+
+
+def _one_batch(value: Tensor, negative: Tensor) -> Tensor:
+    """Conditioning of prompts and of negative prompts as one batch; shorter ones are padded, as masks say."""
+    if value.shape[1:] == negative.shape[1:]:
+        return torch.cat([value, negative])
+    return nn.utils.rnn.pad_sequence([*value, *negative], batch_first=True)
 
 
 def rounded_sigma(sigma: Tensor, dtype: torch.dtype) -> Tensor:

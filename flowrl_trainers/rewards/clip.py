@@ -23,12 +23,16 @@ class CLIPReward(Reward):
         tokenizer: The tokenizer of its prompts.
         mean: What is subtracted from red, green and blue of pixels in [0, 1].
         std: What red, green and blue are then divided by.
+        distinct_prompts: Whether a prompt that a batch holds several times is encoded once: faster, and the same but
+            for rounding.
     """
 
     differentiable = True
 
-    def __init__(self, model: Any, tokenizer: Any, mean: list[float], std: list[float]) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self, model: Any, tokenizer: Any, mean: list[float], std: list[float], *, distinct_prompts: bool = False
+    ) -> None:
+        self.model, self.tokenizer, self.distinct_prompts = model, tokenizer, distinct_prompts
         self.mean, self.std = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
 
     def to(self, device: torch.device) -> None:
@@ -50,10 +54,15 @@ class CLIPReward(Reward):
     def text_embeddings(self, prompts: list[str], images: Tensor) -> Tensor:
         """Embeddings (B, D) of unit length, in the dtype and on the device of the images."""
         length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt")
+        asked = list(dict.fromkeys(prompts)) if self.distinct_prompts else list(prompts)
+        tokens = self.tokenizer(asked, padding=True, truncation=True, max_length=length, return_tensors="pt")
         tokens = tokens.to(images.device)
         out = self.model.get_text_features(tokens.input_ids, tokens.attention_mask)
-        return torch.nn.functional.normalize(out.pooler_output.to(images.dtype), dim=-1)
+        embeddings = torch.nn.functional.normalize(out.pooler_output.to(images.dtype), dim=-1)
+        if len(asked) == len(prompts):
+            return embeddings
+        number = {prompt: i for i, prompt in enumerate(asked)}
+        return embeddings[torch.tensor([number[prompt] for prompt in prompts], device=images.device)]
 
     def pixels(self, images: Tensor) -> Tensor:
         """The input of the vision tower (B, 3, S, S) for images (B, 3, H, W), nominally in [0, 1]."""
@@ -72,6 +81,8 @@ class CLIPScore(CLIPReward):
         name: The name of the reward in logs.
         revision: Branch, tag or commit on the Hub.
         dtype: The precision of the weights.
+        distinct_prompts: Whether a prompt that a batch holds several times is encoded once: faster, and the same but
+            for rounding.
 
     Raises:
         ValueError: If the checkpoint cannot be loaded.
@@ -86,9 +97,11 @@ class CLIPScore(CLIPReward):
         *,
         revision: str | None = None,
         dtype: torch.dtype = torch.float32,
+        distinct_prompts: bool = False,
     ) -> None:
         model = load_model(CLIPModel, checkpoint, revision, dtype)
-        super().__init__(model, load_tokenizer(checkpoint, revision), *load_normalisation(checkpoint, revision))
+        tokenizer, normalisation = load_tokenizer(checkpoint, revision), load_normalisation(checkpoint, revision)
+        super().__init__(model, tokenizer, *normalisation, distinct_prompts=distinct_prompts)
         self.name = name
 
 
@@ -108,6 +121,8 @@ class PickScore(CLIPReward):
         revision: Branch, tag or commit of the checkpoint on the Hub.
         processor_revision: Branch, tag or commit of the processor on the Hub.
         dtype: The precision of the weights.
+        distinct_prompts: Whether a prompt that a batch holds several times is encoded once: faster, and the same but
+            for rounding.
 
     Raises:
         ValueError: If the checkpoint or the processor cannot be loaded.
@@ -123,10 +138,12 @@ class PickScore(CLIPReward):
         revision: str | None = None,
         processor_revision: str | None = None,
         dtype: torch.dtype = torch.float32,
+        distinct_prompts: bool = False,
     ) -> None:
         model = load_model(CLIPModel, checkpoint, revision, dtype)
         tokenizer = load_tokenizer(processor, processor_revision)
-        super().__init__(model, tokenizer, *load_normalisation(processor, processor_revision))
+        normalisation = load_normalisation(processor, processor_revision)
+        super().__init__(model, tokenizer, *normalisation, distinct_prompts=distinct_prompts)
 
     def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
         return self.model.logit_scale.exp().to(images.dtype) * self.cosine(images, prompts)

@@ -40,6 +40,8 @@ class HPSv2(CLIPReward):
         revision: Branch, tag or commit of the checkpoint on the Hub.
         tokenizer_revision: Branch, tag or commit of the tokenizer on the Hub.
         dtype: The precision of the weights.
+        distinct_prompts: Whether a prompt that a batch holds several times is encoded once: faster, and the same but
+            for rounding.
         architecture: The architecture of the checkpoint. None: ViT-H-14, the only one that was released.
 
     Raises:
@@ -56,11 +58,13 @@ class HPSv2(CLIPReward):
         revision: str | None = None,
         tokenizer_revision: str | None = None,
         dtype: torch.dtype = torch.float32,
+        distinct_prompts: bool = False,
         architecture: CLIPConfig | None = None,
     ) -> None:
         tensors = _read(find_file(checkpoint, WEIGHTS, revision))
         model = model_of(CLIPModel, architecture or vit_h_14(), from_open_clip(tensors), dtype, "HPSv2", WEIGHTS)
-        super().__init__(model, load_tokenizer(tokenizer, tokenizer_revision), OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        read = load_tokenizer(tokenizer, tokenizer_revision)
+        super().__init__(model, read, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, distinct_prompts=distinct_prompts)
 
     def pixels(self, images: Tensor) -> Tensor:
         """The input of the vision tower (B, 3, S, S) for images (B, 3, H, W), nominally in [0, 1]."""

@@ -39,6 +39,10 @@ class Record:
                 changed[field.name] = change(value)
         return replace(self, **changed)
 
+    def of_images(self, images: slice) -> Self:
+        """The record of some of the images."""
+        return self.map(lambda value: value[images])
+
     def to_dict(self) -> dict[str, Any]:
         """Tensors, inner dictionaries and None under the names of the fields, for a checkpoint."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}

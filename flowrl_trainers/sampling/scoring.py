@@ -174,9 +174,10 @@ class Scorer:
         rewards: R of them.
         weights: (R,), those of their sum.
         context: See `Context`.
-        batch_size: The images of a micro-batch.
-        decode_batch_size: The images decoded and scored at a time; None for a micro-batch, and where a gradient is
+        batch_size: The images scored at a time without a gradient.
+        decode_batch_size: The images decoded and scored at a time; None for `batch_size`, and where a gradient is
             taken for a megapixel.
+        gradient_batch_size: The images scored at most with a gradient; None for `batch_size`.
     """
 
     def __init__(
@@ -187,9 +188,11 @@ class Scorer:
         context: Context,
         batch_size: int,
         decode_batch_size: int | None = None,
+        gradient_batch_size: int | None = None,
     ) -> None:
         self.flow, self.rewards, self.weights, self.context = flow, rewards, weights, context
         self.batch_size, self.decode_batch_size = batch_size, decode_batch_size
+        self.gradient_batch_size = gradient_batch_size or batch_size
 
     @torch.no_grad()
     def score(self, latents: Tensor, examples: list[Example]) -> Tensor:
@@ -214,7 +217,7 @@ class Scorer:
         Raises:
             ValueError: For a reward whose scores carry no gradient.
         """
-        size = self.decode_batch_size or pictures_at_a_time(self.flow, self.batch_size)
+        size = self.decode_batch_size or pictures_at_a_time(self.flow, self.gradient_batch_size)
         scores, gradients = [], []
         for start in range(0, len(latents), size):
             x = latents[start : start + size].detach().requires_grad_()

@@ -86,6 +86,11 @@ class ACFlowConfig(RenoisingConfig):
     critic_steps: Annotated[int, Range(at_least=1)] = HfArg(
         default=4, help="The updates of the critic per rollout, each on all of its images."
     )
+    critic_bins_in_one_call: bool = HfArg(
+        default=False,
+        help="Whether the critic judges the states of all bins in one call instead of one call per bin: faster, and "
+        "the same but for rounding, unless a critic of your own mixes the images of a batch.",
+    )
     critic_learning_rate: Annotated[float, Range(above=0)] = HfArg(
         default=1e-3, help="The learning rate of the critic's AdamW."
     )

@@ -37,6 +37,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -182,6 +183,10 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
         if self.critic is None:
             return torch.zeros_like(sigma)
         features, mask = self.flow.prompt_features(conditioning)
+        if self.args.critic_bins_in_one_call:
+            bins = sigma.shape[1]
+            features, mask = (t.repeat_interleave(bins, dim=0) for t in (features.float(), mask))
+            return self.critic(states.flatten(0, 1), sigma.flatten(), features, mask).unflatten(0, sigma.shape)
         columns = zip(states.unbind(1), sigma.unbind(1), strict=True)
         return torch.stack([self.critic(z, s, features.float(), mask) for z, s in columns], dim=1)
 
@@ -193,9 +198,11 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
         for loss in self._critic_losses(shaped, purpose):
             loss.backward()
             losses.append(loss.detach())
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+        if self.args.world_size > 1:
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            bucket = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+            for gradient, mean in zip(gradients, bucket.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(mean.view_as(gradient))
         norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_CRITIC_GRAD_NORM)
         if norm.isfinite():
             self.critic_optimizer.step()
@@ -242,22 +249,26 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
             for batch, (states, _, sigma) in zip(shaped, renoised, strict=True)
         ]
         weights = self._weights(torch.cat(advantages), torch.cat([batch.good for batch in shaped]))
-        parts = zip(shaped, renoised, weights.split([len(batch.examples) for batch in shaped]), strict=True)
+        columns = [states for states, _, _ in renoised], [sigma for _, _, sigma in renoised]
+        base: list[Tensor] | list[None] = [None] * len(shaped)
+        old: list[Tensor] | list[None] = [None] * len(shaped)
+        guidance = self.args.loss_guidance
+        if self.args.needs_base:
+            base = self.at_once(partial(self.base_velocities, guidance=guidance), shaped, *columns)
+        if self.args.needs_old:
+            with self.old_policy():
+                old = self.at_once(partial(self.velocities, guidance=guidance), shaped, *columns)
+        sizes = [len(batch.examples) for batch in shaped]
+        parts = zip(shaped, renoised, weights.split(sizes), base, old, strict=True)
         return [
             batch.with_record(
-                self._record(
-                    states,
-                    sigma,
-                    velocity_between(batch.record.final[:, None], e),
-                    part,
-                    self.condition(batch.examples),
-                )
+                self._record(states, sigma, velocity_between(batch.record.final[:, None], e), part, of_base, of_old)
             )
-            for batch, (states, e, sigma), part in parts
+            for batch, (states, e, sigma), part, of_base, of_old in parts
         ]
 
     def _record(
-        self, states: Tensor, sigma: Tensor, u: Tensor, weights: Tensor, conditioning: Conditioning
+        self, states: Tensor, sigma: Tensor, u: Tensor, weights: Tensor, base: Tensor | None, old: Tensor | None
     ) -> ACFlowRecord:
         """What the loss needs of the images of a micro-batch.
 
@@ -266,16 +277,10 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
             sigma: Their levels, (B, K).
             u: e - x, (B, K, ...).
             weights: w of (3), (B, K).
-            conditioning: Of the B prompts.
+            base: v_base at the states, (B, K, ...), where anything asks for it.
+            old: v_old there.
         """
-        args, fixed = self.args, self.args.target == "fixed"
-        anchored, pulled = bool(args.wasserstein_coefficient), args.old_policy_coefficient > 0
-        base, old, targets = None, None, u
-        if args.needs_base:
-            base = self.base_velocities(states, sigma, conditioning, guidance=args.loss_guidance)
-        if args.needs_old:
-            with self.old_policy():
-                old = self.velocities(states, sigma, conditioning, guidance=args.loss_guidance)
+        args, fixed, targets = self.args, self.args.target == "fixed", u
         if fixed:
             anchor = base if args.target_anchor == "base" else old
             assert anchor is not None
@@ -286,8 +291,8 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
             sigmas=sigma,
             targets=targets,
             weights=None if fixed else weights,
-            base_velocities=base if anchored else None,
-            old_velocities=old if pulled else None,
+            base_velocities=base if args.wasserstein_coefficient else None,
+            old_velocities=old if args.old_policy_coefficient > 0 else None,
             base_lengths=self._lengths(base) if base is not None and args.norm_guard > 0 else None,
         )
 

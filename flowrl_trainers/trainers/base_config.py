@@ -66,6 +66,12 @@ class FlowRLConfig(TrainingArguments):
         default=None,
         help="The guidance scale of rollouts and evaluations; 1 is off, 0 for Z-Image. Default: the pipeline's own.",
     )
+    guidance_in_one_call: bool | None = HfArg(
+        default=None,
+        help="Whether both branches of guidance are computed in one call of twice the batch, where no weight takes a "
+        "gradient: faster, with twice the activations, and the same but for rounding. Not for TAFS-GRPO. Default: the "
+        "pipeline's own, mostly not.",
+    )
     negative_prompt: str | None = HfArg(
         default=None, help="What guidance leads away from. Default: the pipeline's own, mostly the empty prompt."
     )
@@ -89,6 +95,13 @@ class FlowRLConfig(TrainingArguments):
         "Default: `gradient_accumulation_steps`, one update per rollout.",
     )
     num_iterations: Annotated[int, Range(at_least=1)] = HfArg(default=1, help="How many times each rollout is used.")
+    rollout_batch_size: Annotated[int, Range(at_least=1)] | None = HfArg(
+        default=None,
+        help="The number of images per device that are drawn, scored and given to the base model at a time where no "
+        "gradient is taken, a multiple of `per_device_train_batch_size`: larger batches are faster and need more "
+        "memory, and rewards are called with them. TAFS-GRPO draws in batches of its updates all the same, as "
+        "rounding depends on the size of a batch. Default: `per_device_train_batch_size`.",
+    )
     decode_batch_size: Annotated[int, Range(at_least=1)] | None = HfArg(
         default=None,
         help="The number of images decoded and scored at a time. Default: a batch, decoded a megapixel at a time, "
@@ -152,6 +165,11 @@ class FlowRLConfig(TrainingArguments):
     def images_per_update(self) -> int:
         """The images of one update, over all micro-steps and processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
+    def images_at_once(self) -> int:
+        """The images per device that phases without gradients take at a time."""
+        return self.rollout_batch_size or self.per_device_train_batch_size
 
     @property
     def micro_steps_per_rollout(self) -> int:
@@ -284,6 +302,11 @@ class FlowRLConfig(TrainingArguments):
             raise ValueError(
                 f"`steps_per_generation` ({self.steps_per_generation}) must be a multiple of "
                 f"`gradient_accumulation_steps` ({accumulation}): a rollout fills whole updates."
+            )
+        if self.rollout_batch_size is not None and self.rollout_batch_size % self.per_device_train_batch_size:
+            raise ValueError(
+                f"`rollout_batch_size` ({self.rollout_batch_size}) must be a multiple of "
+                f"`per_device_train_batch_size` ({self.per_device_train_batch_size}): it holds whole micro-batches."
             )
         if self.n_gpu > 1:
             raise ValueError(

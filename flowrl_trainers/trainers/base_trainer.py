@@ -70,7 +70,9 @@ from .trackers import name_trackio_run, show_picture
 
 logger = logging.getLogger(__name__)
 
-PIPELINE_SETTINGS = ("height", "width", "guidance_scale", "negative_prompt", "max_sequence_length")
+PIPELINE_SETTINGS = (
+    "height", "width", "guidance_scale", "guidance_in_one_call", "negative_prompt", "max_sequence_length",
+)  # fmt: skip
 PROBE_IMAGES = 2
 SHOW_EVERY = 10  # rollouts, from one whose pictures trackers get to the next
 
@@ -107,6 +109,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
     _tag_names: ClassVar[list[str]] = []
     _paper: ClassVar[dict[str, str] | None] = None
     needs_reward_gradient: ClassVar[bool] = False
+    replays_rollout: ClassVar[bool] = False
+    """Whether the loss computes again what the rollout did, so that both need batches of one size: see rounding."""
     loss_is_scaled_for_ga = False
 
     args: FlowRLConfig
@@ -230,8 +234,9 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             self.rewards,
             self.reward_weights,
             self.reward_context,
-            batch_size=args.per_device_train_batch_size,
+            batch_size=args.images_at_once,
             decode_batch_size=args.decode_batch_size,
+            gradient_batch_size=args.per_device_train_batch_size,
         )
         self.reward_watch = RewardWatch(self.rewards)
         evaluator = Evaluator(
@@ -560,15 +565,18 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
     def make_rollout(self, examples: list[Example]) -> list[MicroBatch[RecordT]]:
         """Draw the images of a rollout, and prepare them for the loss."""
         size = self.args.per_device_train_batch_size
+        at_once = size if self.replays_rollout else self.args.images_at_once
         self.model.eval()
         self.before_rollout()
         drawn = []
         with self.metrics.timed("rollout"), torch.no_grad():
-            for start in range(0, len(examples), size):
-                part = examples[start : start + size]
+            for start in range(0, len(examples), at_once):
+                part = examples[start : start + at_once]
                 record = self.rollout(self.condition(part), [e.key for e in part])
-                good = torch.ones(len(part), dtype=torch.bool, device=self.args.device)
-                drawn.append(MicroBatch(part, record, good))
+                for first in range(0, len(part), size):
+                    images = slice(first, first + size)
+                    good = torch.ones(len(part[images]), dtype=torch.bool, device=self.args.device)
+                    drawn.append(MicroBatch(part[images], record.of_images(images), good))
         prepared = self.prepare(drawn)
         for batch in prepared:
             if type(batch.record) is not self.record_class:  # else a checkpoint could not be read again
@@ -587,23 +595,47 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         """What the network reads of the examples' prompts."""
         return self.conditioning([e.prompt for e in examples], self.args.device)
 
+    def at_once(
+        self,
+        function: Callable[..., Tensor],
+        batches: Sequence[MicroBatch[Any]],
+        *columns: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """What a function without gradients says of each micro-batch, called with `rollout_batch_size` images.
+
+        Args:
+            function: Maps one tensor (M, ...) of each column, and M examples, to (M, ...).
+            batches: Micro-batches.
+            *columns: One tensor (B, ...) for each of them.
+        """
+        count = self.args.images_at_once // self.args.per_device_train_batch_size
+        found: list[Tensor] = []
+        for start in range(0, len(batches), count):
+            part = slice(start, start + count)
+            sizes = [len(batch.examples) for batch in batches[part]]
+            inputs = (torch.cat(list(column[part])) for column in columns)
+            examples = [example for batch in batches[part] for example in batch.examples]
+            found += function(*inputs, examples).split(sizes)
+        return found
+
     @torch.no_grad()
-    def velocities(self, states: Tensor, sigmas: Tensor, conditioning: Conditioning, *, guidance: bool) -> Tensor:
+    def velocities(self, states: Tensor, sigmas: Tensor, examples: list[Example], *, guidance: bool) -> Tensor:
         """The velocities (B, K, ...) at states of each image, without gradients.
 
         Args:
             states: (B, K, ...).
             sigmas: Their levels, (B, K).
-            conditioning: Of the B prompts.
+            examples: B of them.
             guidance: Whether they are the guided ones.
         """
+        conditioning = self.condition(examples)
         columns = zip(states.unbind(1), sigmas.unbind(1), strict=True)
         return torch.stack([self.model(x, s, conditioning, guidance=guidance) for x, s in columns], dim=1)
 
-    def base_velocities(self, states: Tensor, sigmas: Tensor, conditioning: Conditioning, *, guidance: bool) -> Tensor:
+    def base_velocities(self, states: Tensor, sigmas: Tensor, examples: list[Example], *, guidance: bool) -> Tensor:
         """Those of the base model; arguments as in `velocities`."""
         with self.model.reference():
-            return self.velocities(states, sigmas, conditioning, guidance=guidance)
+            return self.velocities(states, sigmas, examples, guidance=guidance)
 
     def _accumulate_gradient(self, model: nn.Module, batch: MicroBatch[RecordT]) -> Tensor:
         conditioning, states = self.condition(batch.examples), self.num_trained_states
@@ -849,6 +881,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             rewards=dict(zip([r.name for r in self.rewards], self.reward_weights.tolist(), strict=True)),
             settings={"updates": self.step_of_weights, "images per update": args.images_per_update}
             | {"learning rate": args.learning_rate, "seed": args.seed}
+            | ({"rollout batch": args.rollout_batch_size} if args.rollout_batch_size else {})
+            | ({"branches of guidance": "in one call"} if self.flow.guidance_in_one_call else {})
             | adapter
             | ({"compiled": "blocks of the network"} if args.compile_blocks else {})
             | ({"decoder": args.decoder_dtype} if args.decoder_dtype != "float32" else {})
@@ -894,6 +928,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             **{
                 "number of processes": self.args.world_size,
                 "arguments of the pipeline": self.flow.call_arguments(),
+                "guidance_in_one_call": self.flow.guidance_in_one_call or None,
                 "columns of the prompts": sorted(self.train_dataset.dataset.column_names),
                 "prompts": self._prompts_identity,
                 "noise levels": texts_identity(f"{sigma:.6f}" for sigma in self.sigmas.tolist()),

@@ -23,6 +23,7 @@ The paper's loss holds in our time direction as it stands: sigma = t, v = e - x.
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -115,7 +116,7 @@ class DiffusionNFTTrainer(RenoisingTrainer[DiffusionNFTRecord]):
         shaped = self._shape(rollout)
         if not self._has_signal(shaped):
             return []
-        batches = self._without_bad(shaped, [batch.with_record(self._record(batch)) for batch in shaped])
+        batches = self._without_bad(shaped, self._records(shaped))
         r = torch.cat([batch.record.probabilities for batch in batches])
         good = torch.cat([batch.good for batch in batches])
         self.metrics.note("reward_probability", self.mean_of_good(r, good))
@@ -124,24 +125,30 @@ class DiffusionNFTTrainer(RenoisingTrainer[DiffusionNFTRecord]):
         return batches
 
     @torch.no_grad()
-    def _record(self, batch: MicroBatch[Returns]) -> DiffusionNFTRecord:
-        args, conditioning = self.args, self.condition(batch.examples)
-        states, e, sigma = self._renoised(batch, "states")
+    def _records(self, shaped: list[MicroBatch[Returns]]) -> list[MicroBatch[DiffusionNFTRecord]]:
+        """The images with what the loss needs of them."""
+        args, c = self.args, self.args.advantage_clip
+        renoised = [self._renoised(batch, "states") for batch in shaped]
+        columns = [states for states, _, _ in renoised], [sigma for _, _, sigma in renoised]
         with self.old_policy():
-            old = self.velocities(states, sigma, conditioning, guidance=args.loss_guidance)
-        base = None
-        if args.reference_coefficient > 0 or args.norm_guard > 0:
-            base = self.base_velocities(states, sigma, conditioning, guidance=args.loss_guidance)
-        c = args.advantage_clip
-        return DiffusionNFTRecord(
-            states=states,
-            sigmas=sigma,
-            targets=velocity_between(batch.record.final[:, None], e),
-            probabilities=batch.record.returns.clamp(-c, c) / (2 * c) + 0.5,
-            old_velocities=old,
-            base_velocities=base if args.reference_coefficient > 0 else None,
-            base_lengths=self._lengths(base) if base is not None and args.norm_guard > 0 else None,
-        )
+            old = self.at_once(partial(self.velocities, guidance=args.loss_guidance), shaped, *columns)
+        base: list[Tensor] | list[None] = [None] * len(shaped)
+        if args.needs_base:
+            base = self.at_once(partial(self.base_velocities, guidance=args.loss_guidance), shaped, *columns)
+        return [
+            batch.with_record(
+                DiffusionNFTRecord(
+                    states=states,
+                    sigmas=sigma,
+                    targets=velocity_between(batch.record.final[:, None], e),
+                    probabilities=batch.record.returns.clamp(-c, c) / (2 * c) + 0.5,
+                    old_velocities=of_old,
+                    base_velocities=of_base if args.reference_coefficient > 0 else None,
+                    base_lengths=self._lengths(of_base) if of_base is not None and args.norm_guard > 0 else None,
+                )
+            )
+            for batch, (states, e, sigma), of_old, of_base in zip(shaped, renoised, old, base, strict=True)
+        ]
 
     # ---- the loss --------------------------------------------------------------------------------------------------
 

@@ -49,7 +49,9 @@ class LoopCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        finite = all(bool(p.grad.isfinite().all()) for p in parameters if p.grad is not None)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        # The largest absolute value of all, which NaN and infinity pass on: a GPU is waited for once.
+        finite = bool(torch.nn.utils.get_total_norm(gradients, norm_type=torch.inf).isfinite())
         self.metrics.note("skipped_updates", float(not finite))
         if not finite:  # optimizers leave parameters without a gradient, and their moments, alone
             for parameter in parameters:

@@ -35,6 +35,7 @@ from ..pipelines import Conditioning
 from ..sampling.buffer import MicroBatch, Record
 from ..sampling.draws import ImageKey, keyed_generators, noise
 from ..sampling.evaluator import Sampler, ode_sampler
+from ..sampling.prompt_groups import Example
 from .base_trainer import FlowRLTrainer
 from .tafs_grpo_config import TAFSGRPOConfig
 
@@ -95,6 +96,7 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
     }
     config_class = TAFSGRPOConfig
     record_class = TAFSGRPORecord
+    replays_rollout = True
 
     args: TAFSGRPOConfig
 
@@ -108,6 +110,11 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
                 f"`num_inference_steps` ({steps}) ends with a draw at sigma {last:.3f}, below {LEAST_LEVEL}, where "
                 "ratios explode: take fewer steps."
             )
+        if self.flow.guidance_in_one_call:
+            raise ValueError(
+                "`guidance_in_one_call` (True) does not suit TAFS-GRPO, whose loss computes the rollout's branches "
+                "again, with a gradient and one by one: leave it out."
+            )
         if self.peft_config is not None and self.peft_config.lora_dropout > 0:
             raise ValueError(
                 f"`lora_dropout` ({self.peft_config.lora_dropout}) must be 0: the rollout could not be replayed, and "
@@ -117,7 +124,7 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
         self.exact = self.args.mixed_precision == "no" and in_float32
         # Squares of the distance to the base, and of the base, that the present rollout has shown.
         self.moved = torch.zeros(2, device=self.args.device)
-        self.velocity_distance: float | None = None
+        self.velocity_distance: Tensor | None = None
         logger.info("The sampler's levels: %s.", ", ".join(f"{level:.3f}" for level in self.sigmas.tolist()))
 
     @property
@@ -209,6 +216,9 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
         advantages = self._advantages(torch.where(scores.isinf(), torch.nan, scores), rows)
         sizes = [len(batch.examples) for batch in rollout]
         parts = zip(rollout, advantages.split(sizes), (~(bad | absent)).split(sizes), strict=True)
+        base_velocities: list[Tensor] | list[None] = [None] * len(rollout)
+        if self._needs_base:
+            base_velocities = self.at_once(self._base_velocities, rollout, [batch.record.states for batch in rollout])
         batches = [
             self._finite(
                 batch.with_record(
@@ -216,12 +226,12 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
                         states=batch.record.states,
                         log_probabilities=batch.record.log_probabilities,
                         advantages=part,
-                        base_velocities=self._base_velocities(batch) if self._needs_base else None,
+                        base_velocities=base,
                     ),
                     good,
                 )
             )
-            for batch, part, good in parts
+            for (batch, part, good), base in zip(parts, base_velocities, strict=True)
         ]
         self.count_bad_samples("reward", bad)
         self.moved = torch.zeros(2, device=self.args.device)
@@ -279,12 +289,12 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
         return self.args.beta > 0 or self.args.max_velocity_distance is not None
 
     @torch.no_grad()
-    def _base_velocities(self, batch: MicroBatch[TAFSGRPORollout]) -> Tensor:
-        """(B, N - 1, ...) at the states of the rollout."""
-        conditioning, states = self.condition(batch.examples), batch.record.states
+    def _base_velocities(self, states: Tensor, examples: list[Example]) -> Tensor:
+        """(B, N - 1, ...) at the states (B, N, ...) of the rollout."""
+        conditioning, keys = self.condition(examples), [example.key for example in examples]
         with self.model.reference():
             columns = [
-                self._velocity(self.model, states[:, k], sigma.expand(len(states)), conditioning, k, batch.keys)
+                self._velocity(self.model, states[:, k], sigma.expand(len(states)), conditioning, k, keys)
                 for k, sigma in enumerate(self.sigmas[: self.num_trained_states])
             ]
         return torch.stack(columns, dim=1)
@@ -312,8 +322,7 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
         mean_base, _ = self._step(x, v_base, state)
         divergence = ((mean - mean_base).square() / (2 * std**2)).flatten(1).mean(dim=1)
         seen = self.accelerator.gather(torch.where(batch.good, divergence.detach(), torch.nan))
-        if not seen.isnan().all():
-            self.metrics.note("kl", seen.nanmean())
+        self.metrics.note("kl", seen.nanmean(), unless_nan=True)
         return losses + args.beta * divergence
 
     def _watch_ratio(self, ratio: Tensor, good: Tensor) -> None:
@@ -343,27 +352,33 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
         """The root mean square of the distance to v_base, relative to it, over what the present rollout has shown."""
         mine = torch.stack([(v - v_base)[good].square().sum(), v_base[good].square().sum()])
         self.moved += self.accelerator.reduce(mine, "sum")
-        self.velocity_distance = float((self.moved[0] / self.moved[1].clamp(min=1e-12)).sqrt())
+        self.velocity_distance = (self.moved[0] / self.moved[1].clamp(min=1e-12)).sqrt()
         self.metrics.note("velocity_distance", self.velocity_distance)
 
     def reason_to_stop(self) -> str | None:
         """Also where the velocity has moved further than `max_velocity_distance` from the base model's."""
-        budget, distance = self.args.max_velocity_distance, self.velocity_distance
+        budget = self.args.max_velocity_distance
+        distance = None if budget is None else self._distance_as_number()
         if budget is not None and distance is not None and distance > budget:
             return (
                 f"the velocity is {distance:.3f} from the base model's, more than `max_velocity_distance` ({budget})"
             )
         return super().reason_to_stop()
 
+    def _distance_as_number(self) -> float | None:
+        """Waits for a GPU, which `_note_distance` does not."""
+        return None if self.velocity_distance is None else float(self.velocity_distance)
+
     # ---- files -----------------------------------------------------------------------------------------------------
 
     def algorithm_state(self) -> dict[str, Any]:
         """How far the velocity has moved, as the present rollout shows so far."""
-        return {"moved": self.moved, "velocity_distance": self.velocity_distance}
+        return {"moved": self.moved, "velocity_distance": self._distance_as_number()}
 
     def load_algorithm_state(self, state: Mapping[str, Any]) -> None:
         """Take it up."""
-        self.moved, self.velocity_distance = state["moved"], state["velocity_distance"]
+        self.moved, distance = state["moved"], state["velocity_distance"]
+        self.velocity_distance = None if distance is None else torch.tensor(distance)
 
     def card_sampling(self) -> dict[str, Any]:
         """The stock scheduler can re-noise, but no other kernel: for those the card shows the ODE."""

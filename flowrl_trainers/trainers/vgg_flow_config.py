@@ -79,8 +79,8 @@ class VGGFlowConfig(RewardGradientConfig):
         """N steps, and at each of K = `timestep_bins` states: R of (1), v_base, (2); with a value network (3) and (4).
 
         (3) takes c, the velocity and R at the shifted point, the product J_base^T G, and c and c_eps with gradients;
-        (4) adds c at the end to the last of these calls. The product meets v_base on its way, so where there is a
-        value network v_base is computed twice; the final pictures are scored for the log alone. All with guidance.
+        (4) adds c at the end to the last of these calls. The product meets v_base on its way; the final pictures are
+        scored for the log alone. All with guidance.
         """
         size, micro_batches, head = (
             self.per_device_train_batch_size,
@@ -89,12 +89,12 @@ class VGGFlowConfig(RewardGradientConfig):
         )
         states = self.timestep_bins * micro_batches
         calls = self.rollout_calls(drawing)
-        for _ in range(micro_batches):
-            calls += drawing.scores(size, self.decode_batch_size or size, needed=False)
+        calls += drawing.scores(size * micro_batches, self.decode_batch_size or size, needed=False)
         together = self.timestep_bins * size
         calls += drawing.reward_gradients(together, micro_batches, self.decode_batch_size, size)
-        calls += drawing.velocity(Kind.BASE, size, states, Phase.TARGET, needed=not head)
-        if head:
+        if not head:
+            calls += drawing.velocity(Kind.BASE, size, states, Phase.TARGET)
+        else:
             calls += [Call(Kind.HEAD, size, states, Phase.TARGET)]
             calls += drawing.velocity(Kind.FORWARD, size, states, Phase.TARGET)
             calls += drawing.reward_gradients(size, states, self.decode_batch_size, size)
@@ -103,3 +103,10 @@ class VGGFlowConfig(RewardGradientConfig):
             calls += [Call(Kind.HEAD_TRAIN, 3 * size, last, Phase.UPDATE)]
             calls += [Call(Kind.HEAD_TRAIN, 2 * size, (self.timestep_bins - 1) * last, Phase.UPDATE)]
         return calls + drawing.velocity(Kind.TRAIN, size, states * self.num_iterations, Phase.UPDATE)
+
+    def first_calls(self, drawing: Drawing) -> list[Call]:
+        """v_base at all states, from which the scale of the reward is found before the products are known."""
+        if self.value_network == "none" or self.reward_scale is not None:
+            return []
+        states = self.timestep_bins * self.micro_steps_per_rollout
+        return drawing.velocity(Kind.BASE, self.per_device_train_batch_size, states, Phase.TARGET)

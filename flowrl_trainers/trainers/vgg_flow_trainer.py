@@ -24,7 +24,8 @@ rollout, which is exact at one update per rollout.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -179,7 +180,7 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
         """Reward gradients of (1), their clipping and scale, base velocities, and all that (3) needs beside c."""
         with self.metrics.timed("reward_gradient"):
             final = torch.cat([batch.record.final for batch in rollout])
-            scores = torch.cat([self.scorer.score(batch.record.final, batch.examples) for batch in rollout])
+            scores = self.scorer.score(final, [example for batch in rollout for example in batch.examples])
             self.log_rewards(scores, rollout)
             self.show_samples(final, scores, rollout)
             found = [self._state_gradients(batch) for batch in rollout]
@@ -188,32 +189,35 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
             threshold = self.clip_threshold(torch.cat([g.flatten(2).norm(dim=2).flatten() for g in gradients]))
             gradients = [self.clip(gradient, threshold, batch_dims=2) for gradient in gradients]
         self.count_bad_samples("reward_gradient", ~torch.cat([batch.good for batch in rollout]))
-        with self.metrics.timed("base"):
-            base_velocities = [
-                self.base_velocities(
-                    batch.record.states, batch.record.sigmas, self.condition(batch.examples), guidance=True
-                )
-                for batch in rollout
-            ]
-            if self.reward_scale is None:
-                self.reward_scale = self._find_reward_scale(rollout, gradients, base_velocities)
+        base_velocities: list[Tensor] = []
+        consistency: list[ConsistencyRecord] | list[None] = [None] * len(rollout)
+        if self.model.head is None or self.reward_scale is None:
+            with self.metrics.timed("base"):
+                states = [batch.record.states for batch in rollout]
+                sigmas = [batch.record.sigmas for batch in rollout]
+                base_velocities = self.at_once(partial(self.base_velocities, guidance=True), rollout, states, sigmas)
+                if self.reward_scale is None:
+                    self.reward_scale = self._find_reward_scale(rollout, gradients, base_velocities)
+        terms = [self._reward_term(g, batch.record.sigmas) for batch, g in zip(rollout, gradients, strict=True)]
+        if self.model.head is not None:
+            with self.metrics.timed("consistency"):
+                pairs = zip(rollout, terms, strict=True)
+                made = [self._consistency(batch, term, threshold) for batch, term in pairs]
+            base_velocities, consistency = [base for base, _, _ in made], [record for _, record, _ in made]
+            rollout = [batch.keeping(good) for batch, (_, _, good) in zip(rollout, made, strict=True)]
         batches = [
             batch.with_record(
                 VGGFlowRecord(
                     states=batch.record.states,
                     sigmas=batch.record.sigmas,
                     base_velocities=base,
-                    reward_terms=self._reward_term(gradient, batch.record.sigmas),
-                    consistency=None,
+                    reward_terms=term,
+                    consistency=difference,
                 ),
                 good=batch.record.final.flatten(1).isfinite().all(dim=1),
             )
-            for batch, gradient, base in zip(rollout, gradients, base_velocities, strict=True)
+            for batch, term, base, difference in zip(rollout, terms, base_velocities, consistency, strict=True)
         ]
-        if self.model.head is not None:
-            with self.metrics.timed("consistency"):
-                pairs = zip(batches, rollout, strict=True)
-                batches = [self._with_consistency(batch, drawn.record.final, threshold) for batch, drawn in pairs]
         batches = [batch.zero_not_finite() for batch in batches]
         self.count_bad_samples("target", ~torch.cat([batch.good for batch in batches]))
         self.metrics.note("reward_scale", self.known_scale)
@@ -248,49 +252,53 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
         pull = self.mean_square([expand_like(self.eta(batch.record.sigmas), g) * g for batch, g in pairs], 2)
         return self.args.control_to_velocity_ratio * math.sqrt(self.mean_square(base_velocities, 2) / pull)
 
-    def _with_consistency(
-        self, batch: MicroBatch[VGGFlowRecord], final: Tensor, threshold: Tensor | None
-    ) -> MicroBatch[VGGFlowRecord]:
-        """The batch with what (3) and (4) need of every state.
+    def _consistency(
+        self, batch: MicroBatch[VGGFlowRollout], reward_terms: Tensor, threshold: Tensor | None
+    ) -> tuple[Tensor, ConsistencyRecord, Tensor]:
+        """What (3) and (4) need of every state, and the base velocity that J_base^T G meets on the way.
 
         Args:
             batch: B images.
-            final: x_N, (B, ...).
+            reward_terms: -beta eta R at their states, (B, K, ...).
             threshold: Of the norms of reward gradients.
+
+        Returns:
+            v_base at the states (B, K, ...), the record, and which images (B,) are good at all shifted points.
         """
         conditioning, record, good = self.condition(batch.examples), batch.record, batch.good
 
         def guided(x: Tensor, sigma: Tensor) -> Tensor:
             return self.model(x, sigma, conditioning, guidance=True)
 
-        states, sigmas, reward_terms, inverse_steps, targets = [], [], [], [], []
+        states, sigmas, shifted_terms, inverse_steps, targets, base_velocities = [], [], [], [], [], []
         for state in range(self.num_trained_states):
             x, sigma = record.states[:, state], record.sigmas[:, state]
             eps = sigma.clamp(max=self.args.finite_difference_step)
             with torch.no_grad():
-                c = self.model(x, sigma, conditioning, guidance=True, part="head")
-                G = record.reward_terms[:, state] + c
-                u = record.base_velocities[:, state] + G
+                G = reward_terms[:, state] + self.model(x, sigma, conditioning, guidance=True, part="head")
+            with self.model.reference():
+                target, v_base = vector_jacobian_product(guided, x, sigma, G)
+            with torch.no_grad():
+                u = v_base + G
                 shifted, level = x - expand_like(eps, x) * u, sigma - eps
                 estimate = clean_estimate(shifted, guided(shifted, level), level)
             _, gradient, finite = self.reward_gradient(estimate, batch.examples)
             good = good & finite
-            with self.model.reference():
-                target, _ = vector_jacobian_product(guided, x, sigma, G)
             states.append(shifted)
             sigmas.append(level)
-            reward_terms.append(self._reward_term(self.clip(gradient, threshold), level))
+            shifted_terms.append(self._reward_term(self.clip(gradient, threshold), level))
             inverse_steps.append(1 / eps)
             targets.append(target)
+            base_velocities.append(v_base)
         consistency = ConsistencyRecord(
             states=torch.stack(states, dim=1),
             sigmas=torch.stack(sigmas, dim=1),
-            reward_terms=torch.stack(reward_terms, dim=1),
+            reward_terms=torch.stack(shifted_terms, dim=1),
             inverse_steps=torch.stack(inverse_steps, dim=1),
             targets=torch.stack(targets, dim=1),
-            final=final,
+            final=record.final,
         )
-        return batch.with_record(replace(record, consistency=consistency), good)
+        return torch.stack(base_velocities, dim=1), consistency, good
 
     # ---- the loss --------------------------------------------------------------------------------------------------
 

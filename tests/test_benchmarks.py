@@ -1,0 +1,60 @@
+"""The documented commands of `benchmarks/` run, on fewer pictures."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from .helpers import TRAINERS, make_trainer
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Run a script in this process, as `python benchmarks/NAME.py ARGUMENTS` does."""
+
+    def in_this_process(name: str, *arguments: str) -> None:
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / f"{name}.py"), *arguments])
+        runpy.run_path(str(BENCHMARKS / f"{name}.py"), run_name="__main__")
+
+    return in_this_process
+
+
+def test_the_truncation_table_is_measured(run, tmp_path):
+    """Calls: 20 of the rollout, K of the loss, K - 1 products and one base velocity of the adjoint."""
+    run("adjoint_steps", "--updates", "1", "--images", "1", "--threads", "1", "--out", str(tmp_path / "table.md"))
+    table = (tmp_path / "table.md").read_text()
+    assert "| 3 of 20 |" in table
+    assert [row.split("|")[-2].strip() for row in table.splitlines()[2:4]] == ["26", "60"]
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_every_trainer_makes_the_calls_that_its_equations_need(monkeypatch, tmp_path, name):
+    """In its second update; the first also looks for the scale of the reward."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from overhead import needed_calls
+    from stepped import SteppedRun, counting
+
+    t = make_trainer(name, tmp_path, **({"critic_warmup_max_steps": 0} if name == "ACFlowTrainer" else {}))
+    run = SteppedRun(t)
+    run.update()
+    with counting(t) as made:
+        run.update()
+    run.close()
+    assert made == needed_calls(t)
+
+
+@pytest.mark.slow
+def test_the_overhead_is_measured(run, tmp_path):
+    """The script fails where a trainer makes other calls than it needs; its times depend on the machine."""
+    files = "--out", str(tmp_path / "table.md"), "--json", str(tmp_path / "overhead.json")
+    run("overhead", "--repeats", "1", "--images", "2", "--steps", "6", "12", *files)
+    report = json.loads((tmp_path / "overhead.json").read_text())
+    for name in ("adjoint_matching", "vgg_flow", "ac_flow", "tafs_grpo"):
+        assert 0 < report[name]["overhead_ratio"] <= report[name]["upper_quartile"]
+    assert report["adjoint_matching"]["peak_mib_12"] <= 1.05 * report["adjoint_matching"]["peak_mib_6"]
+    assert "| vgg_flow |" in (tmp_path / "table.md").read_text()
