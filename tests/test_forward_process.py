@@ -67,7 +67,7 @@ def of(t, batch, u, A, v_old, v_base):
     )
 
 
-# ---- 1 to 6: gradients, without a model ------------------------------------------------------------------------------
+# ---- 1 to 6: gradients, without a model -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("eta", [0.5, 100.0])
@@ -161,11 +161,11 @@ def test_the_likelihood_ratio_of_awm_has_the_gradient_of_level_weights(tmp_path,
     exactly(found, expected)
 
 
-# ---- 4, 11: minima, by quadrature ------------------------------------------------------------------------------------
+# ---- 4, 11: minima, by quadrature -----------------------------------------------------------------------------------
 
 
 def test_the_minimum_of_nft_is_the_old_velocity_plus_the_reinforcement(tmp_path):
-    """4: v_old + (2 / beta) Cov(r, u | z), in its three forms, for a mixture of Gaussians and r = sigmoid(2 x + 0.3)."""
+    """4: v_old + (2 / beta) Cov(r, u | z), three forms, for two Gaussians, r = sigmoid(2 x + 0.3)."""
     z, sigma, beta = 0.4, 0.6, 0.7
     x = torch.linspace(-12, 12, 40001, dtype=torch.float64)
     u = (z - (1 - sigma) * x) / sigma - x
@@ -215,7 +215,7 @@ def test_a_critic_frees_the_fixed_target_of_the_bias_of_a_wrong_old_velocity(tmp
     assert (abs(float(bias)) < 1e-9) if with_critic else (abs(float(bias)) > 0.1)
 
 
-# ---- 7 to 10: rounds -------------------------------------------------------------------------------------------------
+# ---- 7 to 10: rounds ------------------------------------------------------------------------------------------------
 
 
 def ram(folder, eta: float = 0.5, **changes):
@@ -312,7 +312,7 @@ def test_ram_without_its_base_anchor_grows_in_every_round(tmp_path):
     assert second[0] == pytest.approx(1.0, abs=0.05)
 
 
-# ---- 12: AWM and the policy gradient ---------------------------------------------------------------------------------
+# ---- 12: AWM and the policy gradient --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("omega", "expected"), [
@@ -351,7 +351,7 @@ def _hermite(count: int):
     return nodes, weights / weights.sum()
 
 
-# ---- 13: levels ------------------------------------------------------------------------------------------------------
+# ---- 13: levels -----------------------------------------------------------------------------------------------------
 
 
 def levels(folder, monkeypatch, sampling: str, bins: int, steps: int = 20):
@@ -380,7 +380,7 @@ def test_steps_are_different_levels_of_the_sampler_and_each_is_left_out_as_often
     assert (2560 - counts - 256).abs().max() < 5 * math.sqrt(2560 * 0.09)
 
 
-# ---- 14, 15: the old policy ------------------------------------------------------------------------------------------
+# ---- 14, 15: the old policy -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -436,7 +436,7 @@ def test_the_published_schedules(tmp_path):
 def test_a_run_resumed_after_every_update_of_a_window_is_the_uninterrupted_one(tmp_path, name, settings):
     """15: parameters, old weights and the rollout in use, bit for bit; two updates take one rollout."""
     run = settings | {
-        "per_device_train_batch_size": 2, "steps_per_generation": 2, "learning_rate": 0.05, "max_steps": 3,
+        "per_device_train_batch_size": 2, "steps_per_generation": 2, "learning_rate": 0.05, "max_steps": 5,
         "save_strategy": "steps", "save_steps": 1, "height": 16, "width": 16,
     }  # fmt: skip
     whole = make_trainer(name, tmp_path, **run)
@@ -447,7 +447,7 @@ def test_a_run_resumed_after_every_update_of_a_window_is_the_uninterrupted_one(t
         if n in whole.old.values
     )
     expected = whole.training_state()
-    for step in (1, 2):
+    for step in (3, 4):  # after the old policy has moved for the first time
         resumed = make_trainer(name, tmp_path / "again", **run | {"save_strategy": "no"})
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         state = resumed.training_state()
@@ -458,7 +458,7 @@ def test_a_run_resumed_after_every_update_of_a_window_is_the_uninterrupted_one(t
             assert_same(state.values[part], expected.values[part])
 
 
-# ---- the settings ----------------------------------------------------------------------------------------------------
+# ---- the settings ---------------------------------------------------------------------------------------------------
 
 
 def test_the_raw_spread_holds_what_prompts_differ():
