@@ -10,7 +10,7 @@ from flowrl_trainers import FlowPipeline
 from flowrl_trainers.sampling import flow_model
 
 from .gaussian import GaussianFlow, Shifted, closeness
-from .helpers import adjoint_matching, first_examples, make_trainer
+from .helpers import TRAINERS, adjoint_matching, first_examples, make_trainer
 from .tiny import tiny_sd3
 from .tiny_families import FAMILIES, tiny
 from .tiny_sit import original_checkpoint, tiny_sit
@@ -36,10 +36,8 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("trainer", [
-    "AdjointMatchingTrainer",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("VGGFlowTrainer", "ACFlowTrainer", "TAFSGRPOTrainer")),
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_run_is_compiled_in_every_call_learns_the_same_and_gives_the_pipeline_back(tmp_path, graphs, trainer):
     """Probe, rollout, vector-Jacobian product, base velocities and update, which take more graphs than torch allows by
     default. Afterwards the blocks are as the user gave them, and compiled again, without a new graph, at work.

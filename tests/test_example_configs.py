@@ -39,6 +39,7 @@ RUNS = [(method, family) for method in TRAINERS for family in FAMILIES]
 FAST = {  # every trainer, every family
     ("adjoint_matching", "stable_diffusion_3_5_medium"), ("vgg_flow", "flux_2_klein_4b"),
     ("ac_flow", "sit_xl_2"), ("tafs_grpo", "stable_diffusion_3_5_medium"),
+    ("diffusion_nft", "sit_xl_2"),
 }  # fmt: skip
 
 

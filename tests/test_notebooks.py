@@ -39,7 +39,13 @@ def code_of(path: Path, parameters: str) -> str:
     return "\n".join(parameters if "parameters" in REFRESH["tags"](cell) else cell.source for cell in kept)
 
 
-@pytest.mark.parametrize("path", RUN, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in ("vgg_flow", "ac_flow") else [])
+        for path in RUN
+    ],
+)
 def test_the_cells_of_a_notebook_run(tmp_path, path):
     code = code_of(path, SHORT.format(PICTURES.get(path.stem, 2)))
     (tmp_path / "cells.py").write_text(f"import matplotlib\n\nmatplotlib.use('agg')\n{code}\nassert points")
