@@ -39,7 +39,7 @@ def again(settings: dict) -> LoraConfig:
     LoraConfig(r=4, target_modules=r".*attn\.to_[qk]"),
     LoraConfig(r=4, target_modules="transformer_blocks.0.attn.to.q"),  # a dot is its only sign
     LoraConfig(r=4, target_modules="all-linear"),
-], ids=lambda config: str(adapter_settings(config).get("lora_config", config.target_modules)))  # fmt: skip
+], ids=["default", "layers", "dora", "rslora", "patterns", "one block", "expression", "full name", "all-linear"])  # fmt: skip
 def test_the_settings_of_an_adapter_make_it_again(config):
     """The same layers with the same weights' shapes, and the same settings."""
     first, second = FlowPipeline.from_pipeline(tiny_sd3()), FlowPipeline.from_pipeline(tiny_sd3())

@@ -97,7 +97,7 @@ def estimate_run(method: str, run: RunArguments, config: FlowRLConfig) -> tuple[
     for name in NOT_COUNTED:
         if config.to_dict().get(name):
             raise ValueError(
-                f"`{name}` is not counted yet: leave it out for an estimate of the same run with more or smaller calls."
+                f"`{name}` is not counted yet: leave it out, for an estimate of the same run with other calls."
             )
     half = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
     architecture = find(run.model)
