@@ -33,6 +33,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     ALL_STEPS: ("AdjointMatching", RATIO | {"adjoint_steps": 20}),
     "vgg_flow": ("VGGFlow", RATIO),
     "ac_flow": ("ACFlow", {"critic_warmup_max_steps": 0}),
+    "diffusion_nft": ("DiffusionNFT", {}),
     "tafs_grpo": ("TAFSGRPO", {}),
 }
 MEMORY_IMAGES = 4
@@ -65,6 +66,9 @@ def needed_calls(trainer: FlowRLTrainer) -> Calls:
                     ("train", B): T,
                 }
             )  # fmt: skip
+        case "DiffusionNFT":  # (1); v_old, v_base and (4) on every bin
+            T = args.timestep_bins
+            return Counter({("forward", B): N + T, ("score", B): 1, ("base", B): T, ("train", B): T})
         case _:  # TAFS-GRPO: (2), the first velocity once per prompt; (4) but for x0_0; v_base and (6) at all draws
             first = B // args.num_generations
             return Counter(
@@ -99,7 +103,7 @@ def peak_mebibytes(method: str, settings: dict[str, Any], steps: int, images: in
 def settings_of(name: str, images: int) -> tuple[str, dict[str, Any]]:
     """Method and settings of a run; the images of a prompt are at most those of the update."""
     method, settings = RUNS[name]
-    groups = {"ACFlow": min(8, images), "TAFSGRPO": images}
+    groups = {"ACFlow": min(8, images), "DiffusionNFT": min(8, images), "TAFSGRPO": images}
     return method, settings | ({"num_generations": groups[method]} if method in groups else {})
 
 

@@ -239,7 +239,7 @@ def test_every_setting_of_transformers_works_or_is_refused():
 
 
 @pytest.mark.parametrize(("config", "changes", "sentence"), [
-    (TAFSGRPOConfig, {"eta": -1.0}, "`eta` (-1.0) must be above 0."),
+    (TAFSGRPOConfig, {"eta": -1.0}, "`eta` (-1.0) must be at least 0.001."),
     (TAFSGRPOConfig, {"credit_mix": 2}, "`credit_mix` (2) must be between 0 and 1."),
     (TAFSGRPOConfig, {"kernel": "renois"}, "`kernel` is 'renois': choose 'renoise' or 'flow_grpo'."),
     (FlowRLConfig, {"num_generations": "4"}, "`num_generations` ('4') must be a whole number."),

@@ -60,11 +60,10 @@ def fixed(folder, network=None, **changes):
 
 def of(t, batch, u, A, v_old, v_base):
     """The record that a trainer makes where base and old policy say v_base and v_old (B, ...); A (B,)."""
-    t.base_velocities = lambda *args, **kwargs: v_base[:, None]
-    t.velocities = lambda *args, **kwargs: v_old[:, None]
-    return replace(
-        batch, record=t._record(batch.record.states, batch.record.sigmas, u[:, None], A[:, None], CONDITIONING)
+    record = t._record(
+        batch.record.states, batch.record.sigmas, u[:, None], A[:, None], v_base[:, None], v_old[:, None]
     )
+    return replace(batch, record=record)
 
 
 # ---- 1 to 6: gradients, without a model -----------------------------------------------------------------------------

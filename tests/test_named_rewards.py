@@ -200,7 +200,8 @@ def test_names_are_those_of_the_classes():
 
 
 def test_the_rewards_of_the_docs_are_rewards():
-    page = (Path(__file__).parent.parent / "docs" / "rewards.md").read_text()
+    docs = Path(__file__).parent.parent / "docs"
+    page = (docs / "rewards.md").read_text() + (docs / "guides" / "reward.md").read_text()
     scope: dict = {}
     for block in re.findall(r"```python\n(.*?)```", page, flags=re.S):
         exec(block, scope)

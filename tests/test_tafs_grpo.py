@@ -312,7 +312,7 @@ def test_bfloat16_counts_as_half_precision(tmp_path):
     ({"num_inference_steps": 64}, r"`num_inference_steps` \(64\) ends with a draw at sigma 0.016, below 0.05"),
     ({"num_generations": 1}, r"`num_generations` \(1\) must be at least 2"),
     ({"eta": 1.5}, r"`eta` \(1.5\) must be at most 1 with `kernel='renoise'`"),
-    ({"eta": 0.0}, r"`eta` \(0.0\) must be above 0"),
+    ({"eta": 0.0}, r"`eta` \(0.0\) must be at least 0.001"),
     ({"credit_rule": "best"}, "`credit_rule` is 'best': choose 'mixed', 'final', 'level', 'gain' or 'return'"),
     ({"credit_mix": 1.5}, r"`credit_mix` \(1.5\) must be between 0 and 1"),
     ({"scale_rewards": "all"}, "`scale_rewards` is 'all'"),

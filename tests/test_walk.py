@@ -101,7 +101,8 @@ def configurations(trainer: str) -> st.SearchStrategy[dict[str, Any]]:
 
 def vectors(trainer: str, folder: Path, **changes: Any) -> FlowRLTrainer:
     cls = getattr(flowrl_trainers, trainer)
-    config = cls.config_class(output_dir=str(folder), **({"max_steps": 1} | QUIET | changes))
+    pairs = {"num_generations": 2} if trainer == "DiffusionNFTTrainer" else {}  # else small batches are refused
+    config = cls.config_class(output_dir=str(folder), **({"max_steps": 1} | pairs | QUIET | changes))
     return cls(GaussianFlow(Shifted(), 2), closeness(1.0), config, PROMPTS)
 
 

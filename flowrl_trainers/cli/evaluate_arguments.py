@@ -38,6 +38,11 @@ class EvaluateArguments:
     guidance_scale: Annotated[float, Range(at_least=0)] | None = HfArg(
         default=None, help="The guidance scale; 1 is off, 0 for Z-Image. Default: the pipeline's own."
     )
+    guidance_in_one_call: bool | None = HfArg(
+        default=None,
+        help="Whether both branches of guidance are computed in one call of twice the batch: faster, with twice the "
+        "activations, and the same but for rounding. Default: the pipeline's own, mostly not.",
+    )
     negative_prompt: str | None = HfArg(
         default=None, help="What guidance leads away from. Default: the pipeline's own."
     )

@@ -10,7 +10,7 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 
 from ..cost import Call, Drawing, Kind, Phase
-from .config_checks import Range, check_fields, refuse_unsupported
+from .config_checks import Range, check_fields, refuse_unsupported, shown
 from .optimizer_checks import check_optimizer
 from .suggestions import did_you_mean
 
@@ -273,7 +273,7 @@ class FlowRLConfig(TrainingArguments):
             )
         if self.gradient_checkpointing_kwargs and not self.gradient_checkpointing:
             raise ValueError(
-                f"`gradient_checkpointing_kwargs` ({self.gradient_checkpointing_kwargs}) has no effect without "
+                f"`gradient_checkpointing_kwargs` ({shown(self.gradient_checkpointing_kwargs)}) has no effect without "
                 "`gradient_checkpointing`: set that to True."
             )
         if self.greater_is_better is None and "reward/" in (self.metric_for_best_model or ""):

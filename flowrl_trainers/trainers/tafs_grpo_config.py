@@ -38,10 +38,10 @@ class TAFSGRPOConfig(FlowRLConfig):
         help="How a step draws noise: 'renoise' keeps the noise level that the model is given, 'flow_grpo' is the "
         "Euler-Maruyama step of Flow-GRPO.",
     )
-    eta: Annotated[float, Range(above=0)] = HfArg(
+    eta: Annotated[float, Range(at_least=1e-3)] = HfArg(
         default=1.0,
-        help="How much noise a step draws, above 0. With 'renoise' at most 1, where all noise is drawn afresh; with "
-        "'flow_grpo' the noise level a of that paper, 0.7 there.",
+        help="How much noise a step draws, at least 0.001. With 'renoise' at most 1, where all noise is drawn afresh; "
+        "with 'flow_grpo' the noise level a of that paper, 0.7 there.",
     )
     credit_rule: CreditRule = HfArg(
         default="mixed",
