@@ -24,6 +24,16 @@ ROLLOUT = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "
 # A trainer, its settings, and the pictures that are decoded at a time (None: any number).
 OPTIONS: dict[str, tuple[str, dict[str, Any], int | None]] = {
     "lean": ("AdjointMatchingTrainer", {"adjoint_steps": 3, "num_inference_steps": 4}, None),
+    "cached prefixes": (
+        "AdjointMatchingTrainer",
+        {"adjoint_steps": 2, "num_inference_steps": 4, "prefix_pool_size": 8, "guidance_scale": 3.0},
+        None,
+    ),
+    "branches in one call": (
+        "AdjointMatchingTrainer",
+        {"adjoint_steps": 2, "guidance_scale": 3.0, "guidance_in_one_call": True, "rollout_batch_size": 4},
+        3,
+    ),
     "one step": ("AdjointMatchingTrainer", {"adjoint_steps": 1, "num_inference_steps": 1, "reward_scale": 10.0}, None),
     "full": ("AdjointMatchingTrainer", {"adjoint": "full", "adjoint_steps": 3}, None),
     "current": ("AdjointMatchingTrainer", {"adjoint": "current", "adjoint_steps": 3}, None),
@@ -42,6 +52,21 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], int | None]] = {
     "value network": ("VGGFlowTrainer", {"num_iterations": 2}, 3),
     "no value network": ("VGGFlowTrainer", {"value_network": "none", "decode_batch_size": 3}, None),
     "guided value network": ("VGGFlowTrainer", {"guidance_scale": 3.0, "timestep_bins": 1}, None),
+    "no value network, larger rollouts": (
+        "VGGFlowTrainer",
+        {"value_network": "none", "rollout_batch_size": 4, "gradient_accumulation_steps": 3, "num_generations": 3},
+        None,
+    ),
+    "guided value network, branches in one call": (
+        "VGGFlowTrainer",
+        {"guidance_scale": 3.0, "timestep_bins": 1, "guidance_in_one_call": True},
+        None,
+    ),
+    "critic, larger rollouts": (
+        "ACFlowTrainer",
+        {"critic_warmup_max_steps": 0, "critic_bins_in_one_call": True, "rollout_batch_size": 4, "timestep_bins": 2},
+        None,
+    ),
     "critic": ("ACFlowTrainer", {"critic_warmup_max_steps": 0, "critic_steps": 3, "decode_batch_size": 3}, None),
     "no critic": ("ACFlowTrainer", {"critic": "none", "timestep_bins": 2, "guidance_scale": 3.0}, 1),
     "no anchor": ("ACFlowTrainer", {"wasserstein_coefficient": 0, "critic_warmup_max_steps": 0, "lora": False}, None),
@@ -57,9 +82,15 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], int | None]] = {
         None,
     ),
     "two branches": ("DiffusionNFTTrainer", {"timestep_bins": 2}, 3),
+    "two branches, larger rollouts": (
+        "DiffusionNFTTrainer",
+        {"timestep_bins": 2, "rollout_batch_size": 4, "guidance_scale": 3.0, "guidance_in_one_call": True},
+        None,
+    ),
     "two branches, no reference": ("DiffusionNFTTrainer", {"timestep_bins": 2, "reference_coefficient": 0}, None),
     "shared noise": ("TAFSGRPOTrainer", {"num_inference_steps": 4}, None),
     "groups over micro-batches": ("TAFSGRPOTrainer", {"num_generations": 4, "credit_rule": "gain"}, None),
+    "larger batches of pictures": ("TAFSGRPOTrainer", {"num_inference_steps": 4, "rollout_batch_size": 4}, None),
     "noise of its own": ("TAFSGRPOTrainer", {"share_initial_noise": False, "credit_rule": "final"}, 1),
     "no divergence": ("TAFSGRPOTrainer", {"beta": 0.0, "guidance_scale": 3.0, "num_inference_steps": 2}, None),
     "budget": ("TAFSGRPOTrainer", {"beta": 0.0, "max_velocity_distance": 1e9, "lora": False}, None),
@@ -143,7 +174,7 @@ def test_calls_made_are_the_calls_stated(tmp_path, monkeypatch, option):
     assert t.args.updates_on_rollout == updates
     observer.watch(t)
     t.train()
-    drawing = Drawing(guided=t.flow.guided, decoded_together=pictures_at_a_time(t.flow, 1000))
+    drawing = Drawing(t.flow.guided, pictures_at_a_time(t.flow, 1000), t.flow.guidance_in_one_call)
     stated = [*calls_of_the_probe(t, drawing), *t.args.first_calls(drawing), *ROLLOUTS * t.args.calls(drawing)]
     assert observer.calls == counted(stated)
 

@@ -60,10 +60,6 @@ def _number_of_processes(arguments: list[str]) -> int:
     return int(value)
 
 
-NOT_COUNTED = ("rollout_batch_size", "guidance_in_one_call", "critic_bins_in_one_call", "prefix_pool_size")
-"""Settings that change the number or the size of calls, which the configurations do not state yet."""
-
-
 def read_anywhere(config_class: type[FlowRLConfig], processes: int) -> type[FlowRLConfig]:
     """The class of settings as it reads on a machine with so many GPUs, whatever this one has.
 
@@ -94,16 +90,12 @@ def estimate_run(method: str, run: RunArguments, config: FlowRLConfig) -> tuple[
         run: The settings of the command line.
         config: Those of the trainer.
     """
-    for name in NOT_COUNTED:
-        if config.to_dict().get(name):
-            raise ValueError(
-                f"`{name}` is not counted yet: leave it out, for an estimate of the same run with other calls."
-            )
     half = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
     architecture = find(run.model)
     settings = {name: getattr(config, name) for name in PIPELINE_SETTINGS if getattr(config, name) is not None}
     flow: Any = architecture.flow(half or torch.float32, settings)
-    drawing = Drawing(flow.guided, max(1, MEGAPIXEL // (flow.settings["height"] * flow.settings["width"])))
+    together = max(1, MEGAPIXEL // (flow.settings["height"] * flow.settings["width"]))
+    drawing = Drawing(flow.guided, together, flow.guidance_in_one_call)
     lora = make_lora_config(
         run.lora_r, run.lora_alpha, run.lora_dropout, run.lora_target_modules, lora_fields(run.lora_config or {})
     )
@@ -118,12 +110,12 @@ def estimate_run(method: str, run: RunArguments, config: FlowRLConfig) -> tuple[
         judges=[blank_reward(name) for name in run.eval_reward_funcs],
     )
     evaluates = run.eval_split is not None or run.eval_dataset is not None
-    images = config.per_device_train_batch_size * config.micro_steps_per_rollout
     found = estimator.estimate(
         config.calls(drawing),
         config.evaluation_calls(drawing) if evaluates else [],
         config.updates_on_rollout,
-        config.latents_kept * images,
+        config.latents_kept * config.images_per_device,
+        config.first_calls(drawing),
     )
     not_counted = [name for name in (*run.reward_funcs, *run.eval_reward_funcs) if not is_counted(name)]
     return found.after(encoding(architecture, half or torch.float32)), not_counted

@@ -75,10 +75,12 @@ class Drawing:
     Attributes:
         guided: Whether a guided velocity takes two calls of the network.
         decoded_together: The pictures that are decoded at a time where no setting says so: a megapixel's.
+        branches_in_one_call: Whether both branches of guidance are one call of twice the batch, but in a loss.
     """
 
     guided: bool
     decoded_together: int
+    branches_in_one_call: bool = False
 
     def velocity(
         self, kind: Kind, batch: int, count: int, phase: Phase, *, guidance: bool = True, needed: bool = True
@@ -93,7 +95,17 @@ class Drawing:
             guidance: Whether the velocity is the guided one.
             needed: See `Call`.
         """
-        return [Call(kind, batch, count, phase, needed, guided=guidance and self.guided)]
+        guided = guidance and self.guided
+        if guided and self.branches_in_one_call and kind != Kind.TRAIN:
+            return [Call(kind, 2 * batch, count, phase, needed)]
+        return [Call(kind, batch, count, phase, needed, guided)]
+
+    def velocities(
+        self, kind: Kind, images: int, at_once: int, count: int, phase: Phase, *, guidance: bool = True
+    ) -> list[Call]:
+        """`count` velocities of each of some images, which are given to the network `at_once` at a time."""
+        split = parts(images, at_once).items()
+        return [c for size, n in split for c in self.velocity(kind, size, count * n, phase, guidance=guidance)]
 
     def scores(self, pictures: int, at_a_time: int, *, needed: bool = True) -> list[Call]:
         """Decode and score without gradients, as `Scorer.score` does.

@@ -67,11 +67,13 @@ class Estimate:
         phases: By name, in the order of a run.
         calls: The calls of the transformer, rewards and heads by kind, per update.
         updates: Those that use one rollout.
+        once: The calls by kind that the first rollouts make beside that, once in a run.
     """
 
     phases: dict[str, PhaseCost]
     calls: dict[str, float]
     updates: int
+    once: dict[str, int]
 
     @property
     def peak_phase(self) -> str:
@@ -109,6 +111,7 @@ class Estimate:
             },
             "tflop_per_update": self.tflop_per_update,
             "calls": self.calls,
+            "calls_once": self.once,
         }
 
 
@@ -247,7 +250,9 @@ class Estimator:
 
     # ---- a run -----------------------------------------------------------------------------------------------------
 
-    def estimate(self, calls: list[Call], evaluation: list[Call], updates: int, latents_kept: int) -> Estimate:
+    def estimate(
+        self, calls: list[Call], evaluation: list[Call], updates: int, latents_kept: int, once: list[Call]
+    ) -> Estimate:
         """The sums over one rollout and its updates.
 
         Args:
@@ -255,16 +260,15 @@ class Estimator:
             evaluation: Of one batch of an evaluation; none without one.
             updates: Those that use a rollout.
             latents_kept: The latents of all images of the rollout that wait in the buffer.
+            once: Calls of the first rollouts alone; they are named, and their operations are not counted.
         """
         phases = {}
         for phase in Phase:
             mine = [call for call in (*calls, *evaluation) if call.phase == phase]
             if mine:
                 phases[str(phase)] = self._phase(phase, mine, latents_kept)
-        names = Counter[str]()
-        for (kind, _), count in counted(calls).items():
-            names[kind] += count
-        return Estimate(phases, {str(kind): count / updates for kind, count in names.items()}, updates)
+        per_update = {kind: count / updates for kind, count in _by_kind(calls).items()}
+        return Estimate(phases, per_update, updates, _by_kind(once))
 
     def _phase(self, phase: Phase, calls: list[Call], latents_kept: int) -> PhaseCost:
         works = [(self.work(call), call) for call in calls]
@@ -299,6 +303,13 @@ class Estimator:
             "autoencoder": sum(_bytes(network) for network in self.flow.decoders()),
             "rewards": _bytes_of_rewards(self.rewards),
         }
+
+
+def _by_kind(calls: list[Call]) -> dict[str, int]:
+    names = Counter[str]()
+    for (kind, _), count in counted(calls).items():
+        names[str(kind)] += count
+    return dict(names)
 
 
 def encoding(architecture: Architecture, dtype: torch.dtype) -> PhaseCost:

@@ -56,7 +56,9 @@ def table(estimate: Estimate, gpu: str | None, not_counted: list[str]) -> str:
         lines.append(f"{name:<18}{peak:>10.2f}{shown:>18}   {cost.largest}")
     parts = estimate.phases[estimate.peak_phase].parts
     held = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in parts.items() if size)
-    calls = ", ".join(f"{count:g} {kind}" for kind, count in estimate.calls.items())
+    calls, once = (
+        ", ".join(f"{count:g} {kind}" for kind, count in found.items()) for found in (estimate.calls, estimate.once)
+    )
     lines += [
         "",
         f"peak: {estimate.peak_gib:.1f} GiB, {estimate.peak_phase} ({held})",
@@ -64,6 +66,8 @@ def table(estimate: Estimate, gpu: str | None, not_counted: list[str]) -> str:
         f"operations: {estimate.tflop_per_update:.4g} TFLOP per update",
         f"calls per update: {calls}",
     ]
+    if once:
+        lines.append(f"calls once in a run: {once}")
     if not_counted:
         lines.append(f"not counted: {', '.join(not_counted)}, of which nothing is known without loading it")
     if gpu is not None:

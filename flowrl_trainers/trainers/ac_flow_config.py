@@ -153,11 +153,12 @@ class ACFlowConfig(RenoisingConfig):
 
         V is also asked at K further states before the critic learns from them, which tells how well it does.
         """
-        size, micro_batches = self.per_device_train_batch_size, self.micro_steps_per_rollout
-        states = self.timestep_bins * micro_batches
         calls = self.rollout_calls(drawing)
-        calls += drawing.scores(size * micro_batches, self.decode_batch_size or size)
+        calls += drawing.scores(self.images_per_device, self.decode_batch_size or self.images_at_once)
         if self.critic != "none":
+            together = self.timestep_bins if self.critic_bins_in_one_call else 1
+            size, states = self.per_device_train_batch_size * together, self.timestep_bins // together
+            states *= self.micro_steps_per_rollout
             calls += [Call(Kind.HEAD, size, 2 * states, Phase.TARGET)]
             calls += [Call(Kind.HEAD_TRAIN, size, self.critic_steps * states, Phase.TARGET)]
         return calls + self.matching_calls(drawing, needs_base=self.needs_base, needs_old=self.needs_old)

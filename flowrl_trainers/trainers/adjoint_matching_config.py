@@ -144,18 +144,24 @@ class AdjointMatchingConfig(RewardGradientConfig):
         """
         size, micro_batches = self.per_device_train_batch_size, self.micro_steps_per_rollout
         last_is_base = self.dynamics == "memoryless"
-        steps = (self.num_inference_steps - last_is_base) * micro_batches
-        calls = drawing.velocity(Kind.FORWARD, size, steps, Phase.ROLLOUT)
+        steps = self.num_inference_steps if self.prefix_pool_size is None else self.adjoint_steps
+        images, at_once = self.images_per_device, self.images_at_once
+        calls = drawing.velocities(Kind.FORWARD, images, at_once, steps - last_is_base, Phase.ROLLOUT)
         if last_is_base:
-            calls += drawing.velocity(Kind.BASE, size, micro_batches, Phase.ROLLOUT)
+            calls += drawing.velocities(Kind.BASE, images, at_once, 1, Phase.ROLLOUT)
         calls += drawing.reward_gradients(size, micro_batches, self.decode_batch_size, size)
         calls += self._adjoint_calls(self.adjoint)
         losses = self.trained_steps * micro_batches * self.num_iterations
         return [*calls, Call(Kind.TRAIN, size, losses, Phase.UPDATE)]
 
     def first_calls(self, drawing: Drawing) -> list[Call]:
-        """The lean adjoint of the first rollout, from which the scale of the reward is found."""
-        return [] if self.reward_scale is not None else self._adjoint_calls("lean")
+        """The lean adjoint of the first rollout, from which the scale of the reward is found, and cached prefixes."""
+        calls = [] if self.reward_scale is not None else self._adjoint_calls("lean")
+        if self.prefix_pool_size is not None:
+            images, size = self.prefix_pool_size // self.world_size, self.per_device_train_batch_size
+            steps = self.num_inference_steps - self.adjoint_steps
+            calls += drawing.velocities(Kind.BASE, images, size, steps, Phase.ROLLOUT)
+        return calls
 
     def _adjoint_calls(self, adjoint: str) -> list[Call]:
         size, micro_batches = self.per_device_train_batch_size, self.micro_steps_per_rollout

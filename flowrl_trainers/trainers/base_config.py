@@ -177,6 +177,11 @@ class FlowRLConfig(TrainingArguments):
         return self.steps_per_generation or self.gradient_accumulation_steps
 
     @property
+    def images_per_device(self) -> int:
+        """The images of one rollout on one process."""
+        return self.per_device_train_batch_size * self.micro_steps_per_rollout
+
+    @property
     def updates_per_rollout(self) -> int:
         """The updates of one pass over a rollout."""
         return self.micro_steps_per_rollout // self.gradient_accumulation_steps
@@ -203,13 +208,13 @@ class FlowRLConfig(TrainingArguments):
         raise NotImplementedError(f"{type(self).__name__} does not say what it calls: override `calls`.")
 
     def first_calls(self, drawing: Drawing) -> list[Call]:
-        """What the first rollout computes beside that."""
+        """What is computed once in a run beside that, by its first rollouts."""
         return []
 
     def rollout_calls(self, drawing: Drawing) -> list[Call]:
-        """The steps of the sampler on every micro-batch."""
-        steps = self.num_inference_steps * self.micro_steps_per_rollout
-        return drawing.velocity(Kind.FORWARD, self.per_device_train_batch_size, steps, Phase.ROLLOUT)
+        """The steps of the sampler on all images."""
+        images, steps = self.images_per_device, self.num_inference_steps
+        return drawing.velocities(Kind.FORWARD, images, self.images_at_once, steps, Phase.ROLLOUT)
 
     def evaluation_calls(self, drawing: Drawing) -> list[Call]:
         """The pictures of one batch of an evaluation."""
@@ -229,15 +234,12 @@ class FlowRLConfig(TrainingArguments):
         """The latents of each image that wait in the buffer for the loss."""
         return 0
 
-    def prompts_of_micro_batches(self) -> list[int]:
-        """The number of different prompts in every micro-batch of a rollout, on the first process."""
-        size, share = self.per_device_train_batch_size, self.images_per_update // self.world_size
-        starts = [
-            update * self.images_per_update + first
-            for update in range(self.updates_per_rollout)
-            for first in range(0, share, size)
-        ]
-        return [(s + size - 1) // self.num_generations - s // self.num_generations + 1 for s in starts]
+    def prompts_of_batches(self, size: int) -> list[int]:
+        """The number of different prompts in every batch of `size` images of a rollout, on the first process."""
+        share = self.images_per_update // self.world_size
+        starts = range(0, self.images_per_rollout, self.images_per_update)
+        prompts = [(start + image) // self.num_generations for start in starts for image in range(share)]
+        return [len(set(prompts[first : first + size])) for first in range(0, len(prompts), size)]
 
     def __post_init__(self) -> None:
         weights: Any = self.reward_weights

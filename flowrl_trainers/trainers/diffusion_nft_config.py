@@ -80,9 +80,8 @@ class DiffusionNFTConfig(RenoisingConfig):
 
     def calls(self, drawing: Drawing) -> list[Call]:
         """N steps, r of (1), and at K = `timestep_bins` states v_old, v_base and (4)."""
-        size = self.per_device_train_batch_size
-        pictures = size * self.micro_steps_per_rollout
-        calls = self.rollout_calls(drawing) + drawing.scores(pictures, self.decode_batch_size or size)
+        at_once = self.decode_batch_size or self.images_at_once
+        calls = self.rollout_calls(drawing) + drawing.scores(self.images_per_device, at_once)
         return calls + self.matching_calls(drawing, needs_base=self.needs_base, needs_old=True)
 
     def __post_init__(self) -> None:

@@ -98,7 +98,14 @@ class RenoisingConfig(FlowRLConfig):
         calls: list[Call] = []
         for kind, needed in ((Kind.BASE, needs_base), (Kind.FORWARD, needs_old)):
             if needed:
-                calls += drawing.velocity(kind, size, states, Phase.TARGET, guidance=self.loss_guidance)
+                calls += drawing.velocities(
+                    kind,
+                    self.images_per_device,
+                    self.images_at_once,
+                    self.timestep_bins,
+                    Phase.TARGET,
+                    guidance=self.loss_guidance,
+                )
         updates = states * self.num_iterations
         return calls + drawing.velocity(Kind.TRAIN, size, updates, Phase.UPDATE, guidance=self.loss_guidance)
 

@@ -122,15 +122,20 @@ class TAFSGRPOConfig(FlowRLConfig):
         """
         size, draws = self.per_device_train_batch_size, self.num_inference_steps - 1
         calls: list[Call] = []
-        for prompts in self.prompts_of_micro_batches():
-            first = prompts if self.share_initial_noise else size
-            calls += drawing.velocity(Kind.FORWARD, first, 1, Phase.ROLLOUT)
+
+        def first(batch: int, prompts: int) -> int:
+            return prompts if self.share_initial_noise else batch
+
+        for prompts in self.prompts_of_batches(size):
+            calls += drawing.velocity(Kind.FORWARD, first(size, prompts), 1, Phase.ROLLOUT)
             calls += drawing.velocity(Kind.FORWARD, size, draws, Phase.ROLLOUT)
-            calls += drawing.scores(size * self.scored_steps, self.decode_batch_size or size)
-            kinds = [(Kind.TRAIN, self.num_iterations, Phase.UPDATE)]
-            if self.compares_with_base:
-                kinds.append((Kind.BASE, 1, Phase.TARGET))
-            for kind, times, phase in kinds:
-                calls += drawing.velocity(kind, first, times, phase)
-                calls += drawing.velocity(kind, size, times * (draws - 1), phase)
+            calls += drawing.scores(size * self.scored_steps, self.decode_batch_size or self.images_at_once)
+            calls += drawing.velocity(Kind.TRAIN, first(size, prompts), self.num_iterations, Phase.UPDATE)
+            calls += drawing.velocity(Kind.TRAIN, size, self.num_iterations * (draws - 1), Phase.UPDATE)
+        if self.compares_with_base:
+            images, at_once = self.images_per_device, self.images_at_once
+            for number, prompts in enumerate(self.prompts_of_batches(at_once)):
+                batch = min(at_once, images - number * at_once)
+                calls += drawing.velocity(Kind.BASE, first(batch, prompts), 1, Phase.TARGET)
+                calls += drawing.velocity(Kind.BASE, batch, draws - 1, Phase.TARGET)
         return [call for call in calls if call.count]

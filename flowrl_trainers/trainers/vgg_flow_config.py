@@ -82,18 +82,15 @@ class VGGFlowConfig(RewardGradientConfig):
         (4) adds c at the end to the last of these calls. The product meets v_base on its way; the final pictures are
         scored for the log alone. All with guidance.
         """
-        size, micro_batches, head = (
-            self.per_device_train_batch_size,
-            self.micro_steps_per_rollout,
-            self.value_network != "none",
-        )
+        size, micro_batches = self.per_device_train_batch_size, self.micro_steps_per_rollout
         states = self.timestep_bins * micro_batches
         calls = self.rollout_calls(drawing)
-        calls += drawing.scores(size * micro_batches, self.decode_batch_size or size, needed=False)
+        at_once = self.decode_batch_size or self.images_at_once
+        calls += drawing.scores(self.images_per_device, at_once, needed=False)
         together = self.timestep_bins * size
         calls += drawing.reward_gradients(together, micro_batches, self.decode_batch_size, size)
-        if not head:
-            calls += drawing.velocity(Kind.BASE, size, states, Phase.TARGET)
+        if self.value_network == "none":
+            calls += self._base_calls(drawing)
         else:
             calls += [Call(Kind.HEAD, size, states, Phase.TARGET)]
             calls += drawing.velocity(Kind.FORWARD, size, states, Phase.TARGET)
@@ -108,5 +105,8 @@ class VGGFlowConfig(RewardGradientConfig):
         """v_base at all states, from which the scale of the reward is found before the products are known."""
         if self.value_network == "none" or self.reward_scale is not None:
             return []
-        states = self.timestep_bins * self.micro_steps_per_rollout
-        return drawing.velocity(Kind.BASE, self.per_device_train_batch_size, states, Phase.TARGET)
+        return self._base_calls(drawing)
+
+    def _base_calls(self, drawing: Drawing) -> list[Call]:
+        images, at_once = self.images_per_device, self.images_at_once
+        return drawing.velocities(Kind.BASE, images, at_once, self.timestep_bins, Phase.TARGET)
