@@ -212,7 +212,8 @@ def test_a_run_for_gpus_is_estimated_without_one(tmp_path, capsys):
     command = ["estimate", "tafs_grpo", "--config", str(path), "--num_processes", "2"]
     assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert {"peak_gib", "phases", "tflop_per_update", "calls", "peak_phase", "not_counted"} == set(found)
+    names = {"peak_gib", "phases", "tflop_per_update", "calls", "calls_once", "peak_phase", "not_counted"}
+    assert names == set(found)
     assert found["calls"] == {"forward": 4, "reward": 3, "decode": 3, "base_forward": 3, "forward_backward": 3}
     assert list(found["phases"]) == ["rollout", "decode and reward", "adjoint", "update"]
     for phase in found["phases"].values():

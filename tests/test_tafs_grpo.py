@@ -20,7 +20,7 @@ from flowrl_trainers.sampling.prompt_groups import Example, ImageKey
 from flowrl_trainers.trainers.tafs_grpo_trainer import TAFSGRPORecord
 
 from .gaussian import NUMBERED, GaussianFlow, Shifted, height, unit_slope
-from .helpers import make_trainer
+from .helpers import make_trainer, redness
 from .tiny import tiny_sd3
 
 
@@ -418,3 +418,36 @@ def test_image_statistics_of_pictures_that_are_known():
     torch.testing.assert_close(colour_entropy(images), torch.tensor([0.0, 1.0, 1.0]))
     every = torch.cartesian_prod(*[torch.tensor([0.1, 0.4, 0.6, 1.0])] * 3).T.reshape(1, 3, 8, 8)
     torch.testing.assert_close(colour_entropy(every), torch.tensor([6.0]))
+
+
+# ---- images without a signal ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_a_micro_batch_without_an_advantage_costs_one_state_and_changes_nothing(tmp_path, monkeypatch, beta):
+    """Of two prompts, one has images of equal rewards; with an anchor, its images are trained on all the same."""
+
+    def partial(images, prompts, **columns):
+        scores = redness(images, prompts)
+        return torch.where(torch.tensor([p == "a red circle" for p in prompts]), scores, 0.0)
+
+    prompts = Dataset.from_dict({"prompt": ["a red circle", "a blue square"]})
+    settings = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "num_inference_steps": 4,
+        "beta": beta,
+    }
+    found = []
+    for skips in (True, False):
+        t = make_trainer("TAFSGRPOTrainer", tmp_path / str(skips), reward=partial, dataset=prompts, **settings)
+        if not skips:
+            monkeypatch.setattr(type(t), "has_signal", lambda self, batch: True)
+        calls = []
+        t.model.transformer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(torch.is_grad_enabled()))
+        t.train()
+        found.append((sum(calls), torch.cat([p.detach().flatten() for p in t.trained_parameters()])))
+    (fewer, skipped), (every, trained) = found
+    assert every == 2 * 2 * 3  # updates, micro-batches, draws
+    assert fewer == (every if beta else 2 * (3 + 1))
+    assert torch.equal(skipped, trained)

@@ -29,6 +29,7 @@ FREE = {
         "per_device_eval_batch_size", "eval_accumulation_steps", "eval_num_inference_steps", "eval_do_concat_batches",
         "eval_use_gather_object", "prediction_loss_only", "batch_eval_metrics", "include_for_metrics",
         "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "ode_num_inference_steps",
+        "cache_base_pictures",
     ),
     "when it ends": (
         "max_steps", "num_train_epochs", "target_reward", "max_bad_sample_share",

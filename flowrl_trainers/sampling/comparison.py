@@ -14,6 +14,7 @@ from ..flow import euler_steps
 from ..metrics import standard_error_of_change
 from .evaluator import Evaluator, Sampler
 from .flow_model import FlowModel
+from .kept_latents import KeptLatents
 from .metric_log import MetricLog
 from .pictures import Pictures
 
@@ -31,6 +32,7 @@ class Comparison:
         model: The tuned one, which knows its base.
         tuned_weights: A context in which the model has the weights to be evaluated, such as their moving average.
         context: What rewards are called with beside images, prompts and columns, given where their metrics go.
+        base_facts: What `KeptLatents` has to know, to keep what the base model draws on disk; None to keep nothing.
     """
 
     def __init__(
@@ -39,9 +41,10 @@ class Comparison:
         model: FlowModel,
         tuned_weights: Callable[[], AbstractContextManager[None]],
         context: Callable[[LogMetric], dict[str, Any]],
+        base_facts: Callable[[], dict[str, Any]] | None = None,
     ) -> None:
         self.evaluator, self.model = evaluator, model
-        self.tuned_weights, self.context = tuned_weights, context
+        self.tuned_weights, self.context, self.base_facts = tuned_weights, context, base_facts
         self.base_rows: dict[str, tuple[dict[str, float], dict[str, Tensor]]] = {}
         self.base_pictures: dict[str, Pictures] = {}
 
@@ -69,7 +72,7 @@ class Comparison:
             known = f"{dataset._fingerprint}{suffix}"
             if known not in self.base_rows:
                 with self.model.reference():
-                    self.base_rows[known] = self.row(dataset, sampler, f"base{suffix}")
+                    self.base_rows[known] = self.row(dataset, self._kept(sampler, name), f"base{suffix}")
             base, base_scores = self.base_rows[known]
             if not name:
                 errors = {
@@ -119,9 +122,15 @@ class Comparison:
         key = f"{dataset._fingerprint}/{count}"
         if key not in self.base_pictures:
             with self.model.reference():
-                self.base_pictures[key] = self._pictures(dataset, sampler, count)
+                self.base_pictures[key] = self._pictures(dataset, self._kept(sampler, ""), count)
         with self.tuned_weights():
             return self.base_pictures[key], self._pictures(dataset, sampler, count)
+
+    def _kept(self, sampler: Sampler, name: str) -> Sampler:
+        """The sampler of a name, for the base model."""
+        if self.base_facts is None:
+            return sampler
+        return KeptLatents(sampler, self.base_facts() | {"name": name})
 
     def _pictures(self, dataset: Dataset, sampler: Sampler, count: int) -> Pictures:
         self.model.eval()

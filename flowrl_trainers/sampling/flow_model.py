@@ -11,6 +11,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from ..pipelines import Conditioning, FlowPipeline
+from .merged_adapter import MergedAdapter
 
 BACKEND = "inductor"
 GRAPHS = 64  # of one class of blocks; ten have been seen in a run
@@ -37,6 +38,7 @@ class FlowModel(nn.Module):
         object.__setattr__(self, "flow", flow)
         object.__setattr__(self, "frozen", frozen)
         self.has_adapter, self.use_frozen = has_adapter, False
+        self.merged_adapter = MergedAdapter(self.transformer) if has_adapter else None
         # By name, as the parameters of the base model take gradients again while the trainer does not work.
         self._trained = {name for name, p in flow.transformer.named_parameters() if p.requires_grad}
 
@@ -101,12 +103,14 @@ class FlowModel(nn.Module):
             finally:
                 self.use_frozen = False
         else:
+            assert self.merged_adapter is not None
             adapted: Any = self.transformer  # a `PeftAdapterMixin`
-            adapted.disable_adapters()
-            try:
-                yield
-            finally:
-                adapted.enable_adapters()
+            with self.merged_adapter.aside():
+                adapted.disable_adapters()
+                try:
+                    yield
+                finally:
+                    adapted.enable_adapters()
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters that training changes."""

@@ -10,6 +10,7 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 
 from ..cost import Call, Drawing, Kind, Phase
+from .attention import check_backend_name
 from .config_checks import Range, check_fields, refuse_unsupported, shown
 from .optimizer_checks import check_optimizer
 from .suggestions import did_you_mean
@@ -115,12 +116,29 @@ class FlowRLConfig(TrainingArguments):
         "and updates alike. The first updates take minutes longer; results differ by rounding.",
     )
 
+    merge_adapter: bool = HfArg(
+        default=False,
+        help="Whether rollouts are drawn with the adapter added to the weights, which saves the path beside them and "
+        "takes memory for a second copy of the adapted weights; the same but for rounding. In float32 alone, as lower "
+        "precision would round small changes away. Not for TAFS-GRPO.",
+    )
+    attention_backend: str | None = HfArg(
+        default=None,
+        help="The kernel that computes attention, by diffusers' name, such as 'flash'; it needs a gradient. Families "
+        "whose attention is torch's in any case, as that of Stable Diffusion 3, refuse it. Default: diffusers' own.",
+    )
+
     decoder_dtype: Literal["float32", "bfloat16", "float16"] = HfArg(
         default="float32",
         help="The precision in which pictures are decoded, those of evaluations too. Trainers that take the gradient "
         "of the reward need float32.",
     )
 
+    cache_base_pictures: bool = HfArg(
+        default=False,
+        help="Whether what the base model draws in evaluations is kept on disk, below `HF_ASSETS_CACHE`, so that the "
+        "next run with the same model, prompts, seeds and sampler does not draw it again.",
+    )
     log_images: Annotated[int, Range(at_least=0)] = HfArg(
         default=8,
         help="The number of held-out prompts whose pictures every evaluation writes into `samples/`; 0 for none.",
@@ -261,6 +279,13 @@ class FlowRLConfig(TrainingArguments):
                 "reward that is to be watched alone to `eval_reward_funcs`."
             )
         check_optimizer(self)
+        if self.merge_adapter and (self.bf16 or self.fp16):
+            raise ValueError(
+                f"`merge_adapter` is True with `{'bf16' if self.bf16 else 'fp16'}`, which would round small changes "
+                "of the weights away: leave one of them out."
+            )
+        if self.attention_backend is not None:
+            check_backend_name(self.attention_backend)
         if self.max_steps == 0:
             raise ValueError("`max_steps` (0) must be at least 1, or -1 to train for `num_train_epochs`.")
         if self.eval_strategy == "steps" and not self.eval_steps:

@@ -50,6 +50,7 @@ from ..sampling.prompt_sources import PromptSource
 from ..sampling.reward_watch import RewardWatch
 from ..sampling.scoring import Scorer, call_rewards, decoded
 from .adapters import prepare_adapter
+from .attention import attention_by, check_attention_backend
 from .base_config import FlowRLConfig
 from .checkpointed_trainer import CheckpointedTrainer, TrainingState
 from .console import Console, LogFile, is_live, take_place_of_default
@@ -65,7 +66,7 @@ from .input_checks import (
 from .loop_callback import LoopCallback
 from .moving_average import MovingAverage
 from .pipeline_state import PipelineState
-from .surroundings import check_modes, check_networks, check_sigmas
+from .surroundings import check_mergeable, check_modes, check_networks, check_sigmas
 from .trackers import name_trackio_run, show_picture
 
 logger = logging.getLogger(__name__)
@@ -249,7 +250,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             decode_batch_size=args.decode_batch_size,
             show_progress=is_live(args),
         )
-        self.comparison = Comparison(evaluator, flow_model, self.average.in_place, self.reward_context)
+        base_facts = self._base_facts if args.cache_base_pictures else None
+        self.comparison = Comparison(evaluator, flow_model, self.average.in_place, self.reward_context, base_facts)
         self.run_folder = RunFolder(self.output_dir, self.flow, self.peft_config is not None)
         self.told_for_card: dict[str, Any] = {}
         self.add_callback(LogFile(self.output_dir))
@@ -281,6 +283,11 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         self.set_up()
         if args.compile_blocks:
             self.model.compile_blocks()
+        if args.merge_adapter:
+            check_mergeable(self.flow.transformer, self.peft_config is not None)
+        if args.attention_backend is not None:
+            half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else self.flow.transformer.dtype
+            check_attention_backend(self.flow.transformer, args.attention_backend, half)
         if self.optimizer is not None:
             self._check_optimizer(self.optimizer)
         self._working = PipelineState(self.flow)
@@ -358,6 +365,27 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         """
         steps = self.args.eval_num_inference_steps or self.args.num_inference_steps
         return {"": ode_sampler(self.flow, self.flow.sigmas(steps).to(self.args.device))}
+
+    def sampler_settings(self) -> dict[str, Any]:
+        """The settings that the evaluation's samplers depend on, beside steps and levels; none by default."""
+        return {}
+
+    def _base_facts(self) -> dict[str, Any]:
+        """All that the base model's pictures of an evaluation follow from, beside noise and prompts."""
+        args = self.args
+        steps = {name: value for name, value in args.to_dict().items() if "num_inference_steps" in name}
+        levels = {count: self.flow.sigmas(count).tolist() for count in set(filter(None, steps.values()))}
+        return {
+            "base model": self._base_identity,
+            "arguments of the pipeline": self.flow.call_arguments(),
+            "guidance_in_one_call": self.flow.guidance_in_one_call,
+            "steps": steps,
+            "levels": levels,
+            "precision": args.mixed_precision,
+            "compile_blocks": args.compile_blocks,
+            "attention_backend": args.attention_backend,
+            "sampler": self.sampler_settings(),
+        }
 
     def algorithm_state(self) -> dict[str, Any]:
         """What a checkpoint has to keep of the algorithm beside weights and rollout: tensors, numbers, strings."""
@@ -525,7 +553,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         self._at_work = True
         try:
             self._working.restore(self.trained_parameters())
-            yield
+            with attention_by(self.args.attention_backend):
+                yield
         finally:
             self._at_work = False
             given.restore(self.trained_parameters())
@@ -572,7 +601,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         with self.metrics.timed("rollout"), torch.no_grad():
             for start in range(0, len(examples), at_once):
                 part = examples[start : start + at_once]
-                record = self.rollout(self.condition(part), [e.key for e in part])
+                with self._merged():
+                    record = self.rollout(self.condition(part), [e.key for e in part])
                 for first in range(0, len(part), size):
                     images = slice(first, first + size)
                     good = torch.ones(len(part[images]), dtype=torch.bool, device=self.args.device)
@@ -585,6 +615,11 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
                     f"is {self.record_class.__name__}: name the class of the records there."
                 )
         return prepared
+
+    def _merged(self) -> AbstractContextManager[None]:
+        """The context in which a rollout is drawn."""
+        adapter = self.model.merged_adapter
+        return adapter.in_place() if self.args.merge_adapter and adapter is not None else nullcontext()
 
     def initial_latents(self, keys: list[ImageKey], purpose: str = "initial latents") -> Tensor:
         """Float32 noise (B, ...) of images, each drawn on the CPU from its own key."""
@@ -640,7 +675,9 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
     def _accumulate_gradient(self, model: nn.Module, batch: MicroBatch[RecordT]) -> Tensor:
         conditioning, states = self.condition(batch.examples), self.num_trained_states
         total, bad = torch.zeros((), device=self.args.device), torch.zeros((), device=self.args.device)
-        for state in range(states):
+        # The last state's losses are taken in any case: gradients that are zero still move an optimizer with momentum,
+        # and processes wait for each other there.
+        for state in range(0 if self.has_signal(batch) else states - 1, states):
             # Gradients of all but the last state are reduced over processes together with the last one's.
             with nullcontext() if state == states - 1 else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
@@ -652,6 +689,10 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             bad += (~losses.detach().isfinite() & batch.good).float().mean() / states
         self.count_bad_samples("loss", bad.reshape(1))
         return total
+
+    def has_signal(self, batch: MicroBatch[RecordT]) -> bool:
+        """Whether any loss of a micro-batch can have a gradient, the same on all processes; True by default."""
+        return True
 
     # ---- what is noted of an update --------------------------------------------------------------------------------
 
@@ -885,6 +926,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             | ({"branches of guidance": "in one call"} if self.flow.guidance_in_one_call else {})
             | adapter
             | ({"compiled": "blocks of the network"} if args.compile_blocks else {})
+            | ({"rollouts": "with the adapter merged"} if args.merge_adapter else {})
+            | ({"attention": args.attention_backend} if args.attention_backend else {})
             | ({"decoder": args.decoder_dtype} if args.decoder_dtype != "float32" else {})
             | self.card_settings(),
             repository=self.hub_model_id,

@@ -3,6 +3,7 @@
 import torch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..pipelines import FlowPipeline
@@ -66,6 +67,20 @@ def _refuse_compiled(transformer: nn.Module) -> None:
         raise ValueError(
             "The pipeline's transformer is compiled in place (`transformer.compile()`), and an adapter would change "
             "what was compiled: pass the pipeline as it is before compilation."
+        )
+
+
+def check_mergeable(transformer: nn.Module, has_adapter: bool) -> None:
+    """Raises `ValueError` for a network without an adapter, or whose precision rounds small changes away."""
+    if not has_adapter:
+        raise ValueError("`merge_adapter` is True, but no adapter is trained: leave it out, or pass `peft_config`.")
+    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    dtypes = {parameter.dtype for layer in layers for parameter in layer.get_base_layer().parameters(recurse=False)}
+    if dtypes != {torch.float32}:
+        names = ", ".join(sorted(str(dtype) for dtype in dtypes))
+        raise ValueError(
+            f"`merge_adapter` is True, but the weights are {names}, which rounds small changes away: leave it out, or "
+            "load the model in float32."
         )
 
 

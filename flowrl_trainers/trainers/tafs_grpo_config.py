@@ -90,6 +90,11 @@ class TAFSGRPOConfig(FlowRLConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.merge_adapter:
+            raise ValueError(
+                "`merge_adapter` is True, which does not suit TAFS-GRPO, whose loss computes the rollout again with "
+                "the adapter beside the weights: leave it out."
+            )
         if self.kernel == "renoise" and self.eta > 1:
             raise ValueError(
                 f"`eta` ({self.eta}) must be at most 1 with `kernel='renoise'`, where 1 draws all noise afresh."

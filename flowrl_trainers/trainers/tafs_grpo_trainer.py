@@ -203,6 +203,10 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
 
         return self._sample(velocity, latents, generators).estimates[:, -1]
 
+    def sampler_settings(self) -> dict[str, Any]:
+        """Of the noise of the trained sampler."""
+        return {"kernel": self.args.kernel, "eta": self.args.eta, "sigmas": self.sigmas.tolist()}
+
     # ---- rewards and advantages ------------------------------------------------------------------------------------
 
     def prepare(self, rollout: list[MicroBatch[TAFSGRPORollout]]) -> list[MicroBatch[TAFSGRPORecord]]:
@@ -300,6 +304,11 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
         return torch.stack(columns, dim=1)
 
     # ---- the loss --------------------------------------------------------------------------------------------------
+
+    def has_signal(self, batch: MicroBatch[TAFSGRPORecord]) -> bool:
+        """Whether anything is compared with the base, or any process has an advantage."""
+        record = batch.record
+        return record.base_velocities is not None or bool(self.accelerator.gather(record.advantages).any())
 
     def micro_batch_losses(
         self, model: nn.Module, batch: MicroBatch[TAFSGRPORecord], conditioning: Conditioning, state: int
