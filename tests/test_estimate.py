@@ -10,6 +10,7 @@ import torch
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 
+from flowrl_trainers import ACFlowConfig, ACFlowTrainer
 from flowrl_trainers.cli import main
 from flowrl_trainers.cli.arguments import TRAINERS
 from flowrl_trainers.cli.estimate import read_anywhere
@@ -21,6 +22,7 @@ from flowrl_trainers.cost.meter import metered
 from flowrl_trainers.cost.rewards import BlankReward, blank_reward
 from flowrl_trainers.pipelines import FlowPipeline
 from flowrl_trainers.shapes import load_pipeline
+from flowrl_trainers.trainers import base_trainer
 
 from .helpers import redness
 from .tiny import tiny_sd3
@@ -311,3 +313,25 @@ def test_peak_memory_is_that_measured_on_an_h100(model, method, steps, measured)
     drawing = Drawing(guided=False, decoded_together=4)
     found = estimator.estimate(config.calls(drawing), [], config.updates_on_rollout, 8 * config.latents_kept, [])
     assert found.peak_gib == pytest.approx(measured, rel=0.1)
+
+
+# ---- before a run ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gib", [1e-4, 1e3])
+def test_a_run_that_will_not_fit_says_so_before_the_model_is_loaded(tmp_path, monkeypatch, caplog, gib):
+    pipeline = tiny_sd3()
+    pipeline.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(base_trainer, "memory_of", lambda device: int(gib * 2**30))
+    config = ACFlowConfig(
+        str(tmp_path / "run"), use_cpu=True, report_to="none", max_sequence_length=8, height=16, width=16
+    )
+    with caplog.at_level("WARNING"):
+        ACFlowTrainer(
+            str(tmp_path / "model"), "jpeg_compressibility", config, ["a red circle"], peft_config=LoraConfig(r=2)
+        )
+    found = [record.getMessage() for record in caplog.records if "is estimated to need" in record.getMessage()]
+    assert len(found) == (gib < 1)
+    assert all(
+        re.search(r"need 0\.\d GiB in the phase '.+', and the device has 0\.0; lower it by: `", text) for text in found
+    )

@@ -3,16 +3,12 @@
 import json
 from typing import Any
 
-import torch
-
-from ..cost import Drawing
-from ..cost.architectures import find
-from ..cost.estimate import Estimate, Estimator, encoding
-from ..cost.rewards import blank_reward, is_counted
+from ..cost.estimate import Estimate
+from ..cost.rewards import is_counted
+from ..cost.run import estimate_run as cost_of_run
 from ..cost.table import table
-from ..sampling.scoring import MEGAPIXEL
 from ..trainers import FlowRLConfig
-from ..trainers.base_trainer import PIPELINE_SETTINGS
+from ..trainers.base_trainer import pipeline_settings
 from .adapter import lora_fields, make_lora_config
 from .arguments import TRAINERS, RunArguments
 from .estimate_arguments import EstimateArguments
@@ -90,32 +86,17 @@ def estimate_run(method: str, run: RunArguments, config: FlowRLConfig) -> tuple[
         run: The settings of the command line.
         config: Those of the trainer.
     """
-    half = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
-    architecture = find(run.model)
-    settings = {name: getattr(config, name) for name in PIPELINE_SETTINGS if getattr(config, name) is not None}
-    flow: Any = architecture.flow(half or torch.float32, settings)
-    together = max(1, MEGAPIXEL // (flow.settings["height"] * flow.settings["width"]))
-    drawing = Drawing(flow.guided, together, flow.guidance_in_one_call)
     lora = make_lora_config(
         run.lora_r, run.lora_alpha, run.lora_dropout, run.lora_target_modules, lora_fields(run.lora_config or {})
     )
-    estimator = Estimator(
-        flow,
-        [blank_reward(name) for name in run.reward_funcs],
+    found = cost_of_run(
+        config,
+        run.model,
+        pipeline_settings(config),
         lora if run.lora_r else None,
-        autocast=half,
-        head=config.head_kind,
-        checkpointing=bool(config.activation_checkpointing),
-        encoder_dtype=half or torch.float32,
-        judges=[blank_reward(name) for name in run.eval_reward_funcs],
-    )
-    evaluates = run.eval_split is not None or run.eval_dataset is not None
-    found = estimator.estimate(
-        config.calls(drawing),
-        config.evaluation_calls(drawing) if evaluates else [],
-        config.updates_on_rollout,
-        config.latents_kept * config.images_per_device,
-        config.first_calls(drawing),
+        run.reward_funcs,
+        run.eval_reward_funcs,
+        evaluates=run.eval_split is not None or run.eval_dataset is not None,
     )
     not_counted = [name for name in (*run.reward_funcs, *run.eval_reward_funcs) if not is_counted(name)]
-    return found.after(encoding(architecture, half or torch.float32)), not_counted
+    return found, not_counted

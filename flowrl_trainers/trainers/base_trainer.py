@@ -23,6 +23,7 @@ from transformers import TrainerCallback, TrainerState, enable_full_determinism,
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
 from transformers.utils import is_in_notebook
 
+from ..cost.run import memory_of, warn_of_memory
 from ..metrics import signs_of_over_optimisation
 from ..pipelines import Conditioning, FlowPipeline
 from ..rewards import as_rewards
@@ -161,6 +162,11 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         check_callbacks(callbacks or [], args)
 
         # The model, and what is trained of it.
+        memory = memory_of(args.device)
+        if isinstance(model, (str, Path)) and memory is not None and args.process_index == 0:
+            names = ([reward.name for reward in rewards] for rewards in (self.rewards, self.eval_rewards))
+            of_run = (pipeline_settings(args), peft_config, *names)
+            warn_of_memory(memory, args, str(model), *of_run, evaluates=eval_dataset is not None)
         self.flow = _flow_pipeline(model, args)
         check_networks(self.flow)
         self._given: PipelineState | None = PipelineState(self.flow)
@@ -286,7 +292,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         if args.merge_adapter:
             check_mergeable(self.flow.transformer, self.peft_config is not None)
         if args.attention_backend is not None:
-            half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else self.flow.transformer.dtype
+            dtype = next(self.flow.transformer.parameters()).dtype
+            half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else dtype
             check_attention_backend(self.flow.transformer, args.attention_backend, half)
         if self.optimizer is not None:
             self._check_optimizer(self.optimizer)
@@ -1019,8 +1026,13 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         self.run_folder.take_up_evaluation(folder, step)
 
 
+def pipeline_settings(args: FlowRLConfig) -> dict[str, Any]:
+    """Those settings of the pipeline that a configuration names."""
+    return {name: getattr(args, name) for name in PIPELINE_SETTINGS if getattr(args, name) is not None}
+
+
 def _flow_pipeline(model: str | Path | DiffusionPipeline | FlowPipeline, args: FlowRLConfig) -> FlowPipeline:
-    settings = {name: getattr(args, name) for name in PIPELINE_SETTINGS if getattr(args, name) is not None}
+    settings = pipeline_settings(args)
     if isinstance(model, FlowPipeline):
         # A default that a method has of a setting, as DiffusionNFT of `guidance_scale`, is for other models.
         defaults = {field.name: field.default for field in fields(args)}
