@@ -58,3 +58,14 @@ def test_the_overhead_is_measured(run, tmp_path):
         assert 0 < report[name]["overhead_ratio"] <= report[name]["upper_quartile"]
     assert report["adjoint_matching"]["peak_mib_12"] <= 1.05 * report["adjoint_matching"]["peak_mib_6"]
     assert "| vgg_flow |" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_savings_are_measured(run, tmp_path):
+    """Two trainers, one update of each variant; its times depend on the machine."""
+    trainers = "--trainers", "AdjointMatching", "ACFlow"
+    run("savings", "--repeats", "1", "--micro_batch", "4", *trainers, "--out", str(tmp_path / "table.md"))
+    table = (tmp_path / "table.md").read_text()
+    assert table.count("| 1.00 |") >= 2  # what nothing was changed in
+    assert "`merge_adapter`" in table
+    assert "`prefix_pool_size`" in table
