@@ -196,6 +196,8 @@ def test_names_are_those_of_the_classes():
         "checker",
         "jpeg_compressibility",
         "jpeg_incompressibility",
+        "ocr",
+        "ocr_strict",
     }
 
 

@@ -7,6 +7,7 @@ from .hpsv2 import HPSv2
 from .image_reward import ImageReward
 from .jpeg import JPEGCompressibility, JPEGIncompressibility
 from .named import NAMED_REWARDS, as_rewards
+from .ocr import OCRReward, StrictOCRReward
 from .remote import RemoteReward
 from .shapes import CheckerReward, ShapesReward
 
@@ -20,10 +21,12 @@ __all__ = [
     "ImageReward",
     "JPEGCompressibility",
     "JPEGIncompressibility",
+    "OCRReward",
     "PickScore",
     "RemoteReward",
     "Reward",
     "ShapesReward",
+    "StrictOCRReward",
     "as_rewards",
     "differentiable",
 ]

@@ -10,6 +10,7 @@ from .clip import CLIPScore, PickScore
 from .hpsv2 import HPSv2
 from .image_reward import ImageReward
 from .jpeg import JPEGCompressibility, JPEGIncompressibility
+from .ocr import OCRReward, StrictOCRReward
 from .shapes import CheckerReward, ShapesReward
 
 NAMED_REWARDS: dict[str, type[Reward]] = {
@@ -20,6 +21,8 @@ NAMED_REWARDS: dict[str, type[Reward]] = {
     "hpsv2": HPSv2,
     "image_reward": ImageReward,
     "aesthetic": AestheticReward,
+    "ocr": OCRReward,
+    "ocr_strict": StrictOCRReward,
     "jpeg_compressibility": JPEGCompressibility,
     "jpeg_incompressibility": JPEGIncompressibility,
 }
