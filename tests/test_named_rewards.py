@@ -198,6 +198,8 @@ def test_names_are_those_of_the_classes():
         "jpeg_incompressibility",
         "ocr",
         "ocr_strict",
+        "vlm_judge",
+        "geneval_judge",
     }
 
 

@@ -10,6 +10,8 @@ from .named import NAMED_REWARDS, as_rewards
 from .ocr import OCRReward, StrictOCRReward
 from .remote import RemoteReward
 from .shapes import CheckerReward, ShapesReward
+from .vlm_judge import GenEvalJudge, VLMJudge
+from .vlm_questions import NumberQuestion, YesNoQuestion
 
 __all__ = [
     "NAMED_REWARDS",
@@ -17,16 +19,20 @@ __all__ = [
     "CLIPScore",
     "CheckerReward",
     "FunctionReward",
+    "GenEvalJudge",
     "HPSv2",
     "ImageReward",
     "JPEGCompressibility",
     "JPEGIncompressibility",
+    "NumberQuestion",
     "OCRReward",
     "PickScore",
     "RemoteReward",
     "Reward",
     "ShapesReward",
     "StrictOCRReward",
+    "VLMJudge",
+    "YesNoQuestion",
     "as_rewards",
     "differentiable",
 ]

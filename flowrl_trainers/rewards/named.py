@@ -12,6 +12,7 @@ from .image_reward import ImageReward
 from .jpeg import JPEGCompressibility, JPEGIncompressibility
 from .ocr import OCRReward, StrictOCRReward
 from .shapes import CheckerReward, ShapesReward
+from .vlm_judge import GenEvalJudge, VLMJudge
 
 NAMED_REWARDS: dict[str, type[Reward]] = {
     "shapes": ShapesReward,
@@ -23,6 +24,8 @@ NAMED_REWARDS: dict[str, type[Reward]] = {
     "aesthetic": AestheticReward,
     "ocr": OCRReward,
     "ocr_strict": StrictOCRReward,
+    "vlm_judge": VLMJudge,
+    "geneval_judge": GenEvalJudge,
     "jpeg_compressibility": JPEGCompressibility,
     "jpeg_incompressibility": JPEGIncompressibility,
 }
