@@ -202,7 +202,8 @@ def examples(prompts: list[str], **columns) -> list[Example]:
 def scores_of(reward, images: torch.Tensor, prompts: list[str] | None = None, **columns) -> torch.Tensor:
     """As a trainer asks for them."""
     asked = examples(prompts or ["a circle"] * len(images), **columns)
-    return call_rewards([reward], images, asked, trainer_state=None, log_metric=None, log_extra=None)[:, 0]
+    context = {"log_metric": lambda name, value: None, "log_extra": lambda name, values: None}
+    return call_rewards([reward], images, asked, trainer_state=None, **context)[:, 0]
 
 
 def decoded(png: str) -> torch.Tensor:

@@ -148,7 +148,7 @@ def test_env_prints_what_a_bug_report_needs():
     (["demo", "--trainer=ppo"], "flowrl: `--trainer` is 'ppo'"),
     (["adjoint_matching", "--config"], "flowrl: `--config` needs the name of a YAML file."),
     (["evaluate", "--config"], "flowrl: `--config` needs the name of a YAML file."),
-    (["train"], "flowrl: there is no command 'train': choose adjoint_matching, vgg_flow, ac_flow, diffusion_nft, tafs_grpo, demo, estimate, evaluate, card, export_comfyui, serve_reward, convert_sit, convert_image_reward, env."),
+    (["train"], "flowrl: there is no command 'train': choose adjoint_matching, vgg_flow, ac_flow, diffusion_nft, tafs_grpo, demo, estimate, evaluate, score, check_reward, card, export_comfyui, serve_reward, convert_sit, convert_image_reward, env."),
 ])  # fmt: skip
 def test_wrong_arguments_get_one_sentence_and_status_2(refused, arguments, sentence):
     status, said = refused(*arguments)

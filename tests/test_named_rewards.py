@@ -196,6 +196,10 @@ def test_names_are_those_of_the_classes():
         "checker",
         "jpeg_compressibility",
         "jpeg_incompressibility",
+        "ocr",
+        "ocr_strict",
+        "vlm_judge",
+        "geneval_judge",
     }
 
 

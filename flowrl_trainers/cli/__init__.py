@@ -9,8 +9,8 @@ from ..trainers.suggestions import did_you_mean
 
 METHODS = ("adjoint_matching", "vgg_flow", "ac_flow", "diffusion_nft", "tafs_grpo")
 COMMANDS = (
-    *METHODS, "demo", "estimate", "evaluate", "card", "export_comfyui", "serve_reward", "convert_sit",
-    "convert_image_reward", "env",
+    *METHODS, "demo", "estimate", "evaluate", "score", "check_reward", "card", "export_comfyui", "serve_reward",
+    "convert_sit", "convert_image_reward", "env",
 )  # fmt: skip
 
 READ_HERE = ("--config=", "--trainer=", "--accelerate_config=", "--num_processes=")
@@ -32,6 +32,10 @@ commands:
   estimate           say what a run will need before it starts, without its weights: calls, operations, memory by
                      phase; `flowrl estimate METHOD --config run.yaml`
   evaluate           measure adapters beside their base model, same prompts and seeds; writes a table and a picture
+  score              score the pictures of a folder: a table, a histogram, the best and the worst;
+                     `flowrl score FOLDER --rewards NAME ...`
+  check_reward       say before a run what a reward is good for: its signal, what moves it, its gradient, its cost and
+                     its first hack; `flowrl check_reward NAME --model MODEL`
   card               write the card of a run again, offline: `flowrl card OUTPUT [--license apache-2.0]`
   export_comfyui     write the adapter of a run as ComfyUI reads it: `flowrl export_comfyui OUTPUT [FILE]`
   serve_reward       serve a reward over HTTP, at 127.0.0.1:8000 by default, for `RemoteReward`:
@@ -113,6 +117,14 @@ def _run(command: str, arguments: list[str]) -> int:
             from .evaluate import evaluate
 
             evaluate(arguments)
+        case "score":
+            from .score import score
+
+            score(arguments)
+        case "check_reward":
+            from .check_reward import check_reward
+
+            check_reward(arguments)
         case "card":
             from .card import card
 

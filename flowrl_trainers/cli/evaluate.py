@@ -110,12 +110,9 @@ def _rows(
         _load_adapter(pipeline, adapter)
         pipeline.delete_adapters(ADAPTER)
     accelerator = Accelerator(cpu=args.use_cpu)
-    cache = ConditioningCache(flow)
-    cache.encode(list(prompts["prompt"]), accelerator.device, show_progress=sys.stderr.isatty())
-    for module in flow.decoders():
-        module.to(accelerator.device).float()
-    for part in [transformer, *rewards]:
-        part.to(accelerator.device)
+    cache = ready_to_draw(flow, list(prompts["prompt"]), accelerator.device)
+    for reward in rewards:
+        reward.to(accelerator.device)
     dataset = Dataset.from_list([row for _ in range(args.pictures_per_prompt) for row in prompts])
     evaluator = Evaluator(
         flow,
@@ -128,7 +125,6 @@ def _rows(
         show_progress=sys.stderr.isatty(),
     )
     sampler = ode_sampler(flow, flow.sigmas(args.num_inference_steps).to(accelerator.device))
-    transformer.eval()
     rows, scores, pictures = {}, {}, {}
     for label, source in [("base", None), *zip(labels, args.adapter, strict=True)]:
         if source is not None:
@@ -138,6 +134,16 @@ def _rows(
         if source is not None:
             pipeline.delete_adapters(ADAPTER)
     return rows, scores, pictures
+
+
+def ready_to_draw(flow: FlowPipeline, prompts: list[str], device: torch.device) -> ConditioningCache:
+    """Encode prompts, and move transformer and decoders to the device; the decoders compute in float32."""
+    cache = ConditioningCache(flow)
+    cache.encode(prompts, device, show_progress=sys.stderr.isatty())
+    for module in flow.decoders():
+        module.to(device).float()
+    flow.transformer.to(device).eval()
+    return cache
 
 
 def _load_adapter(pipeline: Any, source: str) -> None:

@@ -7,8 +7,11 @@ from .hpsv2 import HPSv2
 from .image_reward import ImageReward
 from .jpeg import JPEGCompressibility, JPEGIncompressibility
 from .named import NAMED_REWARDS, as_rewards
+from .ocr import OCRReward, StrictOCRReward
 from .remote import RemoteReward
 from .shapes import CheckerReward, ShapesReward
+from .vlm_judge import GenEvalJudge, VLMJudge
+from .vlm_questions import NumberQuestion, YesNoQuestion
 
 __all__ = [
     "NAMED_REWARDS",
@@ -16,14 +19,20 @@ __all__ = [
     "CLIPScore",
     "CheckerReward",
     "FunctionReward",
+    "GenEvalJudge",
     "HPSv2",
     "ImageReward",
     "JPEGCompressibility",
     "JPEGIncompressibility",
+    "NumberQuestion",
+    "OCRReward",
     "PickScore",
     "RemoteReward",
     "Reward",
     "ShapesReward",
+    "StrictOCRReward",
+    "VLMJudge",
+    "YesNoQuestion",
     "as_rewards",
     "differentiable",
 ]

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from .base import Reward
-from .loading import load_model, load_normalisation
+from .loading import load_model, load_normalisation, model_of, read_tensors
 from .preprocessing import resize_and_crop
 
 
@@ -24,6 +24,9 @@ def linear_layers(width: int) -> torch.nn.Sequential:
         torch.nn.Linear(64, 16),
         torch.nn.Linear(16, 1),
     )
+
+
+HEAD = "sac+logos+ava1-l14-linearMSE.pth"
 
 
 class AestheticPredictor(CLIPVisionModelWithProjection):
@@ -42,18 +45,25 @@ class AestheticReward(Reward):
 
     score = w · e + b, where e is the embedding of a CLIP ViT-L/14, scaled to unit length
 
-    Differentiable. Pictures of diffusion models mostly score 4.5 to 7; nothing clips the score, so it can exceed 10.
-    It ignores the prompt, so a model that is trained on it alone stops following prompts. Fooled by painterly
-    textures, soft light and portraits. Pictures are resized, cropped at the centre and normalised in torch.
+    Differentiable. Pictures of diffusion models mostly score 4.5 to 7. Nothing clips the score: in LAION's file w has
+    length 18.0 and b is 5.24, so scores lie between -12.8 and 23.2. It ignores the prompt, so a model that is trained
+    on it alone stops following prompts. Fooled by painterly textures, soft light and portraits. Pictures are resized,
+    cropped at the centre and normalised in torch.
+
+    The linear layers and the CLIP come from one checkpoint of a third party, or as LAION publishes them:
+    `AestheticReward(head="sac+logos+ava1-l14-linearMSE.pth")`, a file of github.com/christophschuhmann/
+    improved-aesthetic-predictor, which is read as plain tensors, and OpenAI's CLIP.
 
     Args:
         checkpoint: A folder or a repository of the Hub with the vision tower, the linear layers and the image
-            processor.
-        revision: Branch, tag or commit on the Hub.
+            processor. Unused if there is a `head`.
+        head: LAION's file with the five linear layers; None for those of `checkpoint`.
+        clip: The CLIP of the `head`: a folder or a repository of the Hub with a CLIP and its image processor.
+        revision: Branch, tag or commit of the checkpoint or the CLIP on the Hub.
         dtype: The precision of the weights.
 
     Raises:
-        ValueError: If the checkpoint cannot be loaded.
+        ValueError: If the checkpoint, the head or the CLIP cannot be loaded, or head and CLIP do not fit together.
     """
 
     name = "aesthetic"
@@ -63,10 +73,25 @@ class AestheticReward(Reward):
         self,
         checkpoint: str | Path = "shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE",
         *,
+        head: str | Path | None = None,
+        clip: str | Path = "openai/clip-vit-large-patch14",
         revision: str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.model = load_model(AestheticPredictor, checkpoint, revision, dtype)
+        if head is None:
+            self.model = load_model(AestheticPredictor, checkpoint, revision, dtype)
+        else:
+            checkpoint, layers = clip, _read_head(Path(head))
+            whole = load_model(CLIPModel, clip, revision, dtype)
+            width, wanted = whole.config.projection_dim, layers["layers.0.weight"].shape[1]
+            if width != wanted:
+                raise ValueError(
+                    f"`head` ({str(head)!r}) reads embeddings of width {wanted}, but those of `clip` ({str(clip)!r}) "
+                    f"have {width}: pass the CLIP that the head was trained on, a ViT-L/14 for LAION's."
+                )
+            config = CLIPVisionConfig(**whole.config.vision_config.to_dict() | {"projection_dim": width})
+            tower = {n: t for n, t in whole.state_dict().items() if n.startswith(("vision_model.", "visual_proj"))}
+            self.model = model_of(AestheticPredictor, config, tower | layers, dtype, self.name, HEAD)
         mean, std = load_normalisation(checkpoint, revision)
         self.mean, self.std = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
 
@@ -78,3 +103,18 @@ class AestheticReward(Reward):
         pixels = (resize_and_crop(images, self.model.config.image_size) - self.mean) / self.std
         embeddings = self.model(pixels.to(self.model.dtype)).image_embeds
         return self.model.layers(torch.nn.functional.normalize(embeddings, dim=-1))[:, 0].to(images.dtype)
+
+
+def _read_head(path: Path) -> dict[str, Tensor]:
+    """The tensors `layers.N.weight` and `layers.N.bias` of LAION's file. Raises `ValueError` for any other file."""
+    mend = f"pass LAION's {HEAD}"
+    if not path.is_file():
+        raise ValueError(f"`head` ({str(path)!r}) is no file: {mend}.")
+    layers = read_tensors(path, mend)
+    with torch.device("meta"):
+        expected = {f"layers.{name}": tensor.shape for name, tensor in linear_layers(1).state_dict().items()}
+    first = "layers.0.weight"
+    fits = layers.keys() == expected.keys() and layers[first].dim() == 2
+    if not fits or any(layers[k].shape != shape for k, shape in expected.items() if k != first):
+        raise ValueError(f"`head` ({str(path)!r}) does not hold LAION's five linear layers: {mend}.")
+    return layers

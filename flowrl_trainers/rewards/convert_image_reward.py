@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import BlipConfig
 
 from .image_reward import FOLDER, ImageRewardModel
-from .loading import model_of
+from .loading import model_of, read_tensors
 
 WEIGHTS = "ImageReward.pt"
 
@@ -83,11 +83,4 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"The checkpoint {str(path)!r} is no file: pass the {WEIGHTS} of THUDM/ImageReward on the Hugging Face "
             "Hub."
         )
-    refusal = f"{str(path)!r} holds no dictionary of plain tensors: download {WEIGHTS} again from THUDM/ImageReward."
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can make an unpickler raise any exception
-        raise ValueError(refusal) from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ValueError(refusal)
-    return tensors
+    return read_tensors(path, f"download {WEIGHTS} again from THUDM/ImageReward")

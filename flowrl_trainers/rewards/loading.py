@@ -78,6 +78,26 @@ def model_of(
     return model.eval().requires_grad_(False)
 
 
+def read_tensors(path: Path, mend: str) -> dict[str, Tensor]:
+    """Read a dictionary of plain tensors, wherever they were saved, and nothing else.
+
+    Args:
+        path: A file that `torch.save` wrote.
+        mend: What the user can do about another file, for the error message.
+
+    Raises:
+        ValueError: If the file holds anything else.
+    """
+    refusal = f"{str(path)!r} holds no dictionary of plain tensors: {mend}."
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can make an unpickler raise any exception
+        raise ValueError(refusal) from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(refusal)
+    return tensors
+
+
 def load_tokenizer(checkpoint: str | Path, revision: str | None) -> Any:
     """The tokenizer of a checkpoint. Raises `ValueError` if it cannot be loaded."""
     try:

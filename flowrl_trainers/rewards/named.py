@@ -10,7 +10,9 @@ from .clip import CLIPScore, PickScore
 from .hpsv2 import HPSv2
 from .image_reward import ImageReward
 from .jpeg import JPEGCompressibility, JPEGIncompressibility
+from .ocr import OCRReward, StrictOCRReward
 from .shapes import CheckerReward, ShapesReward
+from .vlm_judge import GenEvalJudge, VLMJudge
 
 NAMED_REWARDS: dict[str, type[Reward]] = {
     "shapes": ShapesReward,
@@ -20,6 +22,10 @@ NAMED_REWARDS: dict[str, type[Reward]] = {
     "hpsv2": HPSv2,
     "image_reward": ImageReward,
     "aesthetic": AestheticReward,
+    "ocr": OCRReward,
+    "ocr_strict": StrictOCRReward,
+    "vlm_judge": VLMJudge,
+    "geneval_judge": GenEvalJudge,
     "jpeg_compressibility": JPEGCompressibility,
     "jpeg_incompressibility": JPEGIncompressibility,
 }

@@ -74,7 +74,7 @@ class RemoteReward(Reward):
         patience: float = 600.0,
         token: str | None = None,
     ) -> None:
-        _check_address(url)
+        check_address(url)
         if isinstance(columns, str):
             raise ValueError(f"`columns` ({columns!r}) is a string: pass the list [{columns!r}].")
         lower_bounds = (("batch_size", batch_size, 1), ("retries", retries, 0), ("patience", patience, 0))
@@ -133,17 +133,17 @@ class RemoteReward(Reward):
         return {name: columns[name] for name in self.columns}
 
     def _scores(self, response: httpx2.Response, count: int) -> list[float | None]:
-        answer = _json(response)
+        answer = json_of(response)
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list) or len(scores) != count or not all(_is_score(s) for s in scores):
             raise ValueError(
                 f"Reward {self.name!r}: {self.url} did not answer with one score for each of {count} pictures but "
-                f"{_quoted(response.text, self._token)[:200]!r}: does `url` name a reward server?"
+                f"{quoted(response.text, self._token)[:200]!r}: does `url` name a reward server?"
             )
         return [None if s is None else float(s) for s in scores]
 
 
-def _check_address(url: str) -> None:
+def check_address(url: str) -> None:
     """Refuse what is no address, and one with a password, which every error would show."""
     try:
         address = httpx2.URL(url)
@@ -262,7 +262,7 @@ async def _answer(client: httpx2.AsyncClient, url: str, body: dict[str, Any]) ->
     return httpx2.Response(answer.status_code, content=bytes(content[:MAX_ANSWER])), len(content) <= MAX_ANSWER
 
 
-def _json(response: httpx2.Response) -> Any:
+def json_of(response: httpx2.Response) -> Any:
     """The JSON of an answer; None if it has none."""
     try:
         return response.json()
@@ -272,12 +272,12 @@ def _json(response: httpx2.Response) -> Any:
 
 def _sentence(response: httpx2.Response, client: httpx2.AsyncClient) -> str:
     """The reason that the server gives in a refusal, without the token of the client."""
-    answer = _json(response)
+    answer = json_of(response)
     reason = answer.get("error") if isinstance(answer, dict) else None
     token = client.headers.get("Authorization", "").removeprefix("Bearer ")
-    return _quoted(reason if isinstance(reason, str) else response.text, token)[:500]
+    return quoted(reason if isinstance(reason, str) else response.text, token)[:500]
 
 
-def _quoted(text: str, token: str | None) -> str:
+def quoted(text: str, token: str | None) -> str:
     """The words of a server for an error: a server may send back the token that it got."""
     return text.replace(token, "<token>") if token else text

@@ -84,6 +84,12 @@ class Evaluator:
             for first in range(0, len(part), at_a_time):
                 yield part[first : first + at_a_time], decoded(self.flow, latents[first : first + at_a_time])
 
+    def drawn(
+        self, transformer: nn.Module, dataset: Dataset, sampler: Sampler, label: str
+    ) -> Iterator[tuple[list[Example], Tensor]]:
+        """Rows with their pictures (B, 3, H, W) in [0, 1], batch by batch. Arguments as in `row`."""
+        return self._draw(transformer, _examples(dataset), sampler, label)
+
     @torch.no_grad()
     def row(
         self, transformer: nn.Module, dataset: Dataset, sampler: Sampler, label: str, context: dict[str, Any]
