@@ -63,6 +63,7 @@ from .input_checks import (
     writable_folder,
 )
 from .loop_callback import LoopCallback
+from .loss_scaling import LossScaler
 from .moving_average import MovingAverage
 from .pipeline_state import PipelineState
 from .surroundings import check_modes, check_networks, check_sigmas
@@ -224,6 +225,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             # pytorch/pytorch#196678 and NVIDIA/cudnn-frontend#628: NaN in the gradients, or an illegal memory access.
             torch.backends.cuda.enable_cudnn_sdp(False)
             logger.warning("cuDNN's attention is turned off in this process: its backward pass fails on Hopper cards.")
+        if args.fp16:  # accelerate would train in float32 on a CPU, and fail at an update without gradients on a GPU
+            self.accelerator.native_amp, self.accelerator.scaler = True, LossScaler(args.device.type)
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.rewards), device=args.device)
         self.rollout_reward: float | None = None
         self.buffer: RolloutBuffer[RecordT] = RolloutBuffer(
