@@ -28,7 +28,8 @@ def _in_four_bits(layer: nn.Linear) -> Linear4bit:
     made = Linear4bit(
         layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=torch.float32, quant_type="nf4"
     )
-    made.weight = Params4bit(layer.weight.data.clone(), requires_grad=False, quant_type="nf4")
+    weight = layer.weight.data.clone()
+    made.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=False)
     made.bias = layer.bias
     made.support_avx512bf16_for_cpu = (
         False  # its kernels for some CPUs compute in bfloat16, whatever `compute_dtype` says

@@ -116,6 +116,9 @@ def estimate_run(method: str, run: RunArguments, config: FlowRLConfig) -> tuple[
         checkpointing=bool(config.activation_checkpointing),
         encoder_dtype=half or torch.float32,
         judges=[blank_reward(name) for name in run.eval_reward_funcs],
+        quantization=config.quantization,
+        copy_as_loaded=config.frozen_copy == "as_loaded",
+        apart=config.offload_between_phases,
     )
     evaluates = run.eval_split is not None or run.eval_dataset is not None
     images = config.per_device_train_batch_size * config.micro_steps_per_rollout
@@ -126,4 +129,5 @@ def estimate_run(method: str, run: RunArguments, config: FlowRLConfig) -> tuple[
         config.latents_kept * images,
     )
     not_counted = [name for name in (*run.reward_funcs, *run.eval_reward_funcs) if not is_counted(name)]
-    return found.after(encoding(architecture, half or torch.float32)), not_counted
+    encoders = encoding(architecture, half or torch.float32, config.text_encoder_quantization)
+    return found.after(encoders), not_counted
