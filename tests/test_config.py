@@ -40,6 +40,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "num_iterations": [0],
     "rollout_batch_size": [0],
     "decode_batch_size": [0],
+    "embedding_memory_gib": [-0.1],
     "log_images": [-1],
     "ema_decay": [0.0, 1.0, 1.5],
     "max_bad_sample_share": [-0.1, 1.1],

@@ -115,8 +115,7 @@ def test_every_family_trains_in_bfloat16(tmp_path, family, trainer):
 
 @pytest.mark.parametrize(
     ("trainer", "precision"),
-    # AC-Flow refuses float16: its warm-up makes no gradients that could be scaled.
-    [(t, p) for t in TRAINERS for p in ("float32", "bf16", "fp16") if (t, p) != ("ACFlowTrainer", "fp16")],
+    [(t, p) for t in TRAINERS for p in ("float32", "bf16", "fp16")],
 )
 def test_the_gpu_learns_what_the_cpu_learns(tmp_path, trainer, precision):
     """The same noise and prompts, two updates (AC-Flow's first is its warm-up). Adam moves each parameter by about the

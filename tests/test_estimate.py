@@ -17,14 +17,16 @@ from flowrl_trainers.cli.estimate import read_anywhere
 from flowrl_trainers.cost import Call, Drawing, Kind, Phase
 from flowrl_trainers.cost.architectures import META, Architecture, find, known_names
 from flowrl_trainers.cost.conditioning import blank_conditioning
-from flowrl_trainers.cost.estimate import Estimator
+from flowrl_trainers.cost.estimate import Estimator, quantized_size
 from flowrl_trainers.cost.meter import metered
 from flowrl_trainers.cost.rewards import BlankReward, blank_reward
 from flowrl_trainers.pipelines import FlowPipeline
+from flowrl_trainers.pipelines.quantization import stored_tensors
 from flowrl_trainers.shapes import load_pipeline
 from flowrl_trainers.trainers import base_trainer
 
 from .helpers import redness
+from .quantized import quantize
 from .tiny import tiny_sd3
 from .tiny_families import tiny
 
@@ -335,3 +337,38 @@ def test_a_run_that_will_not_fit_says_so_before_the_model_is_loaded(tmp_path, mo
     assert all(
         re.search(r"need 0\.\d GiB in the phase '.+', and the device has 0\.0; lower it by: `", text) for text in found
     )
+
+
+# ---- fewer bits, and networks that take turns ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "float8"])
+def test_bytes_of_quantised_weights_are_those_that_are_stored(kind):
+    """By bitsandbytes and torchao on a tiny network, but for the zeros of torchao's int8, a byte for each row."""
+    network = tiny_sd3().transformer
+    full = sum(p.nbytes for p in network.parameters())
+    rows = sum(layer.out_features for layer in network.modules() if isinstance(layer, torch.nn.Linear))
+    said = full - quantized_size(network, kind).saved
+    quantize(network, kind)
+    stored = sum(tensor.nbytes for p in network.parameters() for tensor in stored_tensors(p))
+    assert said == stored - (rows if kind == "int8" else 0)
+
+
+@pytest.mark.slow
+def test_an_estimate_counts_fewer_bits_and_phases_that_are_apart(capsys):
+    """FLUX.1-dev has 11.9e9 parameters, nearly all of them in linear layers: 22.2 GiB in bfloat16, 6.3 in nf4."""
+    base = ["estimate", "ac_flow", "--model", "FLUX.1-dev", "--dataset", "shapes", "--output_dir", "x", "--bf16"]
+    base += ["--reward_funcs", "pickscore", "--json", "--height", "256", "--width", "256", "--num_generations", "2"]
+    base += ["--per_device_train_batch_size", "2"]
+    found = []
+    for more in ([], ["--quantization", "nf4", "--text_encoder_quantization", "int8"], ["--offload_between_phases"]):
+        main([*base, *more])
+        found.append(json.loads(capsys.readouterr().out)["phases"])
+    full, small, apart = found
+    assert full["rollout"]["gib"]["weights"] == pytest.approx(22.2, abs=0.1)
+    assert small["rollout"]["gib"]["weights"] == pytest.approx(11.9e9 * 0.5625 / 2**30, rel=0.02)
+    assert small["encode"]["peak_gib"] < 0.6 * full["encode"]["peak_gib"]
+    assert "rewards" not in apart["rollout"]["gib"]
+    assert "autoencoder" not in apart["update"]["gib"]
+    assert "weights" not in apart["decode and reward"]["gib"]
+    assert apart["decode and reward"]["gib"]["rewards"] > 0

@@ -134,7 +134,7 @@ CHANGES: dict[str, Any] = {
     # when it ends
     "max_steps": 3, "num_train_epochs": 5, "target_reward": 1e9, "max_bad_sample_share": 0.5,
     # where it computes
-    "local_rank": 0, "ddp_timeout": 900,
+    "local_rank": 0, "ddp_timeout": 900, "offload_between_phases": True, "embedding_memory_gib": 0.0,
 }  # fmt: skip
 NOT_HERE = {
     "push_to_hub": "it needs a Hub; tests/test_hub.py has one",

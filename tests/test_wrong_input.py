@@ -9,6 +9,7 @@ from peft import LoraConfig
 
 from flowrl_trainers import FlowPipeline
 from flowrl_trainers.rewards import differentiable
+from flowrl_trainers.trainers import optimizer_checks
 
 from .helpers import TRAINERS, make_trainer, redness, update_rows
 from .tiny import tiny_sd3
@@ -27,7 +28,11 @@ NEED_GRADIENTS = ["AdjointMatchingTrainer", "VGGFlowTrainer"]
     ({"ignore_data_skip": True}, r"`ignore_data_skip` \(True\) must be False"),
     *(({"optim": name}, rf"`optim` is '{name}', which is not supported here: choose one of adamw_torch,")
       for name in ("schedule_free_adamw", "galore_adamw", "lomo", "stable_adamw", "adamw_torch_8bit", "rmsprop_bnb")),
-    ({"optim": "adamw_8bit"}, "`optim` is 'adamw_8bit', which needs bitsandbytes: install it"),
+    ({"quantization": "int4"}, "`quantization` is 'int4': choose 'nf4', 'int8', 'float8' or None"),
+    ({"quantization": "nf4", "pipeline": "no/such/folder"}, "`quantization` is 'nf4', which diffusers loads on a GPU alone, and this run is on the CPU: take 'int8'"),
+    ({"text_encoder_quantization": "nf4", "pipeline": "no/such/folder"}, "`text_encoder_quantization` is 'nf4', which diffusers loads on a GPU alone"),
+    ({"quantization": "int8"}, r"`quantization` \('int8'\) says how a model is loaded, but `model` is a StableDiffusion3Pipeline, which is: pass its Hub id"),
+    ({"embedding_memory_gib": -1.0}, r"`embedding_memory_gib` \(-1.0\) must be at least 0"),
     ({"optim_args": "momentum"}, r"`optim_args` \('momentum'\) must be written as"),
     ({"optim_args": "momentum=0.9"}, "`optim_args` names 'momentum', but `optim` 'adamw_torch.*' reads none"),
     ({"optim": "sgd", "optim_args": "nope=1"}, "'sgd' reads momentum, dampening, weight_decay, nesterov: take it out"),
@@ -61,6 +66,12 @@ NEED_GRADIENTS = ["AdjointMatchingTrainer", "VGGFlowTrainer"]
 def test_wrong_input_is_refused_before_training(tmp_path, name, changes, sentence):
     with pytest.raises(ValueError, match=sentence):
         make_trainer(name, tmp_path, **changes)
+
+
+def test_an_optimizer_of_a_package_that_is_missing_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(optimizer_checks, "is_bitsandbytes_available", lambda: False)
+    with pytest.raises(ValueError, match="`optim` is 'adamw_8bit', which needs bitsandbytes: install it"):
+        make_trainer("AdjointMatchingTrainer", tmp_path, optim="adamw_8bit")
 
 
 @pytest.mark.parametrize("name", NEED_GRADIENTS)

@@ -92,7 +92,7 @@ def _held_out(args: RunArguments) -> Dataset | None:
 
 def load_model(name: str, dtype: torch.dtype) -> DiffusionPipeline:
     """The pipeline of a Hub id or folder, or the embedded one. Raises `ValueError` if there is no pipeline."""
-    return load_pipeline() if name in EMBEDDED else families.load(name, dtype, {})
+    return load_pipeline() if name in EMBEDDED else families.load(name, families.Loading(dtype), {})
 
 
 def named_reward(name: str) -> RewardLike:

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from ..networks import critic, value_network
+from ..pipelines.quantization import Quantization
 from .architectures import META, Architecture
 from .calls import Call, Kind, Phase, counted
 from .conditioning import blank_conditioning
@@ -128,6 +129,10 @@ class Estimator:
         checkpointing: Whether activations are computed twice instead of kept.
         encoder_dtype: The precision of the text encoders.
         judges: Rewards that evaluation adds; they are on the device meanwhile.
+        quantization: In how many bits the linear layers of the transformer are kept.
+        copy_as_loaded: Whether the frozen copy of full fine-tuning keeps the precision of the loaded network.
+        apart: Whether the transformer leaves the device while pictures are decoded and scored, and decoders and
+            rewards at all other times.
     """
 
     flow: Any
@@ -138,11 +143,15 @@ class Estimator:
     checkpointing: bool = False
     encoder_dtype: torch.dtype = torch.float32
     judges: list[BlankReward] = field(default_factory=list)
+    quantization: Quantization | None = None
+    copy_as_loaded: bool = False
+    apart: bool = False
     _works: dict[tuple[Kind, int, bool], Work] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         network = self.flow.transformer
-        self.base_bytes = _bytes(network)
+        loaded = _bytes(network)
+        self.quantized = quantized_size(network, self.quantization)
         if self.lora is not None:
             self.lora.target_modules = self.lora.target_modules or list(self.flow.lora_target_modules)
             self.lora.exclude_modules = self.lora.exclude_modules or list(self.flow.lora_exclude_modules) or None
@@ -154,7 +163,8 @@ class Estimator:
             cast_training_params(network, dtype=torch.float32)
         if self.checkpointing:
             network.enable_gradient_checkpointing()
-        self.frozen_bytes = self.base_bytes if self.lora is None else 0
+        copied = loaded if self.copy_as_loaded else _bytes(network)
+        self.frozen_bytes = copied if self.lora is None else 0
 
     # ---- the work of a call ----------------------------------------------------------------------------------------
 
@@ -272,19 +282,29 @@ class Estimator:
 
     def _phase(self, phase: Phase, calls: list[Call], latents_kept: int) -> PhaseCost:
         works = [(self.work(call), call) for call in calls]
-        largest, call = max(works, key=lambda pair: pair[0].peak)
-        parts = self.resident() | {"buffer": latents_kept * _bytes_of(self._latents(1))}
-        if phase == Phase.EVALUATION:
-            parts["further rewards"] = _bytes_of_rewards(self.judges)
-        if phase == Phase.UPDATE:
-            parts["gradients"] = self.trained_bytes
-        parts["largest call"] = largest.peak - (self.trained_bytes if call.kind == Kind.TRAIN else 0)
+        held = [(self._held(phase, work, call, latents_kept), call) for work, call in works]
+        parts, call = max(held, key=lambda pair: sum(pair[0].values()))
         return PhaseCost(
             parts,
             f"{call.kind} of {call.batch}",
             sum(work.flop * call.count for work, call in works),
             sum(work.operations * call.count for work, call in works),
         )
+
+    def _held(self, phase: Phase, work: Work, call: Call, latents_kept: int) -> dict[str, int]:
+        """What is on the device during a call, in bytes by name; arguments as in `_phase`."""
+        parts = self.resident() | {"buffer": latents_kept * _bytes_of(self._latents(1))}
+        if phase == Phase.EVALUATION:
+            parts["further rewards"] = _bytes_of_rewards(self.judges)
+        if phase == Phase.UPDATE:
+            parts["gradients"] = self.trained_bytes
+        if self.apart:
+            judges = call.kind in (Kind.DECODE, Kind.REWARD, Kind.REWARD_GRADIENT)
+            away = NETWORK if judges else JUDGES
+            parts = {name: size for name, size in parts.items() if name not in away}
+        peak = work.peak - (self.trained_bytes if call.kind == Kind.TRAIN else 0)
+        layer = self.quantized.largest if call.kind in _OF_TRANSFORMER else 0  # one at a time in all its bits
+        return parts | {"largest call": peak + layer}
 
     @property
     def trained_bytes(self) -> int:
@@ -296,7 +316,7 @@ class Estimator:
         head = 0 if self._head is None else _bytes(self._head)
         trained = self.trained_bytes
         return {
-            "weights": _bytes(self.flow.transformer) - trained + self.frozen_bytes,
+            "weights": _bytes(self.flow.transformer) - trained + self.frozen_bytes - self.quantized.saved,
             "adapter" if self.lora is not None else "trained weights": trained,
             "optimizer": ADAMW_MOMENTS * (trained + head),
             "head": head,
@@ -312,15 +332,47 @@ def _by_kind(calls: list[Call]) -> dict[str, int]:
     return dict(names)
 
 
-def encoding(architecture: Architecture, dtype: torch.dtype) -> PhaseCost:
+def encoding(architecture: Architecture, dtype: torch.dtype, quantization: Quantization | None = None) -> PhaseCost:
     """The phase before training: the text encoders alone, on the device to encode prompts.
 
     Their weights are counted, not their activations.
     """
-    sizes = {name: _bytes(architecture.part(name, dtype)) for name in architecture.text_encoders()}
+    sizes = {}
+    for name in architecture.text_encoders():
+        network = architecture.part(name, dtype)
+        sizes[name] = _bytes(network) - quantized_size(network, quantization).saved
     return PhaseCost(sizes, "text encoders")
 
 
+@dataclass(frozen=True)
+class QuantizedSize:
+    """What the quantisation of a network's linear layers changes, in bytes.
+
+    Attributes:
+        saved: Those that its weights need less.
+        largest: Of the largest of them in the precision of the computation, which a call holds for a moment.
+    """
+
+    saved: int = 0
+    largest: int = 0
+
+
+def quantized_size(network: nn.Module, quantization: Quantization | None) -> QuantizedSize:
+    """nf4: half a byte for each number, and 4 bytes for every 64; 8 bits: one byte, and the scale of each row."""
+    if quantization is None:
+        return QuantizedSize()
+    saved = largest = 0
+    for layer in network.modules():
+        if isinstance(layer, nn.Linear):
+            full, count = _bytes_of(layer.weight), layer.weight.numel()
+            in_eight = count + layer.out_features * layer.weight.element_size()
+            saved += full - (count // 2 + 4 * -(-count // 64) if quantization == "nf4" else in_eight)
+            largest = max(largest, full)
+    return QuantizedSize(saved, largest)
+
+
+NETWORK = ("weights", "adapter", "trained weights")
+JUDGES = ("autoencoder", "rewards", "further rewards")
 _OF_TRANSFORMER = (Kind.FORWARD, Kind.BASE, Kind.PRODUCT, Kind.BASE_PRODUCT, Kind.TRAIN)
 
 

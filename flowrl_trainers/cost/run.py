@@ -57,6 +57,9 @@ def estimate_run(
         checkpointing=bool(config.activation_checkpointing),
         encoder_dtype=half or torch.float32,
         judges=[blank_reward(name) for name in judges],
+        quantization=config.quantization,
+        copy_as_loaded=config.frozen_copy == "as_loaded",
+        apart=config.offload_between_phases,
     )
     found = estimator.estimate(
         config.calls(drawing),
@@ -65,7 +68,7 @@ def estimate_run(
         config.latents_kept * config.images_per_device,
         config.first_calls(drawing),
     )
-    return found.after(encoding(architecture, half or torch.float32))
+    return found.after(encoding(architecture, half or torch.float32, config.text_encoder_quantization))
 
 
 def memory_of(device: torch.device) -> int | None:

@@ -11,6 +11,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from ..flow import euler_steps, uniform_sigmas
+from .quantization import Quantization
 
 Conditioning = dict[str, Tensor]
 Settings = dict[str, Any]
@@ -267,12 +268,21 @@ class FlowPipeline(ABC):
         return families.wrap(pipeline, settings)
 
     @staticmethod
-    def from_pretrained(id_or_folder: str | Path, dtype: torch.dtype | None = None, **settings: Any) -> "FlowPipeline":
+    def from_pretrained(
+        id_or_folder: str | Path,
+        dtype: torch.dtype | None = None,
+        quantization: Quantization | None = None,
+        text_encoder_quantization: Quantization | None = None,
+        **settings: Any,
+    ) -> "FlowPipeline":
         """Load a pipeline from the Hub or a folder and wrap it as `from_pipeline` does.
 
         Args:
             id_or_folder: The id of a model on the Hub, or a folder that holds a pipeline.
             dtype: The precision of the networks; None for float32.
+            quantization: In how many bits the linear layers of the transformer are kept: "nf4" (bitsandbytes, on a GPU
+                alone), "int8" or "float8" (torchao); None for those of `dtype`, in which all of them compute.
+            text_encoder_quantization: The same of the text encoders.
             **settings: See `from_pipeline`.
 
         Returns:
@@ -283,4 +293,5 @@ class FlowPipeline(ABC):
         """
         from . import families
 
-        return families.wrap(families.load(id_or_folder, dtype or torch.float32, settings), settings)
+        loading = families.Loading(dtype or torch.float32, quantization, text_encoder_quantization)
+        return families.wrap(families.load(id_or_folder, loading, settings), settings)

@@ -1,5 +1,7 @@
 """Find the family of a diffusers pipeline, and refuse a pipeline that has none."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from .flux import FluxFlowPipeline
 from .flux_2 import Flux2FlowPipeline, Flux2KleinFlowPipeline
 from .folders import check_parts, no_pipeline, read_json
 from .lumina_2 import Lumina2FlowPipeline
+from .quantization import Quantization, quantization_config
 from .qwen_image import QwenImageFlowPipeline
 from .sana import SanaFlowPipeline
 from .sit import SiTFlowPipeline
@@ -90,12 +93,32 @@ def _known(settings: dict[str, Any], class_name: str) -> dict[str, Any]:
     return settings
 
 
-def load(id_or_folder: str | Path, dtype: torch.dtype, settings: dict[str, Any]) -> DiffusionPipeline:
+@dataclass(frozen=True)
+class Loading:
+    """The precision in which networks are loaded.
+
+    Attributes:
+        dtype: That in which they compute.
+        transformer: The quantisation of the network that is trained.
+        text_encoders: That of the text encoders.
+    """
+
+    dtype: torch.dtype
+    transformer: Quantization | None = None
+    text_encoders: Quantization | None = None
+
+    def arguments(self, parts: Iterable[str]) -> dict[str, Any]:
+        """Those of diffusers' `from_pretrained` for a pipeline with these parts."""
+        found = quantization_config(self.transformer, self.text_encoders, parts, self.dtype)
+        return {"dtype": self.dtype} | ({} if found is None else {"quantization_config": found})
+
+
+def load(id_or_folder: str | Path, loading: Loading, settings: dict[str, Any]) -> DiffusionPipeline:
     """Load a pipeline by diffusers, but refuse what cannot work before anything large is downloaded.
 
     Args:
         id_or_folder: The id of a model on the Hub, or a folder that holds a pipeline.
-        dtype: The precision of the networks.
+        loading: The precision of the networks.
         settings: The settings that `wrap` will get; only their names are checked.
 
     Returns:
@@ -139,7 +162,7 @@ def load(id_or_folder: str | Path, dtype: torch.dtype, settings: dict[str, Any])
     loader = SiTPipeline if class_name == "SiTPipeline" else DiffusionPipeline
     chosen = {} if variant is None else {"variant": variant}
     try:
-        return loader.from_pretrained(name, dtype=dtype, **absent, **chosen)
+        return loader.from_pretrained(name, **loading.arguments(set(config) - set(absent)), **absent, **chosen)
     except Exception as error:  # of many kinds, from the depths of diffusers, transformers and safetensors
         said = " ".join(str(error).split()).rstrip(".")
         raise ValueError(

@@ -12,6 +12,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from ..pipelines.quantization import stored_tensors
+
 FREE = {
     "where and how much is written": (
         "output_dir", "overwrite_output_dir", "run_name", "project", "report_to", "trackio_space_id",
@@ -35,7 +37,8 @@ FREE = {
         "max_steps", "num_train_epochs", "target_reward", "max_bad_sample_share",
     ),
     "where it computes": (
-        "use_cpu", "local_rank", "ddp_backend", "ddp_timeout", "dataloader_pin_memory",
+        "use_cpu", "local_rank", "ddp_backend", "ddp_timeout", "dataloader_pin_memory", "offload_between_phases",
+        "embedding_memory_gib",
     ),
 }  # fmt: skip
 """The fields that may change from one resumption to the next, by what they decide; all others must be as they were."""
@@ -74,14 +77,18 @@ def texts_identity(texts: Iterable[str]) -> str:
 
 @torch.no_grad()
 def weights_identity(network: nn.Module) -> str:
-    """A hash of the names and shapes of a network's frozen parameters, and of up to 256 elements of each."""
+    """A hash of the names and shapes of a network's frozen parameters, and of up to 256 elements of each.
+
+    Of a quantised parameter, the numbers and the scales that are stored count.
+    """
     found = hashlib.sha256()
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
-            values: Tensor = parameter.detach().flatten()
-            sample = values[:: max(1, len(values) // SAMPLED)][:SAMPLED].contiguous().cpu()
             found.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)} {parameter.dtype}".encode())
-            found.update(sample.view(torch.uint8).numpy().tobytes())
+            for stored in stored_tensors(parameter):
+                values: Tensor = stored.detach().flatten()
+                sample = values[:: max(1, len(values) // SAMPLED)][:SAMPLED].contiguous().cpu()
+                found.update(sample.view(torch.uint8).numpy().tobytes())
     return f"sha256 {found.hexdigest()[:12]}"
 
 

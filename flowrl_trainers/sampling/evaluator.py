@@ -17,7 +17,7 @@ from .meters import DiversityMeter, Meter, RewardMeter, StatisticsMeter
 from .pictures import Pictures, picture_seed
 from .progress import bar
 from .prompt_groups import Example, PromptDataset
-from .scoring import call_rewards, decoded
+from .scoring import Judging, call_rewards, decoded, leave_in_place
 
 Sampler = Callable[[nn.Module, Tensor, Conditioning, list[Generator]], Tensor]
 """Maps transformer, initial latents (B, ...), conditioning and one generator per image to final latents (B, ...)."""
@@ -44,6 +44,7 @@ class Evaluator:
         batch_size: The pictures drawn at a time.
         decode_batch_size: The pictures decoded and scored at a time; None for a batch.
         show_progress: Whether the main process shows a bar.
+        judging: A context in which decoders and rewards are on the device; see `Placement`.
     """
 
     def __init__(
@@ -57,10 +58,11 @@ class Evaluator:
         batch_size: int,
         decode_batch_size: int | None = None,
         show_progress: bool = True,
+        judging: Judging = leave_in_place,
     ) -> None:
         self.flow, self.conditioning, self.rewards, self.accelerator = flow, conditioning, rewards, accelerator
         self.seed, self.batch_size, self.decode_batch_size = seed, batch_size, decode_batch_size
-        self.show_progress = show_progress
+        self.show_progress, self.judging = show_progress, judging
 
     def initial_latents(self, rows: list[int]) -> tuple[Tensor, list[Generator]]:
         """The noise (B, ...) from which the pictures of rows start, on the device, and the generators that drew it."""
@@ -71,18 +73,24 @@ class Evaluator:
     def _draw(
         self, transformer: nn.Module, examples: list[Example], sampler: Sampler, label: str | None = None
     ) -> Iterator[tuple[list[Example], Tensor]]:
-        """The pictures (B, 3, H, W) in [0, 1] of rows, batch by batch; label: of the progress bar, None for none."""
+        """The pictures (B, 3, H, W) in [0, 1] of rows, batch by batch; label: of the progress bar, None for none.
+
+        They are decoded once all are drawn, as the network may have to leave the device for that.
+        """
         shown = self.show_progress and label is not None and self.accelerator.is_main_process
         starts = range(0, len(examples), self.batch_size)
+        drawn = []
         for start in bar(starts, f"Drawing with the {label} model", shown):
             part = examples[start : start + self.batch_size]
             latents, generators = self.initial_latents([e.key.row for e in part])
             conditioning = self.conditioning([e.prompt for e in part], self.accelerator.device)
             with self.accelerator.autocast():
-                latents = sampler(transformer, latents, conditioning, generators)
-            at_a_time = self.decode_batch_size or len(part)
-            for first in range(0, len(part), at_a_time):
-                yield part[first : first + at_a_time], decoded(self.flow, latents[first : first + at_a_time])
+                drawn.append((part, sampler(transformer, latents, conditioning, generators)))
+        with self.judging(self.rewards):
+            for part, latents in drawn:
+                at_a_time = self.decode_batch_size or len(part)
+                for first in range(0, len(part), at_a_time):
+                    yield part[first : first + at_a_time], decoded(self.flow, latents[first : first + at_a_time])
 
     def drawn(
         self, transformer: nn.Module, dataset: Dataset, sampler: Sampler, label: str

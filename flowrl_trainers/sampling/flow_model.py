@@ -1,6 +1,6 @@
 """The module that `transformers.Trainer` sees."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, Literal
@@ -23,18 +23,26 @@ class FlowModel(nn.Module):
 
     All trainable compute goes through `forward`, so that the hooks of wrappers fire. It has no `config`, because
     Trainer and its trackers expect the config of a language model there.
+
+    Args:
+        flow: Says how the transformer is called.
+        has_adapter: Whether a LoRA is trained; else a frozen copy is made of the transformer.
+        dtypes: The precision of the copy's parameters by name; None for those of the trained ones.
     """
 
     flow: FlowPipeline
     frozen: nn.Module | None
     transformer: nn.Module
 
-    def __init__(self, flow: FlowPipeline, has_adapter: bool) -> None:
+    def __init__(self, flow: FlowPipeline, has_adapter: bool, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
         super().__init__()
         self.transformer = flow.transformer
         # Outside of the module's own bookkeeping: neither the pipeline nor the frozen copy is trained, saved or
         # wrapped.
         frozen = None if has_adapter else deepcopy(flow.transformer).requires_grad_(False).eval()
+        if frozen is not None and dtypes is not None:
+            for name, parameter in frozen.named_parameters():
+                parameter.data = parameter.data.to(dtypes[name])
         object.__setattr__(self, "flow", flow)
         object.__setattr__(self, "frozen", frozen)
         self.has_adapter, self.use_frozen = has_adapter, False

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -19,6 +20,18 @@ T = TypeVar("T")
 def bar(items: Sequence[T], label: str, shown: bool) -> Iterator[T]:
     """The items one by one, counted beside a label."""
     return iter(tqdm(items, desc=label, disable=not shown, leave=False, bar_format="{desc}: {n_fmt} of {total_fmt}"))
+
+
+@contextmanager
+def without_bars_of_datasets() -> Iterator[None]:
+    """Inside, `datasets` shows no bars of its own."""
+    were_shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if were_shown:
+            enable_progress_bars()
 
 
 class MessageHandler(logging.Handler):

@@ -6,7 +6,7 @@ import inspect
 import math
 import threading
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -24,6 +24,15 @@ MOST_NAMED = 8  # prompts in a note
 
 Context = Callable[[], dict[str, Any]]
 """What every reward is called with beside images, prompts and columns: `trainer_state`, `log_metric`, `log_extra`."""
+
+
+Judging = Callable[[list[Reward]], AbstractContextManager[None]]
+"""Makes a context in which decoders and some rewards are on the device; see `Placement.judging`."""
+
+
+def leave_in_place(rewards: list[Reward]) -> AbstractContextManager[None]:
+    """The context of networks that are on the device anyway."""
+    return nullcontext()
 
 
 def call_rewards(rewards: list[Reward], images: Tensor, examples: list[Example], **context: Any) -> Tensor:
@@ -178,6 +187,7 @@ class Scorer:
         decode_batch_size: The images decoded and scored at a time; None for `batch_size`, and where a gradient is
             taken for a megapixel.
         gradient_batch_size: The images scored at most with a gradient; None for `batch_size`.
+        judging: A context in which decoders and these rewards are on the device; see `Placement`.
     """
 
     def __init__(
@@ -189,10 +199,11 @@ class Scorer:
         batch_size: int,
         decode_batch_size: int | None = None,
         gradient_batch_size: int | None = None,
+        judging: Judging = leave_in_place,
     ) -> None:
         self.flow, self.rewards, self.weights, self.context = flow, rewards, weights, context
         self.batch_size, self.decode_batch_size = batch_size, decode_batch_size
-        self.gradient_batch_size = gradient_batch_size or batch_size
+        self.gradient_batch_size, self.judging = gradient_batch_size or batch_size, judging
 
     @torch.no_grad()
     def score(self, latents: Tensor, examples: list[Example]) -> Tensor:
@@ -200,6 +211,10 @@ class Scorer:
 
         While asynchronous rewards look at the pictures of one decoded batch, the next is decoded.
         """
+        with self.judging(self.rewards):
+            return self._score(latents, examples)
+
+    def _score(self, latents: Tensor, examples: list[Example]) -> Tensor:
         size = self.decode_batch_size or self.batch_size
         scores: list[Tensor] = []
         asked: list[Callable[[], Tensor]] = []
@@ -217,6 +232,10 @@ class Scorer:
         Raises:
             ValueError: For a reward whose scores carry no gradient.
         """
+        with self.judging(self.rewards):
+            return self._score_with_gradient(latents, examples)
+
+    def _score_with_gradient(self, latents: Tensor, examples: list[Example]) -> tuple[Tensor, Tensor]:
         size = self.decode_batch_size or pictures_at_a_time(self.flow, self.gradient_batch_size)
         scores, gradients = [], []
         for start in range(0, len(latents), size):

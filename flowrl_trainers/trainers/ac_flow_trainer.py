@@ -116,11 +116,6 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
         super().set_up()
         self.critic = self._make_critic()
         self.warmup = Warmup(0 if self.critic is None else self.args.critic_warmup_max_steps)
-        if self.warmup.running and self.args.fp16:
-            raise ValueError(
-                "`fp16` cannot scale the gradients that a warm-up does not make: take `bf16`, or "
-                "`critic_warmup_max_steps=0`."
-            )
         if self.critic is not None:
             self.same_on_all_processes(self.critic)
             self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=self.args.critic_learning_rate)

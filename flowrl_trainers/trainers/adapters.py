@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..pipelines import FlowPipeline
+from ..pipelines.quantization import is_quantized
 
 SUPPORTED = (
     "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "target_modules",
@@ -57,6 +58,11 @@ def prepare_adapter(flow: FlowPipeline, config: LoraConfig | None) -> LoraConfig
         return _made(flow, config)
     if _carries_adapter(transformer):
         return _continued(transformer)
+    if is_quantized(transformer):
+        raise ValueError(
+            "All weights would be trained, as there is no `peft_config`, but those of the transformer are quantised, "
+            "in which small steps are lost: pass a `peft.LoraConfig`, or load the model without `quantization`."
+        )
     transformer.requires_grad_(True)
     cast_training_params(transformer, dtype=torch.float32)
     return None

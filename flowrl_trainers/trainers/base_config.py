@@ -11,6 +11,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from ..cost import Call, Drawing, Kind, Phase
 from .attention import check_backend_name
+from ..pipelines.quantization import Quantization
 from .config_checks import Range, check_fields, refuse_unsupported, shown
 from .optimizer_checks import check_optimizer
 from .suggestions import did_you_mean
@@ -107,6 +108,33 @@ class FlowRLConfig(TrainingArguments):
         default=None,
         help="The number of images decoded and scored at a time. Default: a batch, decoded a megapixel at a time, "
         "and scored so too where a gradient is taken.",
+    )
+
+    # Memory
+    quantization: Quantization | None = HfArg(
+        default=None,
+        help="In how many bits the linear layers of a model that is named by id or folder are kept, to train a LoRA "
+        "on: 'nf4' (4 bits, by bitsandbytes, on a GPU alone), 'int8' or 'float8' (8 bits, by torchao). They compute "
+        "in the precision of `bf16` or `fp16`. Default: all bits. A pipeline that you quantised is taken as it is.",
+    )
+    text_encoder_quantization: Quantization | None = HfArg(
+        default=None, help="The same of the text encoders of a model that is named. Default: all bits."
+    )
+    offload_between_phases: bool = HfArg(
+        default=False,
+        help="Whether the network waits in the memory of the host while pictures are decoded and scored, and the "
+        "autoencoder and the rewards while it draws and learns, so that they need not fit on the device together: "
+        "slower, and the same results.",
+    )
+    frozen_copy: Literal["float32", "as_loaded"] = HfArg(
+        default="float32",
+        help="The precision of the copy of the network that stays as it was where all weights are trained: that of "
+        "the trained weights, or the one in which the model was loaded, such as bfloat16, which is half of it.",
+    )
+    embedding_memory_gib: Annotated[float, Range(at_least=0)] | None = HfArg(
+        default=None,
+        help="The GiB of encoded prompts that each process keeps in memory; those beyond are read from a file in the "
+        "folder for temporary files (`TMPDIR`), with the same results. Default: all are kept in memory.",
     )
 
     # Cheaper calls

@@ -26,6 +26,7 @@ from transformers.utils import is_in_notebook
 from ..cost.run import memory_of, warn_of_memory
 from ..metrics import signs_of_over_optimisation
 from ..pipelines import Conditioning, FlowPipeline
+from ..pipelines.quantization import is_quantized
 from ..rewards import as_rewards
 from ..rewards.named import RewardLike
 from ..run_folder import CardFacts, RunFolder, before_after
@@ -46,6 +47,7 @@ from ..sampling.evaluator import Evaluator, Sampler, ode_sampler, rewards_at_han
 from ..sampling.flow_model import FlowModel
 from ..sampling.metric_log import MetricLog
 from ..sampling.pictures import Pictures
+from ..sampling.placement import Placement
 from ..sampling.prompt_groups import Example, PromptDataset, PromptGroupSampler
 from ..sampling.prompt_sources import PromptSource
 from ..sampling.reward_watch import RewardWatch
@@ -62,9 +64,11 @@ from .input_checks import (
     check_columns,
     check_dataset,
     check_rewards,
+    check_weights,
     writable_folder,
 )
 from .loop_callback import LoopCallback
+from .loss_scaling import LossScaler
 from .moving_average import MovingAverage
 from .pipeline_state import PipelineState
 from .surroundings import check_mergeable, check_modes, check_networks, check_sigmas
@@ -136,6 +140,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         check_modes()
         args = args or self.config_class(output_dir=self._name.lower().replace(" ", "-"))
         check_args(args, self.config_class)
+        check_weights(model, args)
         if args.should_save:
             writable_folder(str(args.output_dir))
         train_dataset = check_dataset(train_dataset, "train_dataset", args)
@@ -192,7 +197,13 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         (enable_full_determinism if args.full_determinism else set_seed)(
             args.seed
         )  # a LoRA starts from random numbers
+        as_loaded = {name: parameter.dtype for name, parameter in self.flow.transformer.named_parameters()}
         self.peft_config = prepare_adapter(self.flow, peft_config)
+        if args.frozen_copy != "float32" and self.peft_config is not None:
+            raise ValueError(
+                f"`frozen_copy` ({args.frozen_copy!r}) has no effect with a LoRA, whose base model is the network "
+                "itself: leave it out."
+            )
 
         # The prompts, encoded before Trainer places the network: it and the text encoders need not fit together.
         self.sampler = PromptGroupSampler(
@@ -205,12 +216,15 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             seed=args.seed,
             pool_size=args.pool_size,
         )
-        self.conditioning = ConditioningCache(self.flow)
+        self.conditioning = ConditioningCache(self.flow, most_in_memory=args.embedding_memory_gib)
+        if args.offload_between_phases:
+            self.flow.transformer.to("cpu")  # where the text encoders need its room
         self._encode_prompts(args, train_dataset, eval_dataset)
 
         # Trainer, and the parts that this trainer has.
         self.average = MovingAverage(args.ema_decay)
-        flow_model = FlowModel(self.flow, has_adapter=self.peft_config is not None)
+        dtypes = as_loaded if args.frozen_copy == "as_loaded" else None
+        flow_model = FlowModel(self.flow, has_adapter=self.peft_config is not None, dtypes=dtypes)
         metrics = MetricLog(args.device)
         loop = LoopCallback(self.sampler, flow_model, metrics, self.average, self.reason_to_stop)
         super().__init__(
@@ -231,11 +245,14 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             # pytorch/pytorch#196678 and NVIDIA/cudnn-frontend#628: NaN in the gradients, or an illegal memory access.
             torch.backends.cuda.enable_cudnn_sdp(False)
             logger.warning("cuDNN's attention is turned off in this process: its backward pass fails on Hopper cards.")
+        if args.fp16:  # accelerate would train in float32 on a CPU, and fail at an update without gradients on a GPU
+            self.accelerator.native_amp, self.accelerator.scaler = True, LossScaler(args.device.type)
         self.reward_weights = torch.tensor(args.reward_weights or [1.0] * len(self.rewards), device=args.device)
         self.rollout_reward: float | None = None
         self.buffer: RolloutBuffer[RecordT] = RolloutBuffer(
             self.record_class, args.micro_steps_per_rollout, args.num_iterations
         )
+        self.placement = Placement(flow_model, args.device, apart=args.offload_between_phases)
         self.scorer = Scorer(
             self.flow,
             self.rewards,
@@ -244,6 +261,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             batch_size=args.images_at_once,
             decode_batch_size=args.decode_batch_size,
             gradient_batch_size=args.per_device_train_batch_size,
+            judging=self.placement.judging,
         )
         self.reward_watch = RewardWatch(self.rewards)
         evaluator = Evaluator(
@@ -255,6 +273,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             batch_size=args.per_device_eval_batch_size,
             decode_batch_size=args.decode_batch_size,
             show_progress=is_live(args),
+            judging=self.placement.judging,
         )
         base_facts = self._base_facts if args.cache_base_pictures else None
         self.comparison = Comparison(evaluator, flow_model, self.average.in_place, self.reward_context, base_facts)
@@ -432,14 +451,14 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         for module in self.flow.decoders():
             module.requires_grad_(False).eval()
             # Gradients of rewards are taken in float32; what is decoded becomes float32 in any case.
-            module.to(self.args.device, getattr(torch, self.args.decoder_dtype))
+            module.to(self.placement.of_judges, getattr(torch, self.args.decoder_dtype))
             if self.args.activation_checkpointing and isinstance(module, ModelMixin):
                 with suppress(ValueError):  # raised by models without gradient checkpointing
                     module.enable_gradient_checkpointing()
         if self.model.frozen is not None:
             self.model.frozen.to(self.args.device)
         for reward in self.rewards:
-            reward.to(self.args.device)
+            reward.to(self.placement.of_judges)
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters that training changes."""
@@ -512,7 +531,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         if self.needs_reward_gradient:
             scores, _ = self.scorer.score_with_gradient(latents, examples)
         else:
-            with torch.no_grad():
+            with torch.no_grad(), self.placement.judging(self.rewards):
                 scores = call_rewards(self.rewards, decoded(self.flow, latents), examples, **self.reward_context())
         # On the rows of the evaluation, where they are known: their columns may be others.
         judges, asked = self.eval_rewards, examples
@@ -522,7 +541,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
                 [PromptDataset(self.eval_dataset)[ImageKey(0, 0, 0)]] * PROBE_IMAGES,
             )
         if judges:
-            with torch.no_grad(), self.judges_at_hand():
+            with torch.no_grad(), self.judges_at_hand(), self.placement.judging(judges):
                 judged = call_rewards(judges, decoded(self.flow, latents), asked, **self.reward_context())
             scores = torch.cat([scores, judged], dim=1)
         for reward, column in zip([*self.rewards, *judges], scores.unbind(dim=1), strict=True):
@@ -567,7 +586,9 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             given.restore(self.trained_parameters())
 
     def judges_at_hand(self) -> AbstractContextManager[None]:
-        """A context in which the rewards that training never sees are on the device."""
+        """A context in which the rewards that training never sees are on the device, if the network may be there."""
+        if self.placement.apart:
+            return nullcontext()
         return rewards_at_hand(self.eval_rewards, self.rewards, self.args.device)
 
     # ---- an update -------------------------------------------------------------------------------------------------
@@ -741,7 +762,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             return
         count = min(self.args.log_images, len(examples))
         shown = [i * len(examples) // count for i in range(count)]
-        images = decoded(self.flow, final[shown]).nan_to_num()
+        with self.placement.judging([]):
+            images = decoded(self.flow, final[shown]).nan_to_num()
         if images.dim() == 4:
             captions = [
                 f"{', '.join(f'{r.name} {s:.4g}' for r, s in zip(self.rewards, scores[i].tolist(), strict=True))}: "
@@ -814,7 +836,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         dataset = check_dataset(source, "eval_dataset")
         check_columns([*self.rewards, *self.eval_rewards], dataset, "eval_dataset")
         with self.at_work(), self.judges_at_hand():
-            self.conditioning.encode(list(dataset["prompt"]), self.args.device, show_progress=False)
+            with self.placement.network_away():
+                self.conditioning.encode(list(dataset["prompt"]), self.args.device, show_progress=False)
             start = perf_counter()
             rows, errors = self.comparison.rows(dataset, self.evaluation_samplers(), self.sigmas)
             self.run_folder.rows, self.run_folder.sheet = rows, None
@@ -911,7 +934,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             self.run_folder.write_card(self.output_dir, self._card_facts())
 
     def _card_facts(self) -> CardFacts:
-        args, lora = self.args, self.peft_config
+        args, lora, quantised = self.args, self.peft_config, is_quantized(self.flow.transformer)
         adapter = {} if lora is None else {"LoRA rank, alpha": f"{lora.r}, {lora.lora_alpha}"}
         steps = args.eval_num_inference_steps or args.num_inference_steps
         sampling: dict[str, Any] = {
@@ -936,6 +959,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             | ({"rollouts": "with the adapter merged"} if args.merge_adapter else {})
             | ({"attention": args.attention_backend} if args.attention_backend else {})
             | ({"decoder": args.decoder_dtype} if args.decoder_dtype != "float32" else {})
+            | ({"base model in training": f"quantised ({args.quantization or 'by the user'})"} if quantised else {})
             | self.card_settings(),
             repository=self.hub_model_id,
             prompt=self.flow.example_prompt,
@@ -1045,5 +1069,6 @@ def _flow_pipeline(model: str | Path | DiffusionPipeline | FlowPipeline, args: F
         return model
     if isinstance(model, (str, Path)):
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-        return FlowPipeline.from_pretrained(model, dtype=dtype, **settings)
+        bits = {"quantization": args.quantization, "text_encoder_quantization": args.text_encoder_quantization}
+        return FlowPipeline.from_pretrained(model, dtype=dtype, **bits, **settings)
     return FlowPipeline.from_pipeline(model, **settings)

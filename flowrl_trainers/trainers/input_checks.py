@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from ..pipelines.quantization import check_quantization
 from ..rewards import Reward
 from ..rewards.base import PASSED
 from ..sampling.prompt_sources import PromptSource, prompts_of
@@ -27,6 +28,26 @@ def check_args(args: Any, config_class: type[FlowRLConfig]) -> None:
             f"`args` is a {kind}: pass a `{config_class.__name__}`, which has the settings of this trainer."
         )
     replace(args)
+
+
+def check_weights(model: Any, args: FlowRLConfig) -> None:
+    """Refuse a quantisation that cannot be had.
+
+    Args:
+        model: A Hub id or folder, or what is loaded already.
+        args: The configuration.
+
+    Raises:
+        ValueError: For a model that is loaded, and for what this machine does not have.
+    """
+    names = {name: getattr(args, name) for name in ("quantization", "text_encoder_quantization")}
+    for name, value in names.items():
+        if value is not None and not isinstance(model, (str, Path)):
+            raise ValueError(
+                f"`{name}` ({value!r}) says how a model is loaded, but `model` is a {type(model).__name__}, which is: "
+                "pass its Hub id or folder, or quantise it yourself and leave the setting out."
+            )
+    check_quantization(names, args.device)
 
 
 def writable_folder(path: str | PathLike[str]) -> Path:
