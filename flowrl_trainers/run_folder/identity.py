@@ -12,6 +12,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from ..sampling.sharding import whole
+
 FREE = {
     "where and how much is written": (
         "output_dir", "overwrite_output_dir", "run_name", "project", "report_to", "trackio_space_id",
@@ -73,11 +75,14 @@ def texts_identity(texts: Iterable[str]) -> str:
 
 @torch.no_grad()
 def weights_identity(network: nn.Module) -> str:
-    """A hash of the names and shapes of a network's frozen parameters, and of up to 256 elements of each."""
+    """A hash of the names and shapes of a network's frozen parameters, and of up to 256 elements of each.
+
+    Of a sharded network, all processes must ask for it.
+    """
     found = hashlib.sha256()
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
-            values: Tensor = parameter.detach().flatten()
+            values: Tensor = whole(parameter.detach()).flatten()
             sample = values[:: max(1, len(values) // SAMPLED)][:SAMPLED].contiguous().cpu()
             found.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)} {parameter.dtype}".encode())
             found.update(sample.view(torch.uint8).numpy().tobytes())

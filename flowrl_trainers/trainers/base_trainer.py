@@ -49,6 +49,7 @@ from ..sampling.prompt_groups import Example, PromptDataset, PromptGroupSampler
 from ..sampling.prompt_sources import PromptSource
 from ..sampling.reward_watch import RewardWatch
 from ..sampling.scoring import Scorer, call_rewards, decoded
+from ..sampling.sharding import refuse_other_sharding
 from .adapters import prepare_adapter
 from .base_config import FlowRLConfig
 from .checkpointed_trainer import CheckpointedTrainer, TrainingState
@@ -205,7 +206,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         self.average = MovingAverage(args.ema_decay)
         flow_model = FlowModel(self.flow, has_adapter=self.peft_config is not None)
         metrics = MetricLog(args.device)
-        loop = LoopCallback(self.sampler, flow_model, metrics, self.average, self.reason_to_stop)
+        loop = LoopCallback(self.sampler, flow_model, metrics, self.average, self.reason_to_stop, self.on_any_process)
         super().__init__(
             metrics=metrics,
             model=flow_model,
@@ -216,9 +217,11 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             callbacks=[loop, *(callbacks or [])],
             optimizers=optimizers,
         )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        refuse_other_sharding(self.accelerator)
+        if self.is_fsdp_enabled and args.compile_blocks:
             raise ValueError(
-                "FSDP and DeepSpeed are not supported: use `--accelerate_config ddp`, which keeps the network whole."
+                "`compile_blocks` is True, but the blocks are sharded, and what gathers their weights before each "
+                "call is no part of a graph: leave it out, or take `--accelerate_config ddp`."
             )
         if args.device.type == "cuda" and torch.backends.cuda.cudnn_sdp_enabled():
             # pytorch/pytorch#196678 and NVIDIA/cudnn-frontend#628: NaN in the gradients, or an illegal memory access.
@@ -270,6 +273,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         if head is not None:
             name, network = head
             self.model.attach_head(name, self.same_on_all_processes(network.to(args.device)))
+        if self.is_fsdp_enabled:
+            self.model.shard(self.accelerator)
         self.average.start(self.trained_parameters())
         self.settings = run_settings(
             args,
@@ -357,7 +362,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         Pictures are drawn by the first, whose name is empty.
         """
         steps = self.args.eval_num_inference_steps or self.args.num_inference_steps
-        return {"": ode_sampler(self.flow, self.flow.sigmas(steps).to(self.args.device))}
+        return {"": ode_sampler(self.flow.sigmas(steps).to(self.args.device))}
 
     def algorithm_state(self) -> dict[str, Any]:
         """What a checkpoint has to keep of the algorithm beside weights and rollout: tensors, numbers, strings."""
@@ -401,7 +406,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             if self.args.activation_checkpointing and isinstance(module, ModelMixin):
                 with suppress(ValueError):  # raised by models without gradient checkpointing
                     module.enable_gradient_checkpointing()
-        if self.model.frozen is not None:
+        if self.model.frozen is not None and not self.is_fsdp_enabled:
             self.model.frozen.to(self.args.device)
         for reward in self.rewards:
             reward.to(self.args.device)
@@ -468,7 +473,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             latents = self.initial_latents([e.key for e in examples], "probe")
             conditioning = self.condition(examples)
             with self.accelerator.autocast():
-                latents = self.flow.sample_latents(self.model.active_transformer, conditioning, latents, self.sigmas)
+                latents = ode_sampler(self.sigmas)(self.model, latents, conditioning, [])
         if not latents.isfinite().all():
             raise ValueError(
                 "The model's own pictures are not finite before training: its weights are damaged, or its precision "
@@ -641,8 +646,9 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         conditioning, states = self.condition(batch.examples), self.num_trained_states
         total, bad = torch.zeros((), device=self.args.device), torch.zeros((), device=self.args.device)
         for state in range(states):
-            # Gradients of all but the last state are reduced over processes together with the last one's.
-            with nullcontext() if state == states - 1 else self.accelerator.no_sync(model):
+            # Gradients of all but the last state are reduced over processes together with the last one's; those of a
+            # sharded network at once, as a whole gradient is as large as what is trained.
+            with nullcontext() if state == states - 1 or self.model.is_sharded else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     losses = self.micro_batch_losses(model, batch, conditioning, state)
                 good = losses.detach().isfinite() & batch.good
@@ -770,9 +776,10 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             start = perf_counter()
             rows, errors = self.comparison.rows(dataset, self.evaluation_samplers(), self.sigmas)
             self.run_folder.rows, self.run_folder.sheet = rows, None
-            if self.args.log_images and self.is_world_process_zero():
+            if self.args.log_images and (self.model.is_sharded or self.is_world_process_zero()):
                 base, tuned = self.pictures(dataset, self.args.log_images)
-                if base.images.dim() == 4:  # a model of vectors has nothing to show
+                # A model of vectors has nothing to show.
+                if base.images.dim() == 4 and self.is_world_process_zero():
                     self.run_folder.write_sheet(base, tuned, self.step_of_weights)
         self._warn_of_over_optimisation(errors)
         self.seconds["evaluation"] = self.seconds.get("evaluation", 0.0) + perf_counter() - start
@@ -801,9 +808,12 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         return self.run_folder.rows
 
     def pictures(self, dataset: PromptSource, count: int) -> tuple[Pictures, Pictures]:
-        """Base and tuned pictures of `count` evenly spaced rows with different prompts, of this process alone.
+        """Base and tuned pictures of `count` evenly spaced rows with different prompts, all of them on this process.
 
-        Raises `ValueError` for what holds no prompts, and for a `count` below 1.
+        With FSDP2, all processes must call it.
+
+        Raises:
+            ValueError: For what holds no prompts, and for a `count` below 1.
         """
         dataset = check_dataset(dataset, "dataset")
         check_columns([*self.rewards, *self.eval_rewards], dataset, "dataset")
@@ -829,10 +839,15 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
 
     # ---- files -----------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def weights_to_write(self) -> Iterator[None]:
+        """See `CheckpointedTrainer.weights_to_write`: the average, where one is kept."""
+        with self.average.in_place(), super().weights_to_write():
+            yield
+
     def write_model(self, folder: Path) -> None:
         """The adapter as stock diffusers reads it (or `transformer/`), the card, `config.yaml` and `metrics.json`."""
-        with self.average.in_place():
-            self.run_folder.write_networks(folder, self.extra_networks())
+        self.run_folder.write_networks(folder, self.extra_networks())
         if folder.resolve() == self.output_dir.resolve():
             self.run_folder.draw_curve(self.state.log_history, self.rewards[0].name)
         self.run_folder.write_facts(folder, self.settings, self.seconds_so_far(), self._card_facts())
@@ -933,6 +948,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
                 "prompts": self._prompts_identity,
                 "noise levels": texts_identity(f"{sigma:.6f}" for sigma in self.sigmas.tolist()),
                 "base model": self._base_identity,
+                "sharded over the processes": self.model.is_sharded or None,
                 "text encoders and decoder": self._frozen_parts_identity,
             },
         )

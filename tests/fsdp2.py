@@ -1,0 +1,44 @@
+"""FSDP2 on two processes without a GPU: accelerate's own path, which it takes on GPUs alone."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+from . import forked
+from .runs import free_port
+
+ENVIRONMENT = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_RESHARD_AFTER_FORWARD": "true",
+}  # fmt: skip
+"""What `accelerate launch` makes of the file of `--accelerate_config fsdp2`."""
+
+
+def on_two_processes(
+    function: Callable[..., Any], *arguments: Any, **environment: str
+) -> list[subprocess.CompletedProcess]:
+    """Call a function of a module in two processes with gloo, and wait for both; environment: more variables."""
+    shared = {k: v for k, v in os.environ.items() if k != "CI"} | environment | {
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(
+            lambda rank: forked.call(
+                function, *arguments, environment=shared | {"RANK": rank, "LOCAL_RANK": rank}
+            ),
+            ("0", "1"),
+        ))  # fmt: skip
+
+
+def pretend_gpus() -> None:
+    """Let accelerate shard in this process, over gloo; to be called before it looks at the devices."""
+    backend = ("gloo", DistributedType.MULTI_GPU)
+    patch.object(PartialState, "_prepare_backend", lambda self, *arguments, **more: backend).start()
+    patch.object(PartialState, "set_device", lambda self: setattr(self, "device", torch.device("cpu"))).start()
