@@ -1,5 +1,6 @@
 """A network that two processes share (FSDP2) draws, learns, saves and resumes as a whole one does."""
 
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from flowrl_trainers import FlowRLTrainer
+from flowrl_trainers import AdjointMatchingTrainer, FlowRLTrainer
 from flowrl_trainers.run_folder.checkpoints import fault
-from flowrl_trainers.sampling.sharding import own_part, own_parts, whole
+from flowrl_trainers.sampling.sharding import own_part, own_parts, refuse_other_sharding, whole
 
 from .fsdp2 import ENVIRONMENT, on_two_processes, pretend_gpus
-from .helpers import TRAINERS, make_trainer
+from .helpers import TRAINERS, adjoint_matching_config, make_trainer, redness
 from .runs import assert_same
 from .tiny import tiny_sd3
 
@@ -141,3 +142,39 @@ def test_two_processes_share_one_network(tmp_path, name, lora):
         assert any(
             isinstance(v, Tensor) and v.abs().max() > 0 for s in resumed["optimizer"].values() for v in s.values()
         )
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "deepspeed": (
+        {"ACCELERATE_USE_DEEPSPEED": "true"},
+        "DeepSpeed is not supported: take `--accelerate_config fsdp2`",
+    ),
+    "fsdp1": ({"FSDP_VERSION": "1", "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"}, "set `fsdp_version: 2` in the"),
+    "compiled": ({}, "`compile_blocks` is True, but the blocks are sharded"),
+    "cpu": ({}, "there are 1 process(es) on 'cpu', where accelerate would leave the network whole in silence"),
+    "loading": ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "`fsdp_cpu_ram_efficient_loading` of the accelerate file"),
+    "offload": ({"FSDP_OFFLOAD_PARAMS": "true"}, "`fsdp_offload_params` of the accelerate file is true"),
+    "checkpointing": ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "`activation_checkpointing` of the run's settings"),
+    "reshard": (
+        {"FSDP_RESHARD_AFTER_FORWARD": "false"},
+        "`fsdp_reshard_after_forward` of the accelerate file is false",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_other_ways_to_shard_are_refused(monkeypatch, what):
+    variables, sentence = REFUSED[what]
+    for name, value in (ENVIRONMENT | variables).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        refuse_other_sharding(compile_blocks=what == "compiled")
+
+
+def test_they_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=re.escape(REFUSED["cpu"][1])):
+        AdjointMatchingTrainer("no/model", redness, adjoint_matching_config(tmp_path), HELD_OUT)

@@ -5,8 +5,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, fsdp2_prepare_model, parse_flag_from_env
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    fsdp2_prepare_model,
+    parse_flag_from_env,
+)
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -18,8 +23,11 @@ def is_sharded(network: nn.Module) -> bool:
     return isinstance(network, FSDPModule)
 
 
-def refuse_other_sharding(accelerator: Accelerator) -> None:
-    """Check that the network is whole, or sharded in the one way that works here.
+def refuse_other_sharding(compile_blocks: bool) -> None:
+    """Check that the launcher wants the network whole, or sharded in the one way that works here.
+
+    Args:
+        compile_blocks: The setting of the run, which goes with a whole network alone.
 
     Raises:
         ValueError: For DeepSpeed, FSDP1, and what FSDP2 cannot do here, with what to take instead.
@@ -29,15 +37,9 @@ def refuse_other_sharding(accelerator: Accelerator) -> None:
             "DeepSpeed is not supported: take `--accelerate_config fsdp2`, which shards the network as ZeRO-3 does, "
             "or 'ddp', which keeps it whole."
         )
-    if accelerator.distributed_type != DistributedType.FSDP:
-        if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-            raise ValueError(
-                f"FSDP2 is asked for, but accelerate runs on '{accelerator.device.type}' with "
-                f"{accelerator.num_processes} process(es), where it would leave the network whole in silence: start "
-                "one process for each of several GPUs, or take `--accelerate_config ddp`."
-            )
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return
-    plugin = accelerator.state.fsdp_plugin
+    plugin, state = FullyShardedDataParallelPlugin(), PartialState()
     if plugin.fsdp_version != 2:
         raise ValueError(
             f"FSDP1 is not supported (`fsdp_version` is {plugin.fsdp_version}): set `fsdp_version: 2` in the "
@@ -64,6 +66,17 @@ def refuse_other_sharding(accelerator: Accelerator) -> None:
         raise ValueError(
             "`fsdp_reshard_after_forward` of the accelerate file is false, which keeps the network whole between "
             "calls, with weights that may have changed since: set it to true."
+        )
+    if compile_blocks:
+        raise ValueError(
+            "`compile_blocks` is True, but the blocks are sharded, and what gathers their weights before each call is "
+            "no part of a graph: leave it out, or take `--accelerate_config ddp`."
+        )
+    if state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+        raise ValueError(
+            f"FSDP2 is asked for, but there are {state.num_processes} process(es) on '{state.device.type}', where "
+            "accelerate would leave the network whole in silence: start one process for each of several GPUs, or take "
+            "`--accelerate_config ddp`."
         )
 
 

@@ -135,6 +135,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         check_modes()
         args = args or self.config_class(output_dir=self._name.lower().replace(" ", "-"))
         check_args(args, self.config_class)
+        refuse_other_sharding(args.compile_blocks)
         if args.should_save:
             writable_folder(str(args.output_dir))
         train_dataset = check_dataset(train_dataset, "train_dataset", args)
@@ -217,12 +218,6 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             callbacks=[loop, *(callbacks or [])],
             optimizers=optimizers,
         )
-        refuse_other_sharding(self.accelerator)
-        if self.is_fsdp_enabled and args.compile_blocks:
-            raise ValueError(
-                "`compile_blocks` is True, but the blocks are sharded, and what gathers their weights before each "
-                "call is no part of a graph: leave it out, or take `--accelerate_config ddp`."
-            )
         if args.device.type == "cuda" and torch.backends.cuda.cudnn_sdp_enabled():
             # pytorch/pytorch#196678 and NVIDIA/cudnn-frontend#628: NaN in the gradients, or an illegal memory access.
             torch.backends.cuda.enable_cudnn_sdp(False)
