@@ -4,6 +4,7 @@ import os
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -22,19 +23,28 @@ ENVIRONMENT = {
 
 
 def on_two_processes(
-    function: Callable[..., Any], *arguments: Any, **environment: str
+    function: Callable[..., Any], *arguments: Any, first_ended: Path | None = None, **environment: str
 ) -> list[subprocess.CompletedProcess]:
-    """Call a function of a module in two processes with gloo, and wait for both; environment: more variables."""
+    """Call a function of a module in two processes with gloo, and wait for both.
+
+    Args:
+        function: See `forked.call`.
+        arguments: Of it.
+        first_ended: A file that is made when the first process has ended.
+        environment: More variables.
+    """
     shared = {k: v for k, v in os.environ.items() if k != "CI"} | environment | {
         "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
     }  # fmt: skip
+
+    def call(rank: str) -> subprocess.CompletedProcess:
+        ended = forked.call(function, *arguments, environment=shared | {"RANK": rank, "LOCAL_RANK": rank})
+        if rank == "0" and first_ended is not None:
+            first_ended.touch()
+        return ended
+
     with ThreadPoolExecutor(2) as threads:
-        return list(threads.map(
-            lambda rank: forked.call(
-                function, *arguments, environment=shared | {"RANK": rank, "LOCAL_RANK": rank}
-            ),
-            ("0", "1"),
-        ))  # fmt: skip
+        return list(threads.map(call, ("0", "1")))
 
 
 def pretend_gpus() -> None:

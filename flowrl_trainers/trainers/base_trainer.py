@@ -766,7 +766,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             raise ValueError("`evaluate` needs prompts: pass `eval_dataset` to it or to the trainer.")
         dataset = check_dataset(source, "eval_dataset")
         check_columns([*self.rewards, *self.eval_rewards], dataset, "eval_dataset")
-        with self.at_work(), self.judges_at_hand():
+        with self.one_for_all(), self.at_work(), self.judges_at_hand():
             self.conditioning.encode(list(dataset["prompt"]), self.args.device, show_progress=False)
             start = perf_counter()
             rows, errors = self.comparison.rows(dataset, self.evaluation_samplers(), self.sigmas)

@@ -12,7 +12,8 @@ import math
 import shutil
 import time
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -43,7 +44,7 @@ from ..sampling.metric_log import MetricLog
 from ..sampling.sharding import copy_whole, is_sharded, load_own_parts, own_parts, whole, whole_parameters
 from .base_config import FlowRLConfig
 from .input_checks import writable_folder
-from .other_processes import cause_elsewhere, is_broken_connection, tell_others
+from .other_processes import ALARMS, Alarm, is_broken_connection
 from .sigterm import EXIT_STATUS, SigtermCallback
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class CheckpointedTrainer(Trainer, ABC):
         self.best_step: int | None = None  # that of the checkpoint whose weights stand at the end
         self._counter, self._sigterm = UpdateCounter(), SigtermCallback(self.on_any_process)
         self._training_since: float | None = None
-        self._owns_output_dir = False
+        self._owns_output_dir = self._together = False
         super().__init__(callbacks=[self._counter, *callbacks, self._sigterm], **kwargs)
 
     # ---- the contract ----------------------------------------------------------------------------------------------
@@ -165,7 +166,7 @@ class CheckpointedTrainer(Trainer, ABC):
                 f"`resume_from_checkpoint` ({resume_from_checkpoint!r}) must be True, 'auto' or a checkpoint's folder."
             )
         self.best_step, self._counter.updates = None, 0
-        with ExitStack() as listening:  # until what was learned is kept, and others' errors are told
+        with self.one_for_all(), ExitStack() as listening:  # until what was learned is kept
             try:
                 folder = self._find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
                 self._take_output_dir(folder, auto=resume_from_checkpoint == "auto")
@@ -175,24 +176,37 @@ class CheckpointedTrainer(Trainer, ABC):
                 self._training_since = time.perf_counter()
                 listening.enter_context(self._sigterm.listening())
                 output = super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
-            except (Exception, KeyboardInterrupt) as error:
+            except (Exception, KeyboardInterrupt):
                 if self._counter.updates:
                     self._keep_what_was_learned()
-                if self.args.world_size > 1:
-                    self._blame(error)
                 raise
         self.seconds = self.seconds_so_far()
         self._training_since = None
         return output
 
-    def _blame(self, error: BaseException) -> None:
+    @contextmanager
+    def one_for_all(self) -> Iterator[None]:
+        """Inside, an error of one process is told to the others and ends them; one inside another changes nothing."""
+        if self.args.world_size == 1 or self._together:
+            yield
+            return
+        self._together, alarm = True, Alarm(next(ALARMS))
+        try:
+            with alarm.heard():
+                yield
+        except (Exception, KeyboardInterrupt) as error:
+            self._blame(error, alarm)
+            raise
+        finally:
+            self._together = False
+
+    def _blame(self, error: BaseException, alarm: Alarm) -> None:
         """Tell the other processes of an error; raises `RuntimeError` with theirs where it only says they are gone."""
         if not is_broken_connection(error):
-            tell_others(error)
+            alarm.ring(error)
             return
         sentence = (
-            f"Process {self.args.process_index} cannot go on, as {cause_elsewhere()}: look at what that process "
-            "printed."
+            f"Process {self.args.process_index} cannot go on, as {alarm.cause()}: look at what that process printed."
         )
         logger.error(sentence)  # at once: launchers end the other processes as soon as one has failed
         raise RuntimeError(sentence) from None
