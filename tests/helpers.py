@@ -163,7 +163,7 @@ def check_card(t: FlowRLTrainer, pipeline: Any) -> None:
     ):
         exec(code, {"generator": seed}, scope)
         conditioning = t.flow.encode_prompts([t.flow.example_prompt])
-        (ours,) = t.flow.images(sampler(t.flow.transformer, latents, conditioning, [generator]))
+        (ours,) = t.flow.images(sampler(t.model, latents, conditioning, [generator]))
     torch.testing.assert_close(scope["image"], ours, atol=1e-4, rtol=0)
 
 

@@ -221,7 +221,7 @@ def test_evaluation_uses_the_adapter_in_all_steps_and_the_card_names_the_pool(tm
         for k in range(4):
             v = t.flow.velocity(t.flow.transformer, states[k], t.sigmas[k].expand(2), conditioning, guidance=True)
             states.append(states[k] + (t.sigmas[k + 1] - t.sigmas[k]) * v)
-        drawn = t.evaluation_samplers()[""](t.flow.transformer, states[0], conditioning, None)
+        drawn = t.evaluation_samplers()[""](t.model, states[0], conditioning, None)
     torch.testing.assert_close(drawn, states[-1], atol=1e-6, rtol=0)
     t.create_model_card()
     card = (tmp_path / "README.md").read_text(encoding="utf-8")

@@ -141,7 +141,7 @@ def test_env_prints_what_a_bug_report_needs():
     (["demo", "--no_such_field", "1"], "flowrl: 'no_such_field' in the command line is no setting of `flowrl demo`"),
     (["demo", "--trainer", "ppo"], "flowrl: `--trainer` is 'ppo': choose adjoint_matching, vgg_flow, ac_flow, diffusion_nft, tafs_grpo."),
     (["demo", "--reward_funcs", "checker"], "flowrl: Reward 'checker' is not differentiable, which AdjointMatchingTrainer needs"),
-    (["demo", "--accelerate_config", "fsdp9"], "flowrl: `--accelerate_config` (fsdp9) is neither 'ddp' nor a file"),
+    (["demo", "--accelerate_config", "fsdp9"], "flowrl: `--accelerate_config` (fsdp9) is neither 'ddp' nor 'fsdp2' nor a file"),
     (["demo", "--num_processes", "2"], "flowrl: `--num_processes` needs `--accelerate_config ddp`"),
     (["demo", "--max_step", "3"], "flowrl: 'max_step' in the command line is no setting of `flowrl demo`"),
     (["demo", "--max_step=3"], "flowrl: 'max_step' in the command line is no setting of `flowrl demo`"),

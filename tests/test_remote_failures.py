@@ -3,19 +3,22 @@ death.
 """
 
 import gzip
+import os
 import re
 import signal
 import socket
 import threading
 import time
+from itertools import count
 from pathlib import Path
 
 import pytest
 
-from flowrl_trainers.rewards import RemoteReward
+from flowrl_trainers.rewards import FunctionReward, RemoteReward
 
-from .helpers import make_trainer
-from .reward_servers import fake, noise, scores_of, start, stop, wait_for
+from . import forked
+from .helpers import make_trainer, redness
+from .reward_servers import fake, noise, scores_of, serving, start, stop, wait_for
 from .runs import free_port
 
 TOKEN = "a-token.of+24/characters"
@@ -71,9 +74,36 @@ def test_the_waits_double():
     assert second >= 1.0
 
 
-def rewards_of(folder: Path, address: str) -> list[tuple[int, float]]:
+def test_what_fails_on_one_server_is_asked_of_the_next_at_once_and_of_the_first_again_later(monkeypatch):
+    """The first server fails in its first request and its second, between which it is left alone for a while."""
+    with fake("drop", 500) as one, fake() as two:
+        reward = RemoteReward([one.address, two.address], retries=0)
+        begun = time.monotonic()
+        for _ in range(2):
+            assert scores_of(reward, noise(1)).tolist() == [1.0]
+        assert [len(one.bodies), len(two.bodies)] == [1, 2]
+        monkeypatch.setattr("flowrl_trainers.rewards.remote.LONGEST_DELAY", 0.0)
+        for _ in range(2):
+            assert scores_of(reward, noise(1)).tolist() == [1.0]
+        assert [len(one.bodies), len(two.bodies)] == [3, 3]
+        assert time.monotonic() - begun < 2
+
+
+@pytest.mark.usefixtures("quick_retries")
+def test_several_servers_that_all_fail_are_waited_for():
+    with fake("drop", 500, 500) as one, fake(500, 500, "drop") as two:
+        assert scores_of(RemoteReward([one.address, two.address], retries=2), noise(1)).tolist() == [1.0]
+        assert [len(one.bodies), len(two.bodies)] == [4, 3]
+    with fake(*[500] * 9) as one, fake(*[500] * 9) as two:
+        reward = RemoteReward([one.address, two.address], retries=1)
+        with pytest.raises(RuntimeError, match=r"failed 4 times, more than `retries` \(1\) allows"):
+            scores_of(reward, noise(1))
+
+
+def rewards_of(folder: Path, address: str | list[str], batch_size: int = 16) -> list[tuple[int, float]]:
     """Step and mean reward of each update of a small run."""
-    t = make_trainer("ACFlowTrainer", folder, reward=RemoteReward(address), num_generations=2, max_steps=4)
+    reward = RemoteReward(address, batch_size=batch_size)
+    t = make_trainer("ACFlowTrainer", folder, reward=reward, num_generations=2, max_steps=4)
     t.train()
     assert t.state.global_step == 4
     return [(row["step"], row["reward/remote"]) for row in t.state.log_history if "reward/remote" in row]
@@ -104,6 +134,41 @@ def test_a_server_killed_under_a_request_and_restarted_costs_no_step(tmp_path):
         supervisor.join()
         for process in processes[1:]:  # one that was started after the first was stopped
             stop(process)
+    assert [step for step, _ in undisturbed] == [1, 2, 3, 4]
+    assert disturbed == undisturbed
+
+
+def serve_and_die(folder: Path) -> None:
+    """A server of redness that SIGKILL ends in its third call; its address is written to a file."""
+    calls = count(1)
+
+    def judge(images, prompts, **columns):
+        if next(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return redness(images, prompts)
+
+    with serving(FunctionReward(judge)) as address:
+        (folder / "part").write_text(address)
+        (folder / "part").rename(folder / "address")
+        time.sleep(600)
+
+
+def test_one_of_two_servers_is_killed_and_costs_no_step(tmp_path):
+    """Each has two of four pictures at a time; nobody starts the first again."""
+    killed = forked.FORKS.Process(target=serve_and_die, args=(tmp_path,), daemon=True)
+    killed.start()
+    try:
+        with serving(FunctionReward(redness)) as other:
+            while not (tmp_path / "address").exists():
+                assert killed.is_alive()
+                time.sleep(0.05)
+            address = (tmp_path / "address").read_text()
+            disturbed = rewards_of(tmp_path / "disturbed", [address, other], batch_size=2)
+            killed.join(10)
+            assert killed.exitcode == -signal.SIGKILL
+            undisturbed = rewards_of(tmp_path / "undisturbed", other)
+    finally:
+        killed.kill()
     assert [step for step, _ in undisturbed] == [1, 2, 3, 4]
     assert disturbed == undisturbed
 

@@ -78,6 +78,20 @@ def test_requests_have_batch_size_pictures_with_their_prompts_and_columns():
     assert torch.equal(torch.stack([decoded(p) for body in server.bodies for p in body["images"]]), images)
 
 
+def test_several_servers_share_the_requests():
+    """Each has one request at a time: with two at work on the first two, the third goes to whoever is done."""
+    images, both = noise(5), threading.Barrier(2)
+
+    def judge(images, prompts, **columns):
+        if prompts[0] in "ab":
+            both.wait(20)
+        return redness(images, prompts)
+
+    with serving(FunctionReward(judge)) as one, serving(FunctionReward(judge)) as two:
+        reward = RemoteReward([one, two], batch_size=1, retries=0)
+        assert torch.equal(scores_of(reward, images, list("abcde")), redness(images, []))
+
+
 def test_remote_rewards_are_waited_for_together():
     """Neither server answers before the other has been asked too."""
     both = threading.Barrier(2)
@@ -95,6 +109,9 @@ def test_remote_rewards_are_waited_for_together():
     ({"url": "127.0.0.1:8000"}, r"`url` \('127.0.0.1:8000'\) is no address of a server"),
     ({"url": "http://127.0.0.1:99999"}, r"`url` \('http://127.0.0.1:99999'\) is no address of a server"),
     ({"url": "http://[::1"}, r"`url` \('http://\[::1'\) is no address of a server"),
+    ({"url": ["http://127.0.0.1:1", "there"]}, r"`url` \('there'\) is no address of a server"),
+    ({"url": []}, r"`url` \(\[\]\) must hold at least one address, and none of them twice"),
+    ({"url": ["http://127.0.0.1:1"] * 2}, "must hold at least one address, and none of them twice"),
     ({"url": "http://"}, r"`url` \('http://'\) is no address of a server"),
     ({"url": "http://me:secret@127.0.0.1"}, "^`url` has a user name or a password, which errors would show"),
     ({"timeout": math.nan}, r"`timeout` \(nan\) must be above 0"),

@@ -1,16 +1,23 @@
 """What ends a process: SIGTERM leaves a checkpoint, and a process that fails is named by the others."""
 
+import os
 import signal
 import threading
+import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 
+from flowrl_trainers.rewards import differentiable
 from flowrl_trainers.run_folder.checkpoints import fault
+from flowrl_trainers.trainers import other_processes
 from flowrl_trainers.trainers.sigterm import EXIT_STATUS, SigtermCallback
 
-from .helpers import TRAINERS, adjoint_matching
+from .fsdp2 import ENVIRONMENT, on_two_processes, pretend_gpus
+from .helpers import TRAINERS, adjoint_matching, make_trainer
 from .runs import WINDOW, assert_same, fork_two, launch, run
 from .tiny import tiny_sd3
 
@@ -71,6 +78,45 @@ def test_a_process_says_why_it_cannot_go_on_without_another(tmp_path, how, cause
     sentence = f"Process 0 cannot go on, as {cause}: look at what that process printed."
     assert sentence in " ".join(ended.stderr.split()), ended.stderr
     assert "gloo" not in ended.stderr
+
+
+def fail_and_live_on(folder: Path, where: str, sharded: bool) -> None:
+    """On one of two processes: a reward that raises on the second, in the second rollout or in an evaluation; the
+    second process does not end then.
+    """
+    torch.set_num_threads(1)
+    other_processes.GRACE = 3.0
+    if sharded:
+        pretend_gpus()
+    calls = [0]
+
+    @differentiable
+    def judge(images, prompts, **columns):
+        calls[0] += 1
+        if os.environ["RANK"] == "1" and calls[0] == (4 if where == "train" else 1):
+            raise OSError("the judge is gone")
+        return images.mean(dim=(1, 2, 3))
+
+    t = make_trainer(
+        "AdjointMatchingTrainer", folder, reward=judge, per_device_train_batch_size=1, use_cpu=not sharded,
+    )  # fmt: skip
+    try:
+        t.train() if where == "train" else t.evaluate(Dataset.from_dict({"prompt": ["a", "b"]}))
+    except OSError:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (folder / "first_ended").exists():
+            time.sleep(0.1)
+
+
+@pytest.mark.parametrize(("where", "sharded"), [("train", True), ("evaluate", False)])
+def test_a_reward_that_raises_on_one_process_ends_the_others_that_wait_for_it(tmp_path, where, sharded):
+    ended = on_two_processes(
+        fail_and_live_on, tmp_path, where, sharded, first_ended=tmp_path / "first_ended",
+        **(ENVIRONMENT if sharded else {}),
+    )  # fmt: skip
+    assert [process.returncode for process in ended] == [1, 0]
+    sentence = "Process 0 ends, as process 1 failed (OSError: the judge is gone), and it waits for that one in vain"
+    assert sentence in " ".join(ended[0].stderr.split()), ended[0].stderr
 
 
 # ---- the handler ----------------------------------------------------------------------------------------------------

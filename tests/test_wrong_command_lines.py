@@ -94,7 +94,7 @@ def refused(tmp_path, monkeypatch, capsys):
     (["ac_flow", "--config=deep.yaml"], "flowrl: deep.yaml sets 'use_dora' twice, in lines 3 and 4: keep one of them."),
     # several processes, the demo, other commands
     (["ac_flow", "--num_processes", "2"], "flowrl: `--num_processes` needs `--accelerate_config ddp`"),
-    (["ac_flow", "--accelerate_config", "fsdp9"], "flowrl: `--accelerate_config` (fsdp9) is neither 'ddp' nor a file"),
+    (["ac_flow", "--accelerate_config", "fsdp9"], "flowrl: `--accelerate_config` (fsdp9) is neither 'ddp' nor 'fsdp2' nor a file"),
     (["demo", "--trainer", "ppo"], "flowrl: `--trainer` is 'ppo': choose adjoint_matching, vgg_flow, ac_flow, diffusion_nft, tafs_grpo."),
     (["demo", "--trainer"], "flowrl: `--trainer` is '': choose"),
     (["demo", "--adjoint_steps", "30"], "flowrl: `adjoint_steps` (30) must be between 1 and `num_inference_steps` (20)."),

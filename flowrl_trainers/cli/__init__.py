@@ -48,7 +48,8 @@ commands:
   env                print the versions and devices that a bug report should have
 
 Every setting is a flag and a key of the YAML file, explained by `flowrl COMMAND --help`. `--accelerate_config ddp` (or
-a file that `accelerate config` wrote) starts one process per device; `--num_processes N` starts N processes.
+a file that `accelerate config` wrote) starts one process per device, 'fsdp2' shards the network over them;
+`--num_processes N` starts N processes.
 """
 
 

@@ -17,6 +17,7 @@ from ..run_folder.gallery import to_pillow
 from ..run_folder.score_sheets import SHOWN, picture_rows
 from ..run_folder.text_files import write_json, write_text
 from ..sampling.evaluator import Evaluator, ode_sampler
+from ..sampling.flow_model import FlowModel
 from ..sampling.prompt_groups import Example
 from ..sampling.prompt_sources import is_prompt_file
 from ..sampling.reward_trial import Trial, try_reward
@@ -112,8 +113,9 @@ def _draw(args: argparse.Namespace, rows: Dataset, accelerator: Accelerator) -> 
         batch_size=args.batch_size,
         show_progress=sys.stderr.isatty(),
     )
-    sampler = ode_sampler(flow, flow.sigmas(args.num_inference_steps).to(accelerator.device))
-    parts = list(evaluator.drawn(flow.transformer, rows, sampler, "base"))
+    sampler = ode_sampler(flow.sigmas(args.num_inference_steps).to(accelerator.device))
+    model = FlowModel(flow, has_adapter=True).eval()  # or none, which is no adapter either
+    parts = list(evaluator.drawn(model, rows, sampler, "base"))
     return [example for part, _ in parts for example in part], torch.cat([images for _, images in parts])
 
 

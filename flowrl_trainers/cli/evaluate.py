@@ -17,6 +17,7 @@ from ..run_folder import sheet_of
 from ..run_folder.text_files import write_json, write_text
 from ..sampling.conditioning import ConditioningCache
 from ..sampling.evaluator import Evaluator, ode_sampler
+from ..sampling.flow_model import FlowModel
 from ..sampling.pictures import Pictures
 from ..sampling.prompt_sources import is_prompt_file
 from ..trainers.base_trainer import PIPELINE_SETTINGS
@@ -124,13 +125,14 @@ def _rows(
         decode_batch_size=args.decode_batch_size,
         show_progress=sys.stderr.isatty(),
     )
-    sampler = ode_sampler(flow, flow.sigmas(args.num_inference_steps).to(accelerator.device))
+    sampler = ode_sampler(flow.sigmas(args.num_inference_steps).to(accelerator.device))
+    model = FlowModel(flow, has_adapter=True).eval()  # or none, which is no adapter either
     rows, scores, pictures = {}, {}, {}
     for label, source in [("base", None), *zip(labels, args.adapter, strict=True)]:
         if source is not None:
             _load_adapter(pipeline, source)
-        rows[label], scores[label] = evaluator.row(transformer, dataset, sampler, label, CONTEXT)
-        pictures[label] = evaluator.pictures(transformer, dataset, sampler, SHOWN, CONTEXT)
+        rows[label], scores[label] = evaluator.row(model, dataset, sampler, label, CONTEXT)
+        pictures[label] = evaluator.pictures(model, dataset, sampler, SHOWN, CONTEXT)
         if source is not None:
             pipeline.delete_adapters(ADAPTER)
     return rows, scores, pictures

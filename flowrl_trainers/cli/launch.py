@@ -7,6 +7,8 @@ from pathlib import Path
 
 # Without these, accelerate reads its configuration file, or asks for one.
 DDP = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+FSDP2 = ["--config_file", str(Path(__file__).parent / "fsdp2.yaml"), "--dynamo_backend", "no"]
+NAMED = {"ddp": DDP, "fsdp2": FSDP2}
 
 
 def take_launch_arguments(arguments: list[str]) -> tuple[list[str] | None, list[str]]:
@@ -16,7 +18,7 @@ def take_launch_arguments(arguments: list[str]) -> tuple[list[str] | None, list[
         The arguments of `accelerate launch`, None if neither flag is there; and the other arguments of the command.
 
     Raises:
-        ValueError: If the name is neither "ddp" nor a file, or if `--num_processes` comes alone.
+        ValueError: If the name is none of `NAMED` and no file, or if `--num_processes` comes alone.
     """
     rest: list[str] = []
     taken: dict[str, str] = {}
@@ -31,13 +33,14 @@ def take_launch_arguments(arguments: list[str]) -> tuple[list[str] | None, list[
     config = taken.get("--accelerate_config")
     if config is None:
         raise ValueError(
-            "`--num_processes` needs `--accelerate_config ddp`, or the file that `accelerate config` wrote."
+            "`--num_processes` needs `--accelerate_config ddp` or 'fsdp2', or the file that `accelerate config` wrote."
         )
-    if config != "ddp" and not Path(config).is_file():
+    if config not in NAMED and not Path(config).is_file():
         raise ValueError(
-            f"`--accelerate_config` ({config}) is neither 'ddp' nor a file: write one with `accelerate config`."
+            f"`--accelerate_config` ({config}) is neither 'ddp' nor 'fsdp2' nor a file: write one with "
+            "`accelerate config`."
         )
-    launcher = DDP if config == "ddp" else ["--config_file", config]
+    launcher = NAMED.get(config, ["--config_file", config])
     processes = taken.get("--num_processes")
     return [*launcher, *(["--num_processes", processes] if processes is not None else [])], rest
 

@@ -41,20 +41,25 @@ class RemoteReward(Reward):
     If the server cannot be reached or dies during a request, the reward waits for it; if the server answers late or
     with an error, the reward repeats the request. The delays grow from half a second to 15 seconds.
 
+    Of several servers, each computes one request at a time, and the next request goes to the first that is free. A
+    request that fails on one is repeated on the next at once, and waits only after all have failed; a server that
+    failed is asked last for 15 seconds. So the loss of one costs no step, and one that comes back is found.
+
     A call raises `ValueError` if the server refuses the request (4xx), or if its answer has no scores or more than a
     megabyte, and `RuntimeError` when `retries` or `patience` are used up.
 
     Args:
-        url: The server's address, such as "http://127.0.0.1:8000"; pictures go to `url/score`.
+        url: The server's address, such as "http://127.0.0.1:8000", or a list of the addresses of servers that give the
+            same scores; pictures go to `url/score`.
         name: The name of the reward in logs.
         columns: The columns of the data set to send beside pictures and prompts; JSON must be able to carry their
             values.
-        batch_size: Pictures per request; the requests follow one another.
+        batch_size: Pictures per request; the requests to one server follow one another.
         timeout: Seconds that one try of a request may take, from connecting to the last byte of the answer.
-        retries: How often to repeat a request that timed out or got a 5xx answer.
-        patience: Seconds, from a request's first failure on, to wait for a server that cannot be reached or answers
-            502, 503 or 504.
-        token: The bearer token of the server, from a file or an environment variable; None for a server that asks for
+        retries: How often to repeat a request that timed out or got a 5xx answer, on each server.
+        patience: Seconds, from a request's first failure on, to wait for servers that cannot be reached or answer 502,
+            503 or 504.
+        token: The bearer token of the servers, from a file or an environment variable; None for servers that ask for
             none. No log, error or file of a run shows it.
 
     Raises:
@@ -65,7 +70,7 @@ class RemoteReward(Reward):
 
     def __init__(
         self,
-        url: str,
+        url: str | Sequence[str],
         name: str = "remote",
         columns: Sequence[str] = (),
         batch_size: int = 16,
@@ -74,7 +79,11 @@ class RemoteReward(Reward):
         patience: float = 600.0,
         token: str | None = None,
     ) -> None:
-        check_address(url)
+        urls = [url] if isinstance(url, str) or not isinstance(url, Sequence) else list(url)
+        if not urls or len(set(urls)) < len(urls):
+            raise ValueError(f"`url` ({url!r}) must hold at least one address, and none of them twice.")
+        for address in urls:
+            check_address(address)
         if isinstance(columns, str):
             raise ValueError(f"`columns` ({columns!r}) is a string: pass the list [{columns!r}].")
         lower_bounds = (("batch_size", batch_size, 1), ("retries", retries, 0), ("patience", patience, 0))
@@ -83,7 +92,7 @@ class RemoteReward(Reward):
                 raise ValueError(f"`{argument}` ({value}) must be at least {least}.")
         if not timeout > 0:
             raise ValueError(f"`timeout` ({timeout}) must be above 0.")
-        self.url, self.name = f"{url.rstrip('/')}/score", name
+        self.servers, self.name = Servers([f"{address.rstrip('/')}/score" for address in urls]), name
         self.columns, self.batch_size = tuple(columns), batch_size
         self.timeout, self.retries, self.patience = timeout, retries, patience
         self._token = None if token is None else checked_token(token, "`token`")
@@ -102,18 +111,27 @@ class RemoteReward(Reward):
         # Half of the time at most, so that a server which cannot be reached differs from one that is slow.
         timeout = httpx2.Timeout(self.timeout, connect=min(CONNECT_TIMEOUT, self.timeout / 2))
         headers = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
-        # A client belongs to one event loop, and every call has a new loop.
-        async with httpx2.AsyncClient(timeout=timeout, headers=headers) as client:
-            for start in range(0, len(finite), self.batch_size):
-                rows = finite[start : start + self.batch_size]
+        batches = iter([finite[start : start + self.batch_size] for start in range(0, len(finite), self.batch_size)])
+
+        async def work(client: httpx2.AsyncClient, servers: Servers) -> None:
+            for rows in batches:  # those that no other worker has taken
                 body = {
                     "images": await asyncio.to_thread(_encoded, images[rows]),
                     "prompts": [prompts[i] for i in rows],
                     "columns": {name: [values[i] for i in rows] for name, values in columns.items()},
                 }
-                response = await post(client, self.url, body, f"Reward {self.name!r}", self.retries, self.patience)
+                response = await post(client, servers, body, f"Reward {self.name!r}", self.retries, self.patience)
                 for i, score in zip(rows, self._scores(response, len(rows)), strict=True):
                     scores[i] = score
+
+        # A client belongs to one event loop, and every call has a new loop.
+        async with httpx2.AsyncClient(timeout=timeout, headers=headers) as client:
+            workers = [asyncio.create_task(work(client, s)) for s in self.servers.each_first()]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                for worker in workers:
+                    worker.cancel()
         return scores
 
     def _columns(self, columns: dict[str, Any]) -> dict[str, list[Any]]:
@@ -137,10 +155,31 @@ class RemoteReward(Reward):
         scores = answer.get("scores") if isinstance(answer, dict) else None
         if not isinstance(scores, list) or len(scores) != count or not all(_is_score(s) for s in scores):
             raise ValueError(
-                f"Reward {self.name!r}: {self.url} did not answer with one score for each of {count} pictures but "
+                f"Reward {self.name!r}: {response.url} did not answer with one score for each of {count} pictures but "
                 f"{quoted(response.text, self._token)[:200]!r}: does `url` name a reward server?"
             )
         return [None if s is None else float(s) for s in scores]
+
+
+class Servers:
+    """The addresses of servers that give the same answers, and when each of them failed last.
+
+    Args:
+        urls: The addresses, in the order in which they are asked.
+        failed_at: The times of the last failures, by `time.monotonic`.
+    """
+
+    def __init__(self, urls: Sequence[str], failed_at: dict[str, float] | None = None) -> None:
+        self.urls, self.failed_at = list(urls), {} if failed_at is None else failed_at
+
+    def each_first(self) -> list["Servers"]:
+        """For every server, all of them in an order that begins with it; what fails for one order fails for all."""
+        return [Servers(self.urls[i:] + self.urls[:i], self.failed_at) for i in range(len(self.urls))]
+
+    def in_turn(self) -> list[str]:
+        """The addresses, those that failed a short while ago last."""
+        long_ago = time.monotonic() - LONGEST_DELAY
+        return sorted(self.urls, key=lambda url: self.failed_at.get(url, -math.inf) > long_ago)
 
 
 def check_address(url: str) -> None:
@@ -176,42 +215,55 @@ def png_base64(image: Tensor) -> str:
 
 
 async def post(
-    client: httpx2.AsyncClient, url: str, body: dict[str, Any], sender: str, retries: int = 3, patience: float = 600.0
+    client: httpx2.AsyncClient,
+    servers: str | Servers,
+    body: dict[str, Any],
+    sender: str,
+    retries: int = 3,
+    patience: float = 600.0,
 ) -> httpx2.Response:
     """Post a JSON body and return the successful response, after the retries and delays that `RemoteReward` describes.
 
     Args:
         client: The client that sends the request; its `timeout.read` bounds a whole try, and its headers may hold a
             bearer token.
-        url: The address.
+        servers: The address, or several.
         body: The body of the request.
         sender: The subject of log lines and errors.
-        retries: How often to repeat after time-outs and 5xx answers.
-        patience: Seconds to wait for a server that cannot be reached or answers 502, 503 or 504.
+        retries: How often to repeat after time-outs and 5xx answers, on each server.
+        patience: Seconds to wait for servers that cannot be reached or answer 502, 503 or 504.
 
     Raises:
         ValueError: If the answer is a 3xx or 4xx, and the error quotes the server; or if it is larger than
             `MAX_ANSWER`.
         RuntimeError: If `retries` or `patience` are used up.
     """
+    servers = Servers([servers]) if isinstance(servers, str) else servers
     first_failure, failed, delay = math.inf, 0, FIRST_DELAY
-    while isinstance(outcome := await _attempt(client, url, body, sender), _Failure):
-        first_failure = min(first_failure, time.monotonic())
-        failed += not outcome.away
-        if failed > retries:
+    while True:
+        for url in (urls := servers.in_turn()):
+            outcome = await _attempt(client, url, body, sender)
+            if not isinstance(outcome, _Failure):
+                return outcome
+            failure = outcome
+            servers.failed_at[url] = time.monotonic()
+            first_failure = min(first_failure, time.monotonic())
+            failed += not failure.away
+            if url != urls[-1]:
+                logger.warning("%s: %s failed with %s; asking another server.", sender, url, failure.words)
+        if failed > retries * len(urls):
             raise RuntimeError(
                 f"{sender}: {url} failed {failed} times, more than `retries` ({retries}) allows, at last with "
-                f"{outcome.words}"
+                f"{failure.words}"
             )
-        if outcome.away and time.monotonic() - first_failure >= patience:
+        if failure.away and time.monotonic() - first_failure >= patience:
             raise RuntimeError(
-                f"{sender}: {url} was away for longer than `patience` ({patience:g} s), at last with {outcome.words}: "
+                f"{sender}: {url} was away for longer than `patience` ({patience:g} s), at last with {failure.words}: "
                 "start the server and resume from the last checkpoint."
             )
-        logger.warning("%s: %s failed with %s; asking again in %g s.", sender, url, outcome.words, delay)
+        logger.warning("%s: %s failed with %s; asking again in %g s.", sender, url, failure.words, delay)
         await asyncio.sleep(delay)
         delay = min(2 * delay, LONGEST_DELAY)
-    return outcome
 
 
 @dataclass(frozen=True)
@@ -259,7 +311,8 @@ async def _answer(client: httpx2.AsyncClient, url: str, body: dict[str, Any]) ->
                 break
     finally:
         await answer.aclose()
-    return httpx2.Response(answer.status_code, content=bytes(content[:MAX_ANSWER])), len(content) <= MAX_ANSWER
+    complete = len(content) <= MAX_ANSWER
+    return httpx2.Response(answer.status_code, content=bytes(content[:MAX_ANSWER]), request=request), complete
 
 
 def json_of(response: httpx2.Response) -> Any:

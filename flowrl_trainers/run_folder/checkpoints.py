@@ -12,7 +12,8 @@ from typing import Literal
 
 MANIFEST = "manifest.json"
 WEIGHTS = "trained_parameters.safetensors"
-READ_ON_RESUMING = ("trainer_state.json", "optimizer.pt", "scheduler.pt", WEIGHTS, "metrics.json")
+PART_OF_OPTIMIZER = "optimizer_{}.pt"  # of one process, where the network is sharded; else there is one optimizer.pt
+READ_ON_RESUMING = ("trainer_state.json", "scheduler.pt", WEIGHTS, "metrics.json")
 """The files that a resumed run reads, besides those of each process (`_needed`)."""
 
 
@@ -151,7 +152,12 @@ def _needed(names: Collection[str]) -> Iterator[str]:
     yield from READ_ON_RESUMING
     found = (re.fullmatch(r"(?:training|rng)_state_([0-9]{1,9})\.pth?", name) for name in names)
     last = max((int(match[1]) for match in found if match), default=0)
+    sharded = PART_OF_OPTIMIZER.format(0) in names
+    if not sharded:
+        yield "optimizer.pt"
     for process in range(last + 1):
+        if sharded:
+            yield PART_OF_OPTIMIZER.format(process)
         yield f"training_state_{process}.pt"
         yield f"rng_state_{process}.pth" if last else "rng_state.pth"
 

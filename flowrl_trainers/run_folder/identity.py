@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from ..pipelines.quantization import stored_tensors
+from ..sampling.sharding import whole
 
 FREE = {
     "where and how much is written": (
@@ -79,14 +80,14 @@ def texts_identity(texts: Iterable[str]) -> str:
 def weights_identity(network: nn.Module) -> str:
     """A hash of the names and shapes of a network's frozen parameters, and of up to 256 elements of each.
 
-    Of a quantised parameter, the numbers and the scales that are stored count.
+    Of a quantised parameter, the numbers and the scales that are stored count. Of a sharded network, all processes must ask for it.
     """
     found = hashlib.sha256()
     for name, parameter in network.named_parameters():
         if not parameter.requires_grad:
             found.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)} {parameter.dtype}".encode())
             for stored in stored_tensors(parameter):
-                values: Tensor = stored.detach().flatten()
+                values: Tensor = whole(stored.detach()).flatten()
                 sample = values[:: max(1, len(values) // SAMPLED)][:SAMPLED].contiguous().cpu()
                 found.update(sample.view(torch.uint8).numpy().tobytes())
     return f"sha256 {found.hexdigest()[:12]}"

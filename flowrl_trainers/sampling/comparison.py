@@ -86,9 +86,7 @@ class Comparison:
         """`Evaluator.row` of the model as it is, with the means of what rewards noted by `log_metric`."""
         noted = MetricLog()
         self.model.eval()
-        row, scores = self.evaluator.row(
-            self.model.active_transformer, dataset, sampler, label, self.context(noted.note)
-        )
+        row, scores = self.evaluator.row(self.model, dataset, sampler, label, self.context(noted.note))
         return row | noted.means(), scores
 
     @torch.no_grad()
@@ -100,8 +98,14 @@ class Comparison:
         moved = length = 0.0
         self.model.eval()
         evaluator, accelerator = self.evaluator, self.evaluator.accelerator
-        mine = torch.arange(accelerator.process_index, min(VELOCITY_ROWS, len(dataset)), accelerator.num_processes)
-        for rows in mine.split(evaluator.batch_size) if len(mine) else ():
+        count, processes = min(VELOCITY_ROWS, len(dataset)), accelerator.num_processes
+        mine = torch.arange(accelerator.process_index, count, processes)
+        batches = list(mine.split(evaluator.batch_size)) if len(mine) else []
+        counted = len(batches)
+        if self.model.is_sharded:  # all processes call it equally often
+            most = math.ceil(math.ceil(count / processes) / evaluator.batch_size)
+            batches += [torch.zeros(1, dtype=torch.int64)] * (most - counted)
+        for number, rows in enumerate(batches):
             prompts = [dataset[row]["prompt"] for row in rows.tolist()]
             conditioning = evaluator.conditioning(prompts, accelerator.device)
 
@@ -113,12 +117,13 @@ class Comparison:
             for step, (x, v, _) in enumerate(euler_steps(velocity, latents, sigmas)):
                 with self.model.reference():
                     base = velocity(x, sigmas[step].expand(len(x)))
-                moved, length = moved + float((v - base).square().sum()), length + float(base.square().sum())
+                if number < counted:
+                    moved, length = moved + float((v - base).square().sum()), length + float(base.square().sum())
         moved, length = (sum(parts) for parts in zip(*gather_object([(moved, length)]), strict=True))
         return math.sqrt(moved / length) if length else math.nan
 
     def pictures(self, dataset: Dataset, sampler: Sampler, count: int) -> tuple[Pictures, Pictures]:
-        """Base and tuned pictures of `count` evenly spaced rows with different prompts, of this process alone."""
+        """Base and tuned pictures of `count` evenly spaced rows with different prompts, all on this process."""
         key = f"{dataset._fingerprint}/{count}"
         if key not in self.base_pictures:
             with self.model.reference():
@@ -135,4 +140,4 @@ class Comparison:
     def _pictures(self, dataset: Dataset, sampler: Sampler, count: int) -> Pictures:
         self.model.eval()
         context = self.context(lambda name, value: None)
-        return self.evaluator.pictures(self.model.active_transformer, dataset, sampler, count, context)
+        return self.evaluator.pictures(self.model, dataset, sampler, count, context)

@@ -1,5 +1,6 @@
 """`Evaluator`: what a model is worth on held-out prompts with fixed seeds."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -7,27 +8,34 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
+from ..flow import euler_steps
 from ..pipelines import Conditioning, FlowPipeline
 from ..rewards import Reward
 from .conditioning import ConditioningCache
 from .draws import ImageKey
+from .flow_model import FlowModel
 from .meters import DiversityMeter, Meter, RewardMeter, StatisticsMeter
 from .pictures import Pictures, picture_seed
 from .progress import bar
 from .prompt_groups import Example, PromptDataset
 from .scoring import Judging, call_rewards, decoded, leave_in_place
 
-Sampler = Callable[[nn.Module, Tensor, Conditioning, list[Generator]], Tensor]
-"""Maps transformer, initial latents (B, ...), conditioning and one generator per image to final latents (B, ...)."""
+Sampler = Callable[[FlowModel, Tensor, Conditioning, list[Generator]], Tensor]
+"""Maps model, initial latents (B, ...), conditioning and one generator per image to final latents (B, ...)."""
 
 
-def ode_sampler(flow: FlowPipeline, sigmas: Tensor) -> Sampler:
+def ode_sampler(sigmas: Tensor) -> Sampler:
     """The Euler ODE with guidance on a grid from 1 to 0, on the latents' device."""
 
-    def sample(network: nn.Module, latents: Tensor, conditioning: Conditioning, generators: list[Generator]) -> Tensor:
-        return flow.sample_latents(network, conditioning, latents, sigmas)
+    @torch.no_grad()
+    def sample(model: FlowModel, latents: Tensor, conditioning: Conditioning, generators: list[Generator]) -> Tensor:
+        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+            return model(x, sigma, conditioning, guidance=True)
+
+        *_, (_, _, final) = euler_steps(velocity, latents, sigmas)
+        return final
 
     return sample
 
@@ -70,8 +78,16 @@ class Evaluator:
         return self.flow.initial_latents(len(rows), generators).to(self.accelerator.device), generators
 
     @torch.no_grad()
+    def _latents(self, model: FlowModel, examples: list[Example], sampler: Sampler) -> Tensor:
+        """The final latents (B, ...) of B rows."""
+        latents, generators = self.initial_latents([e.key.row for e in examples])
+        conditioning = self.conditioning([e.prompt for e in examples], self.accelerator.device)
+        with self.accelerator.autocast():
+            return sampler(model, latents, conditioning, generators)
+
+    @torch.no_grad()
     def _draw(
-        self, transformer: nn.Module, examples: list[Example], sampler: Sampler, label: str | None = None
+        self, model: FlowModel, examples: list[Example], sampler: Sampler, label: str | None = None
     ) -> Iterator[tuple[list[Example], Tensor]]:
         """The pictures (B, 3, H, W) in [0, 1] of rows, batch by batch; label: of the progress bar, None for none.
 
@@ -82,10 +98,7 @@ class Evaluator:
         drawn = []
         for start in bar(starts, f"Drawing with the {label} model", shown):
             part = examples[start : start + self.batch_size]
-            latents, generators = self.initial_latents([e.key.row for e in part])
-            conditioning = self.conditioning([e.prompt for e in part], self.accelerator.device)
-            with self.accelerator.autocast():
-                drawn.append((part, sampler(transformer, latents, conditioning, generators)))
+            drawn.append((part, self._latents(model, part, sampler)))
         with self.judging(self.rewards):
             for part, latents in drawn:
                 at_a_time = self.decode_batch_size or len(part)
@@ -93,21 +106,22 @@ class Evaluator:
                     yield part[first : first + at_a_time], decoded(self.flow, latents[first : first + at_a_time])
 
     def drawn(
-        self, transformer: nn.Module, dataset: Dataset, sampler: Sampler, label: str
+        self, model: FlowModel, dataset: Dataset, sampler: Sampler, label: str
     ) -> Iterator[tuple[list[Example], Tensor]]:
         """Rows with their pictures (B, 3, H, W) in [0, 1], batch by batch. Arguments as in `row`."""
-        return self._draw(transformer, _examples(dataset), sampler, label)
+        return self._draw(model, _examples(dataset), sampler, label)
 
     @torch.no_grad()
     def row(
-        self, transformer: nn.Module, dataset: Dataset, sampler: Sampler, label: str, context: dict[str, Any]
+        self, model: FlowModel, dataset: Dataset, sampler: Sampler, label: str, context: dict[str, Any]
     ) -> tuple[dict[str, float], dict[str, Tensor]]:
         """What the meters say of the pictures of all rows, and the scores of every reward.
 
-        Every process draws the rows of a share of the prompts, prompt by prompt.
+        Every process draws the rows of a share of the prompts, prompt by prompt. With a sharded model, a process whose
+        share is smaller draws one row again for as long as others draw theirs, and forgets it.
 
         Args:
-            transformer: Draws.
+            model: Draws.
             dataset: With the column `prompt`.
             sampler: How it is drawn.
             label: Of the progress bar.
@@ -120,14 +134,19 @@ class Evaluator:
         rows_of: dict[str, list[Example]] = {}
         for example in _examples(dataset):
             rows_of.setdefault(example.prompt, []).append(example)
-        prompts = list(rows_of)[self.accelerator.process_index :: self.accelerator.num_processes]
-        mine = [example for prompt in prompts for example in rows_of[prompt]]
+        processes, groups = self.accelerator.num_processes, list(rows_of.values())
+        shares = [[example for group in groups[first::processes] for example in group] for first in range(processes)]
+        mine = shares[self.accelerator.process_index]
         scores = RewardMeter(self.rewards)
         meters: list[Meter] = [scores, StatisticsMeter(), DiversityMeter(self.rewards, mine)]
-        for part, images in self._draw(transformer, mine, sampler, label):
+        for part, images in self._draw(model, mine, sampler, label):
             values = call_rewards(self.rewards, images, part, **context)
             for meter in meters:
                 meter.add(part, images, values)
+        if model.is_sharded:
+            batches = [math.ceil(len(share) / self.batch_size) for share in shares]
+            for _ in range(max(batches) - batches[self.accelerator.process_index]):
+                self._latents(model, groups[0][:1], sampler)
         row: dict[str, float] = {}
         for meter in meters:
             row |= meter.row()
@@ -135,9 +154,9 @@ class Evaluator:
 
     @torch.no_grad()
     def pictures(
-        self, transformer: nn.Module, dataset: Dataset, sampler: Sampler, count: int, context: dict[str, Any]
+        self, model: FlowModel, dataset: Dataset, sampler: Sampler, count: int, context: dict[str, Any]
     ) -> Pictures:
-        """Pictures of `count` rows with different prompts, as `row` draws them, of this process alone.
+        """Pictures of `count` rows with different prompts, as `row` draws them, all of them on this process.
 
         The rows are evenly spaced, so that nobody chose them. Arguments as in `row`.
         """
@@ -146,7 +165,7 @@ class Evaluator:
         shown = [first[i * len(first) // count] for i in range(count)]
         extra: dict[str, Any] = {}
         context = context | {"log_extra": lambda name, values: extra.setdefault(name, []).extend(values)}
-        drawn = self._draw(transformer, shown, sampler)
+        drawn = self._draw(model, shown, sampler)
         parts = [(images.cpu(), call_rewards(self.rewards, images, part, **context)) for part, images in drawn]
         images, scores = torch.cat([images for images, _ in parts]), torch.cat([values for _, values in parts])
         columns = zip(self.rewards, scores.unbind(dim=1), strict=True)

@@ -7,11 +7,13 @@ from typing import Any, Literal
 
 import torch
 import torch._dynamo
+from accelerate import Accelerator
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from ..pipelines import Conditioning, FlowPipeline
 from .merged_adapter import MergedAdapter
+from .sharding import is_sharded, shard
 
 BACKEND = "inductor"
 GRAPHS = 64  # of one class of blocks; ten have been seen in a run
@@ -136,6 +138,20 @@ class FlowModel(nn.Module):
                 kept = network.state_dict(keep_vars=True)
                 tensors |= {f"{part}.{name}": buffer for name, buffer in network.named_buffers() if name in kept}
         return tensors
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of the parameters alone; see `shard`."""
+        return is_sharded(self)
+
+    def shard(self, accelerator: Accelerator) -> None:
+        """Spread the network, its heads and its frozen copy over the processes, each block by itself (FSDP2).
+
+        From now on all processes must call the model together, and no part of it by itself.
+        """
+        shard(accelerator, self, self.flow.blocks(self.transformer))
+        if self.frozen is not None:
+            shard(accelerator, self.frozen, self.flow.blocks(self.frozen))
 
     def compile_blocks(self) -> None:
         """Compile the repeated blocks of the transformer, and of its frozen copy, in place.

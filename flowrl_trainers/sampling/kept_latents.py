@@ -11,10 +11,11 @@ import torch
 from huggingface_hub import cached_assets_path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from ..pipelines import Conditioning
 from .evaluator import Sampler
+from .flow_model import FlowModel
 
 
 class KeptLatents:
@@ -35,7 +36,7 @@ class KeptLatents:
         self.folder = cached_assets_path("flowrl_trainers", "base_latents")
 
     def __call__(
-        self, network: nn.Module, latents: Tensor, conditioning: Conditioning, generators: list[Generator]
+        self, model: FlowModel, latents: Tensor, conditioning: Conditioning, generators: list[Generator]
     ) -> Tensor:
         """See `Sampler`."""
         file = self.folder / f"{self._key(latents, conditioning, generators)}.safetensors"
@@ -44,7 +45,7 @@ class KeptLatents:
                 return load_file(file)["latents"].to(latents.device)
             except (SafetensorError, KeyError, OSError):
                 pass  # a damaged file is written again
-        found = self.sampler(network, latents, conditioning, generators)
+        found = self.sampler(model, latents, conditioning, generators)
         _write(found, file)
         return found
 

@@ -52,6 +52,7 @@ from ..sampling.prompt_groups import Example, PromptDataset, PromptGroupSampler
 from ..sampling.prompt_sources import PromptSource
 from ..sampling.reward_watch import RewardWatch
 from ..sampling.scoring import Scorer, call_rewards, decoded
+from ..sampling.sharding import refuse_other_sharding
 from .adapters import prepare_adapter
 from .attention import attention_by, check_attention_backend
 from .base_config import FlowRLConfig
@@ -141,6 +142,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         args = args or self.config_class(output_dir=self._name.lower().replace(" ", "-"))
         check_args(args, self.config_class)
         check_weights(model, args)
+        refuse_other_sharding(args.compile_blocks)
         if args.should_save:
             writable_folder(str(args.output_dir))
         train_dataset = check_dataset(train_dataset, "train_dataset", args)
@@ -226,7 +228,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         dtypes = as_loaded if args.frozen_copy == "as_loaded" else None
         flow_model = FlowModel(self.flow, has_adapter=self.peft_config is not None, dtypes=dtypes)
         metrics = MetricLog(args.device)
-        loop = LoopCallback(self.sampler, flow_model, metrics, self.average, self.reason_to_stop)
+        loop = LoopCallback(self.sampler, flow_model, metrics, self.average, self.reason_to_stop, self.on_any_process)
         super().__init__(
             metrics=metrics,
             model=flow_model,
@@ -237,10 +239,6 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             callbacks=[loop, *(callbacks or [])],
             optimizers=optimizers,
         )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "FSDP and DeepSpeed are not supported: use `--accelerate_config ddp`, which keeps the network whole."
-            )
         if args.device.type == "cuda" and torch.backends.cuda.cudnn_sdp_enabled():
             # pytorch/pytorch#196678 and NVIDIA/cudnn-frontend#628: NaN in the gradients, or an illegal memory access.
             torch.backends.cuda.enable_cudnn_sdp(False)
@@ -297,6 +295,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         if head is not None:
             name, network = head
             self.model.attach_head(name, self.same_on_all_processes(network.to(args.device)))
+        if self.is_fsdp_enabled:
+            self.model.shard(self.accelerator)
         self.average.start(self.trained_parameters())
         self.settings = run_settings(
             args,
@@ -309,7 +309,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         if args.compile_blocks:
             self.model.compile_blocks()
         if args.merge_adapter:
-            check_mergeable(self.flow.transformer, self.peft_config is not None)
+            has_adapter = self.peft_config is not None
+            check_mergeable(self.flow.transformer, has_adapter=has_adapter, sharded=self.is_fsdp_enabled)
         if args.attention_backend is not None:
             dtype = next(self.flow.transformer.parameters()).dtype
             half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else dtype
@@ -390,7 +391,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         Pictures are drawn by the first, whose name is empty.
         """
         steps = self.args.eval_num_inference_steps or self.args.num_inference_steps
-        return {"": ode_sampler(self.flow, self.flow.sigmas(steps).to(self.args.device))}
+        return {"": ode_sampler(self.flow.sigmas(steps).to(self.args.device))}
 
     def sampler_settings(self) -> dict[str, Any]:
         """The settings that the evaluation's samplers depend on, beside steps and levels; none by default."""
@@ -455,7 +456,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             if self.args.activation_checkpointing and isinstance(module, ModelMixin):
                 with suppress(ValueError):  # raised by models without gradient checkpointing
                     module.enable_gradient_checkpointing()
-        if self.model.frozen is not None:
+        if self.model.frozen is not None and not self.is_fsdp_enabled:
             self.model.frozen.to(self.args.device)
         for reward in self.rewards:
             reward.to(self.placement.of_judges)
@@ -522,7 +523,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             latents = self.initial_latents([e.key for e in examples], "probe")
             conditioning = self.condition(examples)
             with self.accelerator.autocast():
-                latents = self.flow.sample_latents(self.model.active_transformer, conditioning, latents, self.sigmas)
+                latents = ode_sampler(self.sigmas)(self.model, latents, conditioning, [])
         if not latents.isfinite().all():
             raise ValueError(
                 "The model's own pictures are not finite before training: its weights are damaged, or its precision "
@@ -706,8 +707,9 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         # The last state's losses are taken in any case: gradients that are zero still move an optimizer with momentum,
         # and processes wait for each other there.
         for state in range(0 if self.has_signal(batch) else states - 1, states):
-            # Gradients of all but the last state are reduced over processes together with the last one's.
-            with nullcontext() if state == states - 1 else self.accelerator.no_sync(model):
+            # Gradients of all but the last state are reduced over processes together with the last one's; those of a
+            # sharded network at once, as a whole gradient is as large as what is trained.
+            with nullcontext() if state == states - 1 or self.model.is_sharded else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     losses = self.micro_batch_losses(model, batch, conditioning, state)
                 good = losses.detach().isfinite() & batch.good
@@ -835,15 +837,16 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             raise ValueError("`evaluate` needs prompts: pass `eval_dataset` to it or to the trainer.")
         dataset = check_dataset(source, "eval_dataset")
         check_columns([*self.rewards, *self.eval_rewards], dataset, "eval_dataset")
-        with self.at_work(), self.judges_at_hand():
+        with self.one_for_all(), self.at_work(), self.judges_at_hand():
             with self.placement.network_away():
                 self.conditioning.encode(list(dataset["prompt"]), self.args.device, show_progress=False)
             start = perf_counter()
             rows, errors = self.comparison.rows(dataset, self.evaluation_samplers(), self.sigmas)
             self.run_folder.rows, self.run_folder.sheet = rows, None
-            if self.args.log_images and self.is_world_process_zero():
+            if self.args.log_images and (self.model.is_sharded or self.is_world_process_zero()):
                 base, tuned = self.pictures(dataset, self.args.log_images)
-                if base.images.dim() == 4:  # a model of vectors has nothing to show
+                # A model of vectors has nothing to show.
+                if base.images.dim() == 4 and self.is_world_process_zero():
                     self.run_folder.write_sheet(base, tuned, self.step_of_weights)
         self._warn_of_over_optimisation(errors)
         self.seconds["evaluation"] = self.seconds.get("evaluation", 0.0) + perf_counter() - start
@@ -872,9 +875,12 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         return self.run_folder.rows
 
     def pictures(self, dataset: PromptSource, count: int) -> tuple[Pictures, Pictures]:
-        """Base and tuned pictures of `count` evenly spaced rows with different prompts, of this process alone.
+        """Base and tuned pictures of `count` evenly spaced rows with different prompts, all of them on this process.
 
-        Raises `ValueError` for what holds no prompts, and for a `count` below 1.
+        With FSDP2, all processes must call it.
+
+        Raises:
+            ValueError: For what holds no prompts, and for a `count` below 1.
         """
         dataset = check_dataset(dataset, "dataset")
         check_columns([*self.rewards, *self.eval_rewards], dataset, "dataset")
@@ -900,10 +906,15 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
 
     # ---- files -----------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def weights_to_write(self) -> Iterator[None]:
+        """See `CheckpointedTrainer.weights_to_write`: the average, where one is kept."""
+        with self.average.in_place(), super().weights_to_write():
+            yield
+
     def write_model(self, folder: Path) -> None:
         """The adapter as stock diffusers reads it (or `transformer/`), the card, `config.yaml` and `metrics.json`."""
-        with self.average.in_place():
-            self.run_folder.write_networks(folder, self.extra_networks())
+        self.run_folder.write_networks(folder, self.extra_networks())
         if folder.resolve() == self.output_dir.resolve():
             self.run_folder.draw_curve(self.state.log_history, self.rewards[0].name)
         self.run_folder.write_facts(folder, self.settings, self.seconds_so_far(), self._card_facts())
@@ -1007,6 +1018,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
                 "prompts": self._prompts_identity,
                 "noise levels": texts_identity(f"{sigma:.6f}" for sigma in self.sigmas.tolist()),
                 "base model": self._base_identity,
+                "sharded over the processes": self.model.is_sharded or None,
                 "text encoders and decoder": self._frozen_parts_identity,
             },
         )

@@ -1,9 +1,10 @@
 """`CheckpointedTrainer`: `transformers.Trainer` whose checkpoints can be trusted and gone on from.
 
 Every override of Trainer around saving, resuming, pushing and clipping stands in this file. Public hooks are
-overridden where there are any. `_save_checkpoint`, `_load_from_checkpoint`, `_load_best_model` and
-`_push_from_checkpoint` are private, but there is no public place between writing a checkpoint and deleting older ones;
-so is `_clip_grad_norm`, as Trainer's callbacks come after its clipping.
+overridden where there are any. `_save_checkpoint`, `_load_from_checkpoint`, `_load_best_model`,
+`_push_from_checkpoint`, `_save_optimizer_and_scheduler` and `_load_optimizer_and_scheduler` are private, but there is
+no public place between writing a checkpoint and deleting older ones; so is `_clip_grad_norm`, as Trainer's callbacks
+come after its clipping.
 """
 
 import logging
@@ -11,7 +12,8 @@ import math
 import shutil
 import time
 from abc import ABC, abstractmethod
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -21,23 +23,33 @@ from typing import Any, Literal
 import httpx2
 import torch
 from huggingface_hub import HfApi
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import HubStrategy, TrainOutput, rotate_checkpoints
 from transformers.utils.hub import PushInProgress
 
-from ..run_folder.checkpoints import MANIFEST, WEIGHTS, checkpoint_to_resume, checkpoints, write_error, write_manifest
+from ..run_folder.checkpoints import (
+    MANIFEST,
+    PART_OF_OPTIMIZER,
+    WEIGHTS,
+    checkpoint_to_resume,
+    checkpoints,
+    write_error,
+    write_manifest,
+)  # fmt: skip
 from ..run_folder.earlier_run import files_of_a_run, models_of_a_run, move_aside, refuse_earlier_run
 from ..sampling.metric_log import MetricLog
+from ..sampling.sharding import copy_whole, is_sharded, load_own_parts, own_parts, whole, whole_parameters
 from .base_config import FlowRLConfig
 from .input_checks import writable_folder
-from .other_processes import cause_elsewhere, is_broken_connection, tell_others
+from .other_processes import ALARMS, Alarm, is_broken_connection
 from .sigterm import EXIT_STATUS, SigtermCallback
 
 logger = logging.getLogger(__name__)
 
+BROKE_OFF = "Training broke off"
 FORMAT = 3  # of what a checkpoint keeps: a change of it takes the next number, so that the others are refused
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
@@ -84,16 +96,18 @@ class CheckpointedTrainer(Trainer, ABC):
         self.metrics = metrics
         self.seconds: dict[str, float] = {}
         self.best_step: int | None = None  # that of the checkpoint whose weights stand at the end
-        self._counter, self._sigterm = UpdateCounter(), SigtermCallback(self._on_any_process)
+        self._counter, self._sigterm = UpdateCounter(), SigtermCallback(self.on_any_process)
         self._training_since: float | None = None
-        self._owns_output_dir = False
+        self._owns_output_dir = self._together = False
         super().__init__(callbacks=[self._counter, *callbacks, self._sigterm], **kwargs)
 
     # ---- the contract ----------------------------------------------------------------------------------------------
 
     @abstractmethod
     def write_model(self, folder: Path) -> None:
-        """Write the model, and what is said of it, into a folder; called on the main process alone."""
+        """Write the model, and what is said of it, into a folder; called on the main process alone, inside
+        `weights_to_write`.
+        """
 
     @abstractmethod
     def training_state(self) -> TrainingState:
@@ -152,7 +166,7 @@ class CheckpointedTrainer(Trainer, ABC):
                 f"`resume_from_checkpoint` ({resume_from_checkpoint!r}) must be True, 'auto' or a checkpoint's folder."
             )
         self.best_step, self._counter.updates = None, 0
-        with ExitStack() as listening:  # until what was learned is kept, and others' errors are told
+        with self.one_for_all(), ExitStack() as listening:  # until what was learned is kept
             try:
                 folder = self._find_checkpoint(resume_from_checkpoint) if resume_from_checkpoint else None
                 self._take_output_dir(folder, auto=resume_from_checkpoint == "auto")
@@ -162,24 +176,37 @@ class CheckpointedTrainer(Trainer, ABC):
                 self._training_since = time.perf_counter()
                 listening.enter_context(self._sigterm.listening())
                 output = super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
-            except (Exception, KeyboardInterrupt) as error:
+            except (Exception, KeyboardInterrupt):
                 if self._counter.updates:
                     self._keep_what_was_learned()
-                if self.args.world_size > 1:
-                    self._blame(error)
                 raise
         self.seconds = self.seconds_so_far()
         self._training_since = None
         return output
 
-    def _blame(self, error: BaseException) -> None:
+    @contextmanager
+    def one_for_all(self) -> Iterator[None]:
+        """Inside, an error of one process is told to the others and ends them; one inside another changes nothing."""
+        if self.args.world_size == 1 or self._together:
+            yield
+            return
+        self._together, alarm = True, Alarm(next(ALARMS))
+        try:
+            with alarm.heard():
+                yield
+        except (Exception, KeyboardInterrupt) as error:
+            self._blame(error, alarm)
+            raise
+        finally:
+            self._together = False
+
+    def _blame(self, error: BaseException, alarm: Alarm) -> None:
         """Tell the other processes of an error; raises `RuntimeError` with theirs where it only says they are gone."""
         if not is_broken_connection(error):
-            tell_others(error)
+            alarm.ring(error)
             return
         sentence = (
-            f"Process {self.args.process_index} cannot go on, as {cause_elsewhere()}: look at what that process "
-            "printed."
+            f"Process {self.args.process_index} cannot go on, as {alarm.cause()}: look at what that process printed."
         )
         logger.error(sentence)  # at once: launchers end the other processes as soon as one has failed
         raise RuntimeError(sentence) from None
@@ -210,22 +237,27 @@ class CheckpointedTrainer(Trainer, ABC):
             self.accelerator.wait_for_everyone()
         self._owns_output_dir = True
 
-    def _on_any_process(self, here: bool) -> bool:
+    def on_any_process(self, here: bool) -> bool:
+        """Whether something is so on any process; all of them must ask."""
         if self.args.world_size == 1:
             return here
         return bool(self.accelerator.reduce(torch.tensor(float(here), device=self.args.device), "sum") > 0)
 
     def _leave(self, folder: Path) -> None:
         """Write the adapter, and end the process as SIGTERM asked for; folder: the checkpoint of this update."""
-        if self.args.should_save:
+        if self.args.should_save or is_sharded(self.model):
             self._keep_what_was_learned("SIGTERM ended training")
+        if self.args.should_save:
             logger.warning("%s is whole: `resume_from_checkpoint=True` goes on from it, bit for bit.", folder)
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         self.accelerator.wait_for_everyone()
         raise SystemExit(EXIT_STATUS)
 
-    def _keep_what_was_learned(self, what_happened: str = "Training broke off") -> None:
+    def _keep_what_was_learned(self, what_happened: str = BROKE_OFF) -> None:
         broke_off = f"{what_happened} after {self.state.global_step} updates"
+        if is_sharded(self.model) and what_happened == BROKE_OFF:  # the others are elsewhere, and give no weights
+            logger.error("%s: what it had learned is in its checkpoints.", broke_off)
+            return
         try:
             self.save_model(_internal_call=True)
         except WRITE_ERRORS as error:  # logged, as raising it would hide why training broke off
@@ -256,21 +288,32 @@ class CheckpointedTrainer(Trainer, ABC):
         norm = self.accelerator.clip_grad_norm_(first.parameters(), self.args.max_grad_norm)  # unscales all gradients
         for name, part in others:
             norm_of_part = torch.nn.utils.clip_grad_norm_(part.parameters(), self.args.max_grad_norm)
-            self.metrics.note(f"{name}_grad_norm", norm_of_part)
-        return norm
+            self.metrics.note(f"{name}_grad_norm", whole(norm_of_part))
+        return whole(norm)
 
     # ---- saving ----------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model and what is said of it into `output_dir` or another folder; see `write_model`."""
-        if self.args.should_save:
-            folder = output_dir or self.output_dir
-            if not _internal_call:
-                writable_folder(folder)
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self.write_model(Path(folder))
+        """Write the model and what is said of it into `output_dir` or another folder; see `write_model`.
+
+        With FSDP2, all processes must call it: the trained weights are gathered in the memory of the first one's host.
+        """
+        with self.weights_to_write():
+            if self.args.should_save:
+                folder = output_dir or self.output_dir
+                if not _internal_call:
+                    writable_folder(folder)
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                self.write_model(Path(folder))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def weights_to_write(self) -> AbstractContextManager[None]:
+        """A context in which the model of the process that saves has the weights to be written, whole.
+
+        All processes enter it; one inside another changes nothing.
+        """
+        return whole_parameters(self.model, kept=self.args.should_save)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the run's repository on the Hub; raises `ValueError` where the Hub does not let us."""
@@ -298,7 +341,7 @@ class CheckpointedTrainer(Trainer, ABC):
         if self.args.should_save:
             # Only now: until the manifest is there, older checkpoints are the newest good ones.
             rotate_checkpoints(str(self.output_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
-        if self.args.push_to_hub and self.is_world_process_zero():
+        if self.args.push_to_hub:
             self._push_checkpoint(folder)
         if self._sigterm.leaving:
             self._leave(folder)
@@ -322,12 +365,41 @@ class CheckpointedTrainer(Trainer, ABC):
         state = self.training_state()
         if not self.args.save_only_model:
             torch.save({"format": FORMAT} | state.values, self._values_file(folder))
+        tensors: dict[str, Tensor] = {}
+        for name, value in state.tensors.items():
+            gathered = whole(value.detach()).contiguous()
+            if self.args.should_save:
+                tensors[name] = gathered.cpu() if is_sharded(self.model) else gathered
         if self.args.should_save:
-            save_file({name: value.detach().contiguous() for name, value in state.tensors.items()}, folder / WEIGHTS)
+            save_file(tensors, folder / WEIGHTS)
             shutil.copymode(folder / "trainer_state.json", folder / WEIGHTS)  # safetensors lets nobody else read it
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             write_manifest(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_sharded(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        assert self.optimizer is not None  # as training has begun
+        assert self.lr_scheduler is not None
+        # Trainer would save the frozen network too, and accelerate would take a step to see the optimizer's state.
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        torch.save(own_parts(self.optimizer.state_dict()), self._optimizer_file(Path(output_dir)))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not is_sharded(self.model):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif checkpoint is not None:
+            assert self.optimizer is not None
+            assert self.lr_scheduler is not None
+            load_own_parts(self.optimizer, self._load(self._optimizer_file(Path(checkpoint))))
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+
+    def _optimizer_file(self, folder: Path) -> Path:
+        return folder / PART_OF_OPTIMIZER.format(self.args.process_index)
 
     def _values_file(self, folder: Path) -> Path:
         return folder / f"training_state_{self.args.process_index}.pt"
@@ -337,6 +409,11 @@ class CheckpointedTrainer(Trainer, ABC):
 
     def _push_checkpoint(self, folder: Path) -> None:
         """Push as `hub_strategy` says, in the background; without `training_args.bin`, which holds the token."""
+        with self.weights_to_write():
+            if self.is_world_process_zero():
+                self._push_from_first_process(folder)
+
+    def _push_from_first_process(self, folder: Path) -> None:
         strategy = self.args.hub_strategy
         pending: Any = self.push_in_progress  # a `PushInProgress`, whose jobs transformers declares as one
         earlier = [] if pending is None or pending.is_done() else pending.jobs
@@ -440,16 +517,20 @@ class CheckpointedTrainer(Trainer, ABC):
     def _saved_values(self, folder: Path) -> dict[str, Any] | None:
         """What this process kept in a checkpoint; None where it kept nothing."""
         file = self._values_file(folder)
+        return self._load(file) if file.exists() else None
+
+    def _load(self, file: Path) -> dict[str, Any]:
         # Processes on the CPU have the devices "cpu:0", "cpu:1", ..., which `torch.load` does not know.
         device = "cpu" if self.args.device.type == "cpu" else self.args.device
-        return torch.load(file, map_location=device, weights_only=True) if file.exists() else None
+        return torch.load(file, map_location=device, weights_only=True)
 
     def _load_tensors(self, folder: Path) -> None:
-        saved, tensors = load_file(folder / WEIGHTS), self.training_state().tensors
-        if set(saved) != set(tensors):
-            raise ValueError(
-                f"{folder} holds other trained parameters than this run: resume with the same model and `peft_config`."
-            )
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                tensor.copy_(saved[name])
+        tensors = self.training_state().tensors
+        with safe_open(folder / WEIGHTS, "pt") as saved:
+            if set(saved.keys()) != set(tensors):
+                raise ValueError(
+                    f"{folder} holds other trained parameters than this run: resume with the same model and "
+                    "`peft_config`."
+                )
+            for name, tensor in tensors.items():  # one at a time, as all of them may not fit on every process
+                copy_whole(tensor, saved.get_tensor(name))

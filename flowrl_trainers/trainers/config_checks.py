@@ -65,6 +65,9 @@ INHERITED: dict[str, Any] = {
 
 # Reasons that several settings share.
 _WHOLE = "the network must be whole, and in place before training starts"
+_LAUNCHED = (
+    "whether the network is sharded is said to the launcher, by `--accelerate_config fsdp2` or a file like that"
+)
 _COMPILES = "it would compile updates alone, and not the rollouts they must agree with"
 _ORDER = "it has no effect here, as `seed` orders the prompts"
 _NO_WORKERS = "it has no effect here, as the rows of a rollout are read in the process itself"
@@ -83,9 +86,9 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
         (False,),
         "it would save in the middle of an update; SIGTERM saves after it without this",
     ),
-    "fsdp": ((None, False, ""), _WHOLE),
-    "fsdp_config": ((None,), _WHOLE),
-    "deepspeed": ((None,), _WHOLE),
+    "fsdp": ((None, False, ""), _LAUNCHED),
+    "fsdp_config": ((None,), _LAUNCHED),
+    "deepspeed": ((None,), _LAUNCHED),
     "parallelism_config": ((None,), _WHOLE),
     "fp16_full_eval": ((False,), _WHOLE),
     "bf16_full_eval": ((False,), _WHOLE),

@@ -6,12 +6,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..sampling.sharding import own_part
+
 
 class LaggedWeights:
     """The weights of the old policy, which follow the trained ones and can take their place.
 
     There is no second adapter and no second model: inside `standing_in` the parameters and the old weights exchange
-    their storage, which costs neither memory nor time.
+    their storage, which costs neither memory nor time. Of sharded parameters, this process's parts exchange their
+    values, as FSDP gathers from a storage of its own.
 
     Args:
         parameters: The trained parameters, by name; the old weights start as their copies.
@@ -19,14 +22,14 @@ class LaggedWeights:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)
-        self.values = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        self.values = {name: own_part(parameter.detach()).clone() for name, parameter in parameters.items()}
         self._exchanged = False
 
     @torch.no_grad()
     def move(self, decay: float) -> None:
         """`old <- decay old + (1 - decay) present`, each factor of a LoRA for itself; 0 is an exact copy."""
         for name, parameter in self.parameters.items():
-            self.values[name].lerp_(parameter.detach(), 1 - decay)
+            self.values[name].lerp_(own_part(parameter.detach()), 1 - decay)
 
     @contextmanager
     def standing_in(self) -> Iterator[None]:
@@ -43,9 +46,16 @@ class LaggedWeights:
         finally:
             self._exchange()
 
+    @torch.no_grad()
     def _exchange(self) -> None:
         for name, parameter in self.parameters.items():
-            parameter.data, self.values[name] = self.values[name], parameter.data
+            part = own_part(parameter)
+            if part is parameter:
+                parameter.data, self.values[name] = self.values[name], parameter.data
+            else:
+                present = part.clone()
+                part.copy_(self.values[name])
+                self.values[name].copy_(present)
         self._exchanged = not self._exchanged
         torch.clear_autocast_cache()
 

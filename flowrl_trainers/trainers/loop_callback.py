@@ -11,6 +11,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..sampling.metric_log import MetricLog
 from ..sampling.prompt_groups import PromptGroupSampler
+from ..sampling.sharding import is_sharded, own_part
 from .moving_average import MovingAverage
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,7 @@ class LoopCallback(TrainerCallback):
         metrics: Note skipped updates.
         average: Of the trained weights.
         reason_to_stop: Says after an update why training should end, if it should.
+        on_any_process: Says whether something is so on any process.
     """
 
     def __init__(
@@ -35,9 +37,10 @@ class LoopCallback(TrainerCallback):
         metrics: MetricLog,
         average: MovingAverage,
         reason_to_stop: Callable[[], str | None],
+        on_any_process: Callable[[bool], bool],
     ) -> None:
         self.sampler, self.model, self.metrics, self.average = sampler, model, metrics, average
-        self.reason_to_stop = reason_to_stop
+        self.reason_to_stop, self.on_any_process = reason_to_stop, on_any_process
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -49,9 +52,13 @@ class LoopCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        # The largest absolute value of all, which NaN and infinity pass on: a GPU is waited for once.
-        finite = bool(torch.nn.utils.get_total_norm(gradients, norm_type=torch.inf).isfinite())
+        gradients = [own_part(p.grad) for p in parameters if p.grad is not None]
+        # The largest absolute value of all, which NaN and infinity pass on: a GPU is waited for once. Of a sharded
+        # network, each process looks at its part, which may be empty.
+        norm = torch.nn.utils.get_total_norm([g for g in gradients if g.numel()], norm_type=torch.inf)
+        finite = bool(norm.isfinite())
+        if is_sharded(self.model):
+            finite = not self.on_any_process(not finite)
         self.metrics.note("skipped_updates", float(not finite))
         if not finite:  # optimizers leave parameters without a gradient, and their moments, alone
             for parameter in parameters:

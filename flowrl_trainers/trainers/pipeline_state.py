@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..pipelines import FlowPipeline
+from ..sampling.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class PartState:
 
     def _move_back(self) -> None:
         place = _device(self.part)
-        if place == self.device:
+        if place == self.device or any(is_sharded(module) for module in self.part.modules()):  # which stays sharded
             return
         try:
             self.part.to(self.device)

@@ -7,6 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..pipelines import FlowPipeline
+from ..pipelines.quantization import is_quantized
 
 
 def check_modes() -> None:
@@ -70,10 +71,15 @@ def _refuse_compiled(transformer: nn.Module) -> None:
         )
 
 
-def check_mergeable(transformer: nn.Module, has_adapter: bool) -> None:
-    """Raises `ValueError` for a network without an adapter, or whose precision rounds small changes away."""
+def check_mergeable(transformer: nn.Module, *, has_adapter: bool, sharded: bool) -> None:
+    """Raises `ValueError` for a network without an adapter, or whose weights are spread, quantised or too coarse."""
     if not has_adapter:
         raise ValueError("`merge_adapter` is True, but no adapter is trained: leave it out, or pass `peft_config`.")
+    if sharded or is_quantized(transformer):
+        state = "spread over the processes" if sharded else "quantised"
+        raise ValueError(
+            f"`merge_adapter` is True, but the weights are {state}, and cannot be added to: leave it out."
+        )
     layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
     dtypes = {parameter.dtype for layer in layers for parameter in layer.get_base_layer().parameters(recurse=False)}
     if dtypes != {torch.float32}:

@@ -35,6 +35,7 @@ from ..pipelines import Conditioning
 from ..sampling.buffer import MicroBatch, Record
 from ..sampling.draws import ImageKey, keyed_generators, noise
 from ..sampling.evaluator import Sampler, ode_sampler
+from ..sampling.flow_model import FlowModel
 from ..sampling.prompt_groups import Example
 from .base_trainer import FlowRLTrainer
 from .tafs_grpo_config import TAFSGRPOConfig
@@ -193,13 +194,13 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
     def evaluation_samplers(self) -> dict[str, Sampler]:
         """The trained sampler, and beside it the ODE with `ode_num_inference_steps`."""
         sigmas = self.flow.sigmas(self.args.ode_num_inference_steps).to(self.args.device)
-        return {"": self._trained_sampler, "ode": ode_sampler(self.flow, sigmas)}
+        return {"": self._trained_sampler, "ode": ode_sampler(sigmas)}
 
     def _trained_sampler(
-        self, transformer: nn.Module, latents: Tensor, conditioning: Conditioning, generators: list[Generator]
+        self, model: FlowModel, latents: Tensor, conditioning: Conditioning, generators: list[Generator]
     ) -> Tensor:
         def velocity(x: Tensor, sigma: Tensor, step: int) -> Tensor:
-            return self.flow.velocity(transformer, x, sigma, conditioning, guidance=True)
+            return model(x, sigma, conditioning, guidance=True)
 
         return self._sample(velocity, latents, generators).estimates[:, -1]
 

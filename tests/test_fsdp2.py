@@ -1,0 +1,180 @@
+"""A network that two processes share (FSDP2) draws, learns, saves and resumes as a whole one does."""
+
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from flowrl_trainers import AdjointMatchingTrainer, FlowRLTrainer
+from flowrl_trainers.run_folder.checkpoints import fault
+from flowrl_trainers.sampling.sharding import own_part, own_parts, refuse_other_sharding, whole
+
+from .fsdp2 import ENVIRONMENT, on_two_processes, pretend_gpus
+from .helpers import TRAINERS, adjoint_matching_config, make_trainer, redness
+from .runs import assert_same
+from .tiny import tiny_sd3
+
+HELD_OUT = Dataset.from_dict({"prompt": ["a red circle", "a blue square", "a green cross"]})
+# Each rollout is used twice, so that the checkpoint after the first update lies in the middle of it. With an epsilon
+# far above the gradients, Adam's step is proportional to its mean gradient, and rounding stays rounding.
+SETTINGS: dict[str, Any] = {
+    "per_device_train_batch_size": 1, "num_generations": 2, "num_iterations": 2, "max_steps": 3,
+    "save_strategy": "steps", "save_steps": 1, "learning_rate": 1.0, "adam_epsilon": 1.0, "ema_decay": 0.5,
+    "log_images": 2,
+}  # fmt: skip
+
+
+def trained(name: str, folder: Path, resume: Path | None = None, **settings: Any) -> FlowRLTrainer:
+    """A trainer that has trained, evaluated and saved; `found` has what it drew and found on this process."""
+    import_module("flowrl_trainers.networks.value_network").WIDTHS = (32, 32)  # the default is 20 MB large
+    t = make_trainer(name, folder, **SETTINGS | settings)
+    rollouts: list[Any] = []
+    prepare = t.prepare
+
+    def remember(rollout):
+        rollouts.append([b.record.map(torch.clone).to_dict() for b in rollout])
+        return prepare(rollout)
+
+    t.prepare = remember
+    t.train(resume_from_checkpoint=None if resume is None else str(resume))
+    evaluation = t.evaluate(HELD_OUT)
+    t.save_model()
+    optimizer = own_parts(t.optimizer.state_dict())
+    found = {
+        "rollouts": rollouts,
+        "evaluation": evaluation,
+        "weights": {n: whole(p.detach()) for n, p in t.model.trained_tensors().items()},
+        "optimizer": optimizer["state"],
+        "average": t.average.state_dict()["shadow_params"],
+        "algorithm": t.algorithm_state(),
+        "history": [
+            {k: v for k, v in row.items() if not k.startswith(("seconds/", "train_"))} for row in t.state.log_history
+        ],
+    }
+    torch.save(found, folder / f"found_{t.args.process_index}.pt")
+    return t
+
+
+def share(name: str, folder: Path, lora: bool) -> None:
+    """On each of two processes: a run, and another that goes on from the first checkpoint of it."""
+    torch.set_num_threads(1)
+    pretend_gpus()
+    settings = {"lora": lora, "use_cpu": False, "gradient_accumulation_steps": 2}
+    t = trained(name, folder / "two", **settings)
+    facts = {
+        "world_size": t.args.world_size,
+        "type": str(t.accelerator.distributed_type),
+        "root": isinstance(t.model, FSDPModule),
+        "blocks": [type(module).__name__ for module in t.flow.transformer.modules() if isinstance(module, FSDPModule)],
+        "wrapped": t.model_wrapped is t.model,
+        "held": sum(own_part(p).numel() for p in t.model.parameters()) / sum(p.numel() for p in t.model.parameters()),
+    }
+    if t.model.frozen is not None:
+        copy = list(t.model.frozen.parameters())
+        facts["held of the copy"] = sum(own_part(p).numel() for p in copy) / sum(p.numel() for p in copy)
+    torch.save(facts, folder / f"facts_{t.args.process_index}.pt")
+    trained(name, folder / "resumed", resume=folder / "two" / "checkpoint-1", **settings)
+
+
+SHARED = [
+    pytest.param(name, lora, id=f"{name}-{'lora' if lora else 'full'}", marks=() if quick else pytest.mark.slow)
+    for name in TRAINERS
+    for lora, quick in ((True, name in ("AdjointMatchingTrainer", "VGGFlowTrainer")), (False, False))
+]
+
+
+@pytest.mark.parametrize(("name", "lora"), SHARED)
+def test_two_processes_share_one_network(tmp_path, name, lora):
+    """Rollouts to the last bit, updates within the rounding of sums, the resumed run to the last bit."""
+    for process in on_two_processes(share, name, tmp_path, lora, **ENVIRONMENT):
+        assert process.returncode == 0, process.stderr
+    trained(name, tmp_path / "one", lora=lora, gradient_accumulation_steps=4)
+    for rank in (0, 1):
+        facts = torch.load(tmp_path / f"facts_{rank}.pt")
+        assert facts["world_size"] == 2
+        assert facts["type"] == "DistributedType.FSDP"
+        assert facts["root"]
+        assert facts["wrapped"]
+        assert facts["blocks"] == ["FSDPJointTransformerBlock"] * tiny_sd3().transformer.config.num_layers
+        assert facts["held"] == pytest.approx(0.5, abs=0.02)  # tensors of an odd length are not halved
+        assert facts.get("held of the copy", 0.5) == pytest.approx(0.5, abs=0.02)
+    one = torch.load(tmp_path / "one" / "found_0.pt")
+    two = [torch.load(tmp_path / "two" / f"found_{rank}.pt") for rank in (0, 1)]
+    assert_same(one["rollouts"][0], two[0]["rollouts"][0] + two[1]["rollouts"][0])
+    assert_same(two[0]["weights"], two[1]["weights"])
+    start = {n: p.detach() for n, p in make_trainer(name, tmp_path / "new", lora=lora).model.trained_tensors().items()}
+    moved = max(float((one["weights"][n] - p).abs().max()) for n, p in start.items())
+    assert moved > 1e-4
+    for weight, value in one["weights"].items():
+        torch.testing.assert_close(two[0]["weights"][weight], value, atol=1e-3 * moved, rtol=1e-5)
+    assert two[0]["evaluation"] == two[1]["evaluation"]
+    assert {k: v for k, v in two[0]["evaluation"].items() if k != "epoch"} == pytest.approx(
+        {k: v for k, v in one["evaluation"].items() if k != "epoch"}, rel=1e-3, abs=1e-5
+    )
+    # The files: those of one process, in every checkpoint too, and nothing of the frozen network in checkpoints.
+    assert fault(tmp_path / "two" / "checkpoint-2") is None
+    for folder in ("", "checkpoint-2"):
+        if lora:
+            files = [tmp_path / run / folder / "pytorch_lora_weights.safetensors" for run in ("one", "two")]
+            tiny_sd3().load_lora_weights(str(files[1].parent))
+        else:
+            files = [
+                tmp_path / run / folder / "transformer" / "diffusion_pytorch_model.safetensors"
+                for run in ("one", "two")
+            ]
+            assert (files[0].parent / "config.json").read_text() == (files[1].parent / "config.json").read_text()
+        saved = [load_file(file) for file in files]
+        assert saved[0].keys() == saved[1].keys()
+        for key, value in saved[0].items():
+            torch.testing.assert_close(saved[1][key], value, atol=1e-3 * moved, rtol=1e-5)
+    # A run that was resumed after the first update.
+    for rank, through in enumerate(two):
+        resumed = torch.load(tmp_path / "resumed" / f"found_{rank}.pt")
+        for what in ("weights", "optimizer", "average", "algorithm", "evaluation", "history"):
+            assert_same(through[what], resumed[what])
+        assert any(
+            isinstance(v, Tensor) and v.abs().max() > 0 for s in resumed["optimizer"].values() for v in s.values()
+        )
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "deepspeed": (
+        {"ACCELERATE_USE_DEEPSPEED": "true"},
+        "DeepSpeed is not supported: take `--accelerate_config fsdp2`",
+    ),
+    "fsdp1": ({"FSDP_VERSION": "1", "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"}, "set `fsdp_version: 2` in the"),
+    "compiled": ({}, "`compile_blocks` is True, but the blocks are sharded"),
+    "cpu": ({}, "there are 1 process(es) on 'cpu', where accelerate would leave the network whole in silence"),
+    "loading": ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "`fsdp_cpu_ram_efficient_loading` of the accelerate file"),
+    "offload": ({"FSDP_OFFLOAD_PARAMS": "true"}, "`fsdp_offload_params` of the accelerate file is true"),
+    "checkpointing": ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "`activation_checkpointing` of the run's settings"),
+    "reshard": (
+        {"FSDP_RESHARD_AFTER_FORWARD": "false"},
+        "`fsdp_reshard_after_forward` of the accelerate file is false",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_other_ways_to_shard_are_refused(monkeypatch, what):
+    variables, sentence = REFUSED[what]
+    for name, value in (ENVIRONMENT | variables).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        refuse_other_sharding(compile_blocks=what == "compiled")
+
+
+def test_they_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=re.escape(REFUSED["cpu"][1])):
+        AdjointMatchingTrainer("no/model", redness, adjoint_matching_config(tmp_path), HELD_OUT)
