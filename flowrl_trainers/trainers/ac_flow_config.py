@@ -132,6 +132,17 @@ class ACFlowConfig(RenoisingConfig):
         return None if self.critic == "none" else "critic"
 
     @property
+    def base_pull(self) -> float:
+        """The weight of the pull to the base velocity beside an advantage that is signed: 1 over the eta of the tilt
+        exp(eta A), where the level weight is 1; 0 where positive weights, or no such pull, leave eta without a
+        meaning.
+        """
+        if self.weighting != "linear":
+            return 0.0
+        fixed = self.target == "fixed" and self.target_anchor == "base"
+        return 1 / self.reward_multiplier if fixed else self.wasserstein_coefficient or 0.0
+
+    @property
     def needs_base(self) -> bool:
         """Whether (4), (5) or the guard asks for the base velocity."""
         fixed = self.target == "fixed" and self.target_anchor == "base"

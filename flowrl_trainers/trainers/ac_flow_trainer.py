@@ -44,7 +44,7 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
-from ..flow import advantage_weights, expand_like, explained_variance, velocity_between
+from ..flow import advantage_weights, expand_like, explained_variance, root_mean_square, velocity_between
 from ..networks import critic
 from ..networks.warmup import Warmup
 from ..pipelines import Conditioning
@@ -70,7 +70,7 @@ class ACFlowRecord(Record):
         weights: w of (3), (B, K); None with a fixed target, which holds the advantage.
         base_velocities: v_base at the states, (B, K, ...); None without an anchor.
         old_velocities: v_old at the states, (B, K, ...); None where no term pulls towards it.
-        base_lengths: |v_base| at the states, (B, K); None without a guard.
+        base_lengths: |v_base| at the states, (B, K); None where nothing asks for v_base.
     """
 
     states: Tensor
@@ -293,7 +293,7 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
             weights=None if fixed else weights,
             base_velocities=base if args.wasserstein_coefficient else None,
             old_velocities=old if args.old_policy_coefficient > 0 else None,
-            base_lengths=self._lengths(base) if base is not None and args.norm_guard > 0 else None,
+            base_lengths=None if base is None else root_mean_square(base, 2),
         )
 
     def _weights(self, advantages: Tensor, good: Tensor) -> Tensor:
@@ -324,11 +324,15 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
         z, sigma, target = (t[:, state] for t in (record.states, record.sigmas, record.targets))
         v = model(z, sigma, conditioning, guidance=args.loss_guidance)
         error = (v - target).flatten(1).square().mean(dim=1)
+        omega = None if args.loss_weighting == "none" else self._level_weights(sigma, error.detach())
         if record.weights is None:
             losses = error / args.reward_multiplier
         else:
             w = record.weights[:, state]
-            losses = (w if args.loss_weighting == "none" else w * self._level_weights(sigma, error.detach())) * error
+            losses = (w if omega is None else w * omega) * error
+        if args.base_pull > 0:
+            mean_omega = 1.0 if omega is None else self.mean_of_good(omega, batch.good)
+            self.metrics.note("effective_eta", mean_omega / (args.temperature * args.base_pull))
         if record.base_velocities is not None:
             distance = self._distance_to_base(v, record.base_velocities[:, state], batch.good)
             losses = losses + (args.wasserstein_coefficient or 0.0) * distance
@@ -336,7 +340,9 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
             distance = (v - record.old_velocities[:, state]).flatten(1).square().mean(dim=1)
             losses = losses + args.old_policy_coefficient * distance
         if record.base_lengths is not None:
-            losses = losses + args.norm_guard * self._excess_length(v, record.base_lengths[:, state])
+            self.note_norm_ratios(v, record.base_lengths[:, state], sigma, batch.good)
+            if args.norm_guard > 0:
+                losses = losses + args.norm_guard * self._excess_length(v, record.base_lengths[:, state])
         return losses
 
     def _level_weights(self, sigma: Tensor, error: Tensor) -> Tensor:

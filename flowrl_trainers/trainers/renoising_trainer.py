@@ -189,10 +189,6 @@ class RenoisingTrainer(FlowRLTrainer[RenoisingRollout, RecordT]):
 
     # ---- what ties the velocity ------------------------------------------------------------------------------------
 
-    def _lengths(self, base_velocities: Tensor) -> Tensor:
-        """The root mean squares (B, K) of the base velocities (B, K, ...), for the guard."""
-        return base_velocities.flatten(2).square().mean(dim=2).sqrt()
-
     def _distance_to_base(self, v: Tensor, v_base: Tensor, good: Tensor) -> Tensor:
         """The mean squared distances (B,) of velocities (B, ...) to the base's; notes the relative one of `good`."""
         distance, length = (t.flatten(1).square().mean(dim=1) for t in (v - v_base, v_base))
@@ -201,7 +197,7 @@ class RenoisingTrainer(FlowRLTrainer[RenoisingRollout, RecordT]):
         return distance
 
     def _excess_length(self, v: Tensor, base_lengths: Tensor) -> Tensor:
-        """relu( |v| / |v_base| - 1 )^2 of velocities (B, ...), with `_lengths` (B,) of the base's."""
+        """relu( |v| / |v_base| - 1 )^2 of velocities (B, ...), with the root mean squares (B,) of the base's."""
         length = v.flatten(1).square().mean(dim=1).clamp(min=1e-12).sqrt()
         return (length / base_lengths.clamp(min=1e-6) - 1).relu().square()
 

@@ -30,7 +30,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
-from ..flow import clean_estimate, flow_grpo_step, log_probability, renoise, step_advantages
+from ..flow import clean_estimate, flow_grpo_step, log_probability, renoise, root_mean_square, step_advantages
 from ..pipelines import Conditioning
 from ..sampling.buffer import MicroBatch, Record
 from ..sampling.draws import ImageKey, keyed_generators, noise
@@ -307,7 +307,8 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
         """(6) for one draw."""
         args, record = self.args, batch.record
         x, x_next, A = record.states[:, state], record.states[:, state + 1], record.advantages[:, state]
-        v = self._velocity(model, x, self.sigmas[state].expand(len(x)), conditioning, state, batch.keys)
+        sigma = self.sigmas[state].expand(len(x))
+        v = self._velocity(model, x, sigma, conditioning, state, batch.keys)
         mean, std = self._step(x, v, state)
         log_p = log_probability(x_next, mean, std, args.log_prob_form)
         ratio = (log_p - record.log_probabilities[:, state]).exp()
@@ -317,6 +318,7 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
             return losses
         v_base = record.base_velocities[:, state]
         self._note_distance(v.detach(), v_base, batch.good)
+        self.note_norm_ratios(v, root_mean_square(v_base), sigma, batch.good)
         if args.beta == 0:
             return losses
         mean_base, _ = self._step(x, v_base, state)
