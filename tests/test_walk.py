@@ -85,7 +85,7 @@ OF: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "old_policy_decay": st.floats(0, 1), "reward_std": st.sampled_from(["centred", "raw"]),
     },
     "TAFSGRPOTrainer": {
-        "kernel": st.sampled_from(["renoise", "flow_grpo"]), "eta": st.floats(0, 1),
+        "kernel": st.sampled_from(["renoise", "precise", "flow_grpo"]), "eta": st.floats(0, 1),
         "credit_rule": st.sampled_from(["mixed", "final", "level", "gain", "return"]), "credit_mix": st.floats(0, 1),
         "log_prob_form": st.sampled_from(["coefficients_preserving", "gaussian"]), "beta": st.floats(0, 1),
         "share_initial_noise": st.booleans(),

@@ -14,7 +14,7 @@ from .conversions import clean_estimate, expand_like, interpolate, noise_estimat
 from .dynamics import Dynamics, MemorylessDynamics, OdeDynamics
 from .lengths import norm_ratios
 from .sigmas import shift_sigmas, uniform_sigmas
-from .steps import euler_step, euler_steps, flow_grpo_step, log_probability, renoise
+from .steps import euler_step, euler_steps, flow_grpo_step, log_probability, precise_step, renoise
 
 __all__ = [
     "Dynamics",
@@ -37,6 +37,7 @@ __all__ = [
     "log_probability",
     "noise_estimate",
     "norm_ratios",
+    "precise_step",
     "renoise",
     "root_mean_square",
     "shape_rewards",
