@@ -411,7 +411,7 @@ def test_the_critic_follows_the_latent_and_starts_from_zero(shape):
     ({"temperature": 0.0}, r"`temperature` \(0.0\) must be above 0"),
     ({"advantage_clip": -1.0}, r"`advantage_clip` \(-1.0\) must be above 0"),
     ({"critic_steps": 0}, r"`critic_steps` \(0\) must be at least 1"),
-    ({"critic": "unet"}, "`critic` is 'unet': choose 'default' or 'none'"),
+    ({"critic": "unet"}, "`critic` is 'unet': choose 'default', 'backbone' or 'none'"),
     (
         {"save_only_model": True, "load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"},
         "`load_best_model_at_end` needs the critic of a checkpoint, which `save_only_model` leaves out",

@@ -78,10 +78,11 @@ class ACFlowConfig(RenoisingConfig):
         help="The weight alpha of the mean squared distance to the base velocity, a bound of the Wasserstein-2 "
         "distance that keeps diversity; 0 for no anchor. Default: 0.3; 0 with a fixed target.",
     )
-    critic: Literal["default", "none"] = HfArg(
+    critic: Literal["default", "backbone", "none"] = HfArg(
         default="default",
-        help="'default' is a small network sized by the latent; with 'none' every value is zero. Pass a module of "
-        "your own to the trainer.",
+        help="'default' is a small network sized by the latent; 'backbone' is the base network with an adapter of its "
+        "own and a head at every place, which shares all other weights with it; with 'none' every value is zero. Pass "
+        "a module of your own to the trainer.",
     )
     critic_steps: Annotated[int, Range(at_least=1)] = HfArg(
         default=4, help="The updates of the critic per rollout, each on all of its images."
@@ -108,6 +109,11 @@ class ACFlowConfig(RenoisingConfig):
                 "`load_best_model_at_end` needs the critic of a checkpoint, which `save_only_model` leaves out: "
                 "choose one."
             )
+        if self.critic == "backbone" and self.fp16:
+            raise ValueError(
+                "`critic` ('backbone') cannot be trained with `fp16`, whose gradients are scaled for the model alone: "
+                "take `bf16`."
+            )
         self._refuse_idle_settings()
         if self.target == "fixed":
             self._resolve_fixed_target()
@@ -128,8 +134,8 @@ class ACFlowConfig(RenoisingConfig):
 
     @property
     def head_kind(self) -> Literal["critic"] | None:
-        """The critic."""
-        return None if self.critic == "none" else "critic"
+        """The critic, where it is a network of its own kind."""
+        return "critic" if self.critic == "default" else None
 
     @property
     def base_pull(self) -> float:
@@ -169,8 +175,10 @@ class ACFlowConfig(RenoisingConfig):
         calls = self.rollout_calls(drawing)
         calls += drawing.scores(size * micro_batches, self.decode_batch_size or size)
         if self.critic != "none":
-            calls += [Call(Kind.HEAD, size, 2 * states, Phase.TARGET)]
-            calls += [Call(Kind.HEAD_TRAIN, size, self.critic_steps * states, Phase.TARGET)]
+            backbone = self.critic == "backbone"
+            see, learn = (Kind.BASE, Kind.TRAIN) if backbone else (Kind.HEAD, Kind.HEAD_TRAIN)
+            calls += [Call(see, size, 2 * states, Phase.TARGET)]
+            calls += [Call(learn, size, self.critic_steps * states, Phase.TARGET)]
         return calls + self.matching_calls(drawing, needs_base=self.needs_base, needs_old=self.needs_old)
 
     @property

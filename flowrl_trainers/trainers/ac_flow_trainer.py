@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
 from ..flow import advantage_weights, expand_like, explained_variance, root_mean_square, velocity_between
-from ..networks import critic
+from ..networks import BackboneCritic, critic
 from ..networks.warmup import Warmup
 from ..pipelines import Conditioning
 from ..sampling.buffer import MicroBatch, Record
@@ -132,7 +132,15 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
             return self.given_critic.to(self.args.device)
         if self.args.critic == "none":
             return None
-        return critic(*self.latent_and_prompt_sizes()).to(self.args.device)
+        shape, prompt_dim = self.latent_and_prompt_sizes()
+        if self.args.critic == "default":
+            return critic(shape, prompt_dim).to(self.args.device)
+        network = self.model.transformer if self.model.frozen is None else self.model.frozen
+        targets, exclude = self.flow.lora_target_modules, self.flow.lora_exclude_modules
+        made = BackboneCritic(network, partial(self.flow.velocity, guidance=False), shape[0], targets, exclude)
+        if self.args.activation_checkpointing:
+            made.backbone.enable_gradient_checkpointing()
+        return made.to(self.args.device)
 
     @property
     def uses_old_policy(self) -> bool:
@@ -182,13 +190,20 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
         """V (B, K) at states (B, K, ...) and levels (B, K); zero without a critic."""
         if self.critic is None:
             return torch.zeros_like(sigma)
-        features, mask = self.flow.prompt_features(conditioning)
         if self.args.critic_bins_in_one_call:
-            bins = sigma.shape[1]
-            features, mask = (t.repeat_interleave(bins, dim=0) for t in (features.float(), mask))
-            return self.critic(states.flatten(0, 1), sigma.flatten(), features, mask).unflatten(0, sigma.shape)
+            repeated = {name: value.repeat_interleave(sigma.shape[1], dim=0) for name, value in conditioning.items()}
+            return self._judged(states.flatten(0, 1), sigma.flatten(), repeated).unflatten(0, sigma.shape)
         columns = zip(states.unbind(1), sigma.unbind(1), strict=True)
-        return torch.stack([self.critic(z, s, features.float(), mask) for z, s in columns], dim=1)
+        return torch.stack([self._judged(z, s, conditioning) for z, s in columns], dim=1)
+
+    def _judged(self, z: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """V (B,) at states (B, ...) and levels (B,)."""
+        assert self.critic is not None
+        if isinstance(self.critic, BackboneCritic):
+            with self.accelerator.autocast():
+                return self.critic(z, sigma, conditioning)
+        features, mask = self.flow.prompt_features(conditioning)
+        return self.critic(z, sigma, features.float(), mask)
 
     def _critic_step(self, shaped: list[MicroBatch[Returns]], purpose: str) -> None:
         """One update of (2) on freshly re-noised images of all processes."""
