@@ -45,6 +45,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], int | None]] = {
     "guided value network": ("VGGFlowTrainer", {"guidance_scale": 3.0, "timestep_bins": 1}, None),
     "critic": ("ACFlowTrainer", {"critic_warmup_max_steps": 0, "critic_steps": 3, "decode_batch_size": 3}, None),
     "critic that sees": ("ACFlowTrainer", {"critic": "backbone", "critic_warmup_max_steps": 0}, None),
+    "reward of the estimate": ("ACFlowTrainer", {"critic": "reward_of_estimate", "decode_batch_size": 3}, None),
     "no critic": ("ACFlowTrainer", {"critic": "none", "timestep_bins": 2, "guidance_scale": 3.0}, 1),
     "no anchor": ("ACFlowTrainer", {"wasserstein_coefficient": 0, "critic_warmup_max_steps": 0, "lora": False}, None),
     "fixed target": ("ACFlowTrainer", {"target": "fixed", "critic": "none", "guidance_scale": 3.0}, None),

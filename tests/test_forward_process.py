@@ -434,6 +434,9 @@ def test_the_published_schedules(tmp_path):
     ("ACFlowTrainer", {
         "target": "fixed", "old_policy_decay": 0.5, "critic": "backbone", "critic_steps": 1, "timestep_bins": 2,
     }),
+    ("ACFlowTrainer", {
+        "target": "fixed", "old_policy_decay": 0.5, "critic": "reward_of_estimate", "timestep_bins": 2,
+    }),
 ])  # fmt: skip
 def test_a_run_resumed_after_every_update_of_a_window_is_the_uninterrupted_one(tmp_path, name, settings):
     """15: parameters, old weights and the rollout in use, bit for bit; two updates take one rollout."""

@@ -78,11 +78,12 @@ class ACFlowConfig(RenoisingConfig):
         help="The weight alpha of the mean squared distance to the base velocity, a bound of the Wasserstein-2 "
         "distance that keeps diversity; 0 for no anchor. Default: 0.3; 0 with a fixed target.",
     )
-    critic: Literal["default", "backbone", "none"] = HfArg(
+    critic: Literal["default", "backbone", "reward_of_estimate", "none"] = HfArg(
         default="default",
         help="'default' is a small network sized by the latent; 'backbone' is the base network with an adapter of its "
-        "own and a head at every place, which shares all other weights with it; with 'none' every value is zero. Pass "
-        "a module of your own to the trainer.",
+        "own and a head at every place, which shares all other weights with it; 'reward_of_estimate' scores the clean "
+        "estimate of every state, times what fitted earlier rollouts best at its level, and suits cheap rewards; with "
+        "'none' every value is zero. Pass a module of your own to the trainer.",
     )
     critic_steps: Annotated[int, Range(at_least=1)] = HfArg(
         default=4, help="The updates of the critic per rollout, each on all of its images."
@@ -113,6 +114,11 @@ class ACFlowConfig(RenoisingConfig):
             raise ValueError(
                 "`critic` ('backbone') cannot be trained with `fp16`, whose gradients are scaled for the model alone: "
                 "take `bf16`."
+            )
+        if self.critic == "reward_of_estimate" and self.reward_shaping == "none":
+            raise ValueError(
+                "`reward_shaping` ('none') must be 'standardise' with `critic='reward_of_estimate'`, which compares "
+                "estimates within their prompt as rewards are."
             )
         self._refuse_idle_settings()
         if self.target == "fixed":
@@ -156,8 +162,9 @@ class ACFlowConfig(RenoisingConfig):
 
     @property
     def needs_old(self) -> bool:
-        """Whether (5) or the pull towards the old policy asks for its velocity at the states."""
-        return self.target == "fixed" or self.old_policy_coefficient > 0
+        """Whether (5), the pull towards the old policy or the critic asks for its velocity at the states."""
+        pulls = self.target == "fixed" or self.old_policy_coefficient > 0
+        return pulls or self.critic == "reward_of_estimate"
 
     @property
     def latents_kept(self) -> int:
@@ -174,7 +181,10 @@ class ACFlowConfig(RenoisingConfig):
         states = self.timestep_bins * micro_batches
         calls = self.rollout_calls(drawing)
         calls += drawing.scores(size * micro_batches, self.decode_batch_size or size)
-        if self.critic != "none":
+        if self.critic == "reward_of_estimate":
+            for _ in range(self.timestep_bins):
+                calls += drawing.scores(size * micro_batches, self.decode_batch_size or size)
+        elif self.critic != "none":
             backbone = self.critic == "backbone"
             see, learn = (Kind.BASE, Kind.TRAIN) if backbone else (Kind.HEAD, Kind.HEAD_TRAIN)
             calls += [Call(see, size, 2 * states, Phase.TARGET)]

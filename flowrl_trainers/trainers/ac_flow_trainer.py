@@ -44,13 +44,21 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
-from ..flow import advantage_weights, expand_like, explained_variance, root_mean_square, velocity_between
+from ..flow import (
+    advantage_weights,
+    clean_estimate,
+    expand_like,
+    explained_variance,
+    root_mean_square,
+    velocity_between,
+)
 from ..networks import BackboneCritic, critic
 from ..networks.warmup import Warmup
 from ..pipelines import Conditioning
 from ..sampling.buffer import MicroBatch, Record
 from ..sampling.draws import ImageKey
 from .ac_flow_config import ACFlowConfig
+from .estimate_fit import EstimateFit
 from .renoising_trainer import RenoisingRollout, RenoisingTrainer, Returns
 
 logger = logging.getLogger(__name__)
@@ -115,6 +123,8 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
         """
         super().set_up()
         self.critic = self._make_critic()
+        of_estimates = self.critic is None and self.args.critic == "reward_of_estimate"
+        self.estimate_fit = EstimateFit(self.args.timestep_bins, self.args.device) if of_estimates else None
         self.warmup = Warmup(0 if self.critic is None else self.args.critic_warmup_max_steps)
         if self.warmup.running and self.args.fp16:
             raise ValueError(
@@ -126,11 +136,11 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
             self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=self.args.critic_learning_rate)
 
     def _make_critic(self) -> nn.Module | None:
-        if self.given_critic is not None and self.args.critic == "none":
-            raise ValueError("`critic` is passed, but `args.critic` is 'none': leave out one of them.")
+        if self.given_critic is not None and self.args.critic in ("none", "reward_of_estimate"):
+            raise ValueError(f"`critic` is passed, but `args.critic` is {self.args.critic!r}: leave out one of them.")
         if self.given_critic is not None:
             return self.given_critic.to(self.args.device)
-        if self.args.critic == "none":
+        if self.args.critic in ("none", "reward_of_estimate"):
             return None
         shape, prompt_dim = self.latent_and_prompt_sizes()
         if self.args.critic == "default":
@@ -241,17 +251,47 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
         for batch in shaped:
             states, _, sigma = self._renoised(batch, "judge")
             found.append(self._values(states, sigma, self.condition(batch.examples)))
-        good = self.accelerator.gather(torch.cat([batch.good for batch in shaped]))
-        values = self.accelerator.gather(torch.cat(found))[good]
-        returns = self.accelerator.gather(torch.cat([batch.record.returns for batch in shaped]))[good]
-        explained = explained_variance(returns[:, None].expand_as(values), values)
-        known = bool(explained.isfinite().all())  # else all rewards were equal
-        for number, value in enumerate(explained.tolist() if known else []):
-            self.metrics.note(f"critic/explained_variance_{number}", value)
+        values, returns = self._of_all(torch.cat(found), shaped)
+        explained = self._note_explained(values, returns)
         was_running = self.warmup.running
-        self.warmup.observe(float(explained.mean()) if known else None)
+        self.warmup.observe(None if explained is None else float(explained.mean()))
         if was_running:
             self.metrics.note("critic/warmup_rollouts", self.warmup.rollouts)
+
+    def _of_all(self, values: Tensor, shaped: list[MicroBatch[Returns]]) -> tuple[Tensor, Tensor]:
+        """Values (M, K) and returns (M,) of the good images of all processes, from the values of this one's."""
+        good = self.accelerator.gather(torch.cat([batch.good for batch in shaped]))
+        returns = self.accelerator.gather(torch.cat([batch.record.returns for batch in shaped]))
+        return self.accelerator.gather(values)[good], returns[good]
+
+    def _note_explained(self, values: Tensor, returns: Tensor) -> Tensor | None:
+        """The explained variance of each bin (K,), which is noted; None where all returns are equal."""
+        explained = explained_variance(returns[:, None].expand_as(values), values)
+        if not explained.isfinite().all():
+            return None
+        for number, value in enumerate(explained.tolist()):
+            self.metrics.note(f"critic/explained_variance_{number}", value)
+        return explained
+
+    def _values_of_estimates(
+        self, fit: EstimateFit, shaped: list[MicroBatch[Returns]], estimates: list[Tensor]
+    ) -> list[Tensor]:
+        """V (B, K) of every micro-batch from the clean estimates (B, K, ...) at its states.
+
+        Args:
+            fit: Of earlier rollouts; it learns from this one afterwards.
+            shaped: The images as they were scored.
+            estimates: Of each micro-batch.
+        """
+        together = torch.cat(estimates)
+        examples, rows = [e for batch in shaped for e in batch.examples], self.prompt_rows(shaped)
+        columns = [self.scorer.score(column, examples) for column in together.unbind(1)]
+        unknown = [torch.where(scores.isinf(), torch.nan, scores) for scores in columns]
+        seen = torch.stack([self._shaped(scores, rows) for scores in unknown], dim=1)
+        values = fit.factors() * seen
+        self._note_explained(*self._of_all(values, shaped))
+        fit.observe(*self._of_all(seen, shaped))
+        return list(values.split([len(batch.examples) for batch in shaped]))
 
     # ---- the actor -------------------------------------------------------------------------------------------------
 
@@ -259,11 +299,6 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
     def _actor_batches(self, shaped: list[MicroBatch[Returns]]) -> list[MicroBatch[ACFlowRecord]]:
         """States, targets, weights and anchors; the images themselves are not needed any more."""
         renoised = [self._renoised(batch, "actor") for batch in shaped]
-        advantages = [
-            batch.record.returns[:, None] - self._values(states, sigma, self.condition(batch.examples))
-            for batch, (states, _, sigma) in zip(shaped, renoised, strict=True)
-        ]
-        weights = self._weights(torch.cat(advantages), torch.cat([batch.good for batch in shaped]))
         columns = [states for states, _, _ in renoised], [sigma for _, _, sigma in renoised]
         base: list[Tensor] | list[None] = [None] * len(shaped)
         old: list[Tensor] | list[None] = [None] * len(shaped)
@@ -273,6 +308,18 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
         if self.args.needs_old:
             with self.old_policy():
                 old = self.at_once(partial(self.velocities, guidance=guidance), shaped, *columns)
+        if self.estimate_fit is not None:
+            triples = zip(renoised, old, strict=True)
+            estimates = [clean_estimate(z, v, sigma) for (z, _, sigma), v in triples if v is not None]
+            values = self._values_of_estimates(self.estimate_fit, shaped, estimates)
+        else:
+            values = [
+                self._values(states, sigma, self.condition(batch.examples))
+                for batch, (states, _, sigma) in zip(shaped, renoised, strict=True)
+            ]
+        pairs = zip(shaped, values, strict=True)
+        advantages = torch.cat([batch.record.returns[:, None] - value for batch, value in pairs])
+        weights = self._weights(advantages, torch.cat([batch.good for batch in shaped]))
         sizes = [len(batch.examples) for batch in shaped]
         parts = zip(shaped, renoised, weights.split(sizes), base, old, strict=True)
         return [
@@ -369,8 +416,10 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
     # ---- files -----------------------------------------------------------------------------------------------------
 
     def algorithm_state(self) -> dict[str, Any]:
-        """The old policy, the critic, its optimizer, and how far its warm-up has come."""
+        """The old policy, the critic, its optimizer and warm-up, and what was fitted to the rewards of estimates."""
         state = super().algorithm_state()
+        if self.estimate_fit is not None:
+            state["estimate_fit"] = self.estimate_fit.state_dict()
         if self.critic is not None:
             state |= {
                 "critic": self.critic.state_dict(),
@@ -382,6 +431,8 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
     def load_algorithm_state(self, state: Mapping[str, Any]) -> None:
         """Take them up."""
         super().load_algorithm_state(state)
+        if self.estimate_fit is not None:
+            self.estimate_fit.load_state_dict(state["estimate_fit"])
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"])
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
@@ -397,7 +448,9 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
         shown: dict[str, Any] = {
             "weighting, temperature": f"{args.weighting}, {args.temperature:g}",
             "advantage clip, anchor": f"{args.advantage_clip}, {args.wasserstein_coefficient:g}",
-            "critic": "none" if self.critic is None else f"{type(self.critic).__name__}, warm-up of {warmup} rollouts",
+            "critic": args.critic.replace("_", " ")
+            if self.critic is None
+            else f"{type(self.critic).__name__}, warm-up of {warmup} rollouts",
             "images per prompt": args.num_generations,
         }
         if args.target == "fixed":
