@@ -27,6 +27,7 @@ from flowrl_trainers.run_folder.gallery import to_pillow
 from flowrl_trainers.sampling.buffer import MicroBatch
 from flowrl_trainers.sampling.draws import ImageKey
 from flowrl_trainers.trainers.ac_flow_trainer import ACFlowRecord
+from flowrl_trainers.trainers.estimate_fit import EstimateFit
 from flowrl_trainers.trainers.renoising_trainer import Returns
 
 from .ac_flow import Velocities, ac_flow, drawn_images, exact_images
@@ -381,6 +382,31 @@ def test_black_boxes_are_rewards(tmp_path, reward):
         assert rows[0]["reward/checker"] == 0  # of a random pipeline
 
 
+def test_the_reward_of_the_estimate_is_the_best_critic_of_a_gaussian(tmp_path):
+    """Data N(0, 1), reward x: the estimate of one step is E[x | z], so that V is E[r | z], whose share of the variance
+    of r is s = (1 - sigma)^2 / ((1 - sigma)^2 + sigma^2), averaged over each bin. It is fitted on earlier rollouts,
+    so that the first has no critic.
+    """
+    t = ac_flow(tmp_path, critic="reward_of_estimate", reward_shaping="standardise", reward_clip=None)
+    first, second = (exact_images(t, 6400, rollout) for rollout in (0, 1))
+    t._actor_batches([first])
+    assert [t.metrics.noted[f"critic/explained_variance_{k}"] for k in range(4)] == [[0.0]] * 4
+    assert [t.metrics.noted[f"advantage_std_{k}"] for k in range(4)] == [[pytest.approx(1, abs=1e-3)]] * 4
+    t.metrics.clear()
+    t._actor_batches([second])
+    sigma = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    share = ((1 - sigma) ** 2 / ((1 - sigma) ** 2 + sigma**2)).unflatten(0, (4, 1000)).mean(dim=1)
+    for k, expected in enumerate(share.tolist()):
+        assert t.metrics.noted[f"critic/explained_variance_{k}"] == [pytest.approx(expected, abs=0.03)]
+        assert t.metrics.noted[f"advantage_std_{k}"] == [pytest.approx(math.sqrt(1 - expected), abs=0.03)]
+    torch.testing.assert_close(t.estimate_fit.factors().double(), share.sqrt(), atol=0.03, rtol=0)
+    fit = EstimateFit(2, torch.device("cpu"))
+    fit.observe(torch.tensor([[1.0, 0.0], [-2.0, 0.0]]), torch.tensor([3.0, -1.0]))
+    torch.testing.assert_close(fit.factors(), torch.tensor([1.0, 0.0]))
+    fit.observe(torch.tensor([[1.0, 1.0]]), torch.tensor([2.0]))
+    torch.testing.assert_close(fit.factors(), torch.tensor([(0.9 * 5 + 2) / (0.9 * 5 + 1), 2.0]))
+
+
 def test_the_critic_is_saved_and_named_in_the_card(tmp_path):
     t = make_trainer("ACFlowTrainer", tmp_path, critic_warmup_max_steps=0)
     t.train()
@@ -411,7 +437,7 @@ def test_the_critic_follows_the_latent_and_starts_from_zero(shape):
     ({"temperature": 0.0}, r"`temperature` \(0.0\) must be above 0"),
     ({"advantage_clip": -1.0}, r"`advantage_clip` \(-1.0\) must be above 0"),
     ({"critic_steps": 0}, r"`critic_steps` \(0\) must be at least 1"),
-    ({"critic": "unet"}, "`critic` is 'unet': choose 'default' or 'none'"),
+    ({"critic": "unet"}, "`critic` is 'unet': choose 'default', 'backbone', 'reward_of_estimate' or 'none'"),
     (
         {"save_only_model": True, "load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"},
         "`load_best_model_at_end` needs the critic of a checkpoint, which `save_only_model` leaves out",

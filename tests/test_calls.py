@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from flowrl_trainers import FlowRLTrainer
 from flowrl_trainers.cost import Call, Drawing, Kind, Phase, counted
 from flowrl_trainers.cost.calls import parts
+from flowrl_trainers.networks import BackboneCritic
 from flowrl_trainers.rewards import FunctionReward
 from flowrl_trainers.sampling import scoring
 from flowrl_trainers.sampling.scoring import pictures_at_a_time
@@ -68,6 +69,8 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], int | None]] = {
         None,
     ),
     "critic": ("ACFlowTrainer", {"critic_warmup_max_steps": 0, "critic_steps": 3, "decode_batch_size": 3}, None),
+    "critic that sees": ("ACFlowTrainer", {"critic": "backbone", "critic_warmup_max_steps": 0}, None),
+    "reward of the estimate": ("ACFlowTrainer", {"critic": "reward_of_estimate", "decode_batch_size": 3}, None),
     "no critic": ("ACFlowTrainer", {"critic": "none", "timestep_bins": 2, "guidance_scale": 3.0}, 1),
     "no anchor": ("ACFlowTrainer", {"wasserstein_coefficient": 0, "critic_warmup_max_steps": 0, "lora": False}, None),
     "fixed target": ("ACFlowTrainer", {"target": "fixed", "critic": "none", "guidance_scale": 3.0}, None),
@@ -121,7 +124,10 @@ class Observer:
         if t.model.frozen is not None:
             self._watch_network(t.model.frozen, lambda: True)
         for network in t.extra_networks().values():
-            network.register_forward_pre_hook(self._head)
+            if isinstance(network, BackboneCritic):  # calls of the transformer
+                self._watch_network(network.backbone, lambda: not torch.is_grad_enabled())
+            else:
+                network.register_forward_pre_hook(self._head)
         vae = t.flow.pipeline.vae
         decode = vae.decode
 

@@ -88,8 +88,14 @@ def test_a_short_demo_leaves_what_it_says(tmp_path, trainer):
     report = json.loads((tmp_path / "metrics.json").read_text())
     # Diversity is left out where the checker accepts no two pictures of any prompt, as may be after three steps.
     known = {"reward/shapes", "reward/checker", "checker_accuracy", "diversity", "edge_density", "colour_entropy"}
-    for row in ("base", "tuned"):
-        assert set(report[row]) | {"diversity"} == known | ({"velocity_distance"} if row == "tuned" else set())
+    assert set(report["base"]) | {"diversity"} == known
+    of_velocity = set(report["tuned"]) - known
+    assert "velocity_distance" in of_velocity
+    assert (
+        {"velocity_norm_ratio_3"}
+        <= of_velocity - {"velocity_distance"}
+        <= {f"velocity_norm_ratio_{quarter}" for quarter in range(4)}
+    )
     assert ("tuned_ode" in report) == (trainer == "tafs_grpo")
     assert set(report["seconds"]) == {"training", "evaluation"}
     for name in (

@@ -21,6 +21,7 @@ from flowrl_trainers.flow import (
     interpolate,
     log_probability,
     noise_estimate,
+    precise_step,
     renoise,
     shift_sigmas,
     uniform_sigmas,
@@ -112,6 +113,52 @@ def test_renoise_with_eta_zero_is_the_euler_step_and_with_one_forgets_the_noise(
     mean, std = renoise(x, v, sigma, sigma_next, 1.0)
     torch.testing.assert_close(mean, (1 - sigma_next)[:, None, None] * clean_estimate(x, v, sigma))
     torch.testing.assert_close(std.flatten(), sigma_next)
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0, 1.7])
+def test_two_precise_steps_of_a_point_mass_are_one(eta):
+    """All data is m, so that data and noise are known exactly: the next noise is rho noise + sqrt(1 - rho^2) w, and
+    the shares rho of two steps multiply to that of the step that spans both; each leaves the noise level.
+    """
+    m, noise = 0.7, torch.tensor([[-1.0], [1.0]], dtype=torch.float64)  # mean 0, variance 1, nothing drawn
+
+    def step(noise, now, then):
+        now, then = (torch.full((2,), level, dtype=torch.float64) for level in (now, then))
+        mean, std = precise_step((1 - now[:, None]) * m + now[:, None] * noise, noise - m, now, then, eta)
+        return mean, std, (mean - (1 - then[:, None]) * m) / then[:, None]  # the last: what is left of the noise
+
+    _, _, kept = step(noise, 0.9, 0.6)
+    _, _, kept = step(kept, 0.6, 0.3)
+    mean, std, at_once = step(noise, 0.9, 0.3)
+    torch.testing.assert_close(kept, at_once)
+    torch.testing.assert_close(mean.mean(), torch.tensor(0.7 * m, dtype=torch.float64))
+    torch.testing.assert_close(mean.var(correction=0) + std[0, 0] ** 2, torch.tensor(0.3**2, dtype=torch.float64))
+    mean, std, _ = step(noise, 1.0, 0.3)
+    torch.testing.assert_close(mean, torch.full_like(mean, 0.7 * m))  # all noise is drawn afresh
+    torch.testing.assert_close(std, torch.full_like(std, 0.3))
+
+
+def test_precise_steps_keep_the_variance_that_renoising_shrinks():
+    """Data N(0, s^2), whose velocity is linear: a step maps variance V to a^2 V + std^2, with a its mean at x = 1, and
+    the marginal at sigma is (1 - sigma)^2 s^2 + sigma^2. PRECISE ends off by O(1 / N); renoising with the same eta
+    does not get nearer.
+    """
+    s = 1.5
+
+    def end(kernel, steps: int) -> float:
+        levels = torch.linspace(1, 0.1, steps + 1, dtype=torch.float64)
+        variance = torch.ones((), dtype=torch.float64)
+        for sigma, sigma_next in itertools.pairwise(levels):
+            slope = (sigma - (1 - sigma) * s**2) / ((1 - sigma) ** 2 * s**2 + sigma**2)
+            a, std = kernel(torch.ones(1, 1).double(), slope.view(1, 1), sigma[None], sigma_next[None], 0.7)
+            variance = a.squeeze() ** 2 * variance + std.squeeze() ** 2
+        return float(variance) / (0.9**2 * s**2 + 0.1**2) - 1
+
+    precise = [end(precise_step, steps) for steps in (250, 500, 1000)]
+    assert abs(precise[2]) < 3e-3
+    assert [a / b for a, b in itertools.pairwise(precise)] == pytest.approx([2.0, 2.0], rel=0.05)
+    assert end(renoise, 250) == pytest.approx(end(renoise, 1000), abs=0.01)
+    assert end(renoise, 1000) < -0.2
 
 
 def test_gaussian_log_probability_is_that_of_torch_and_the_other_form_its_quadratic_part():

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from flowrl_trainers import ACFlowConfig, DiffusionNFTConfig
-from flowrl_trainers.flow import shape_rewards, shift_sigmas, uniform_sigmas
+from flowrl_trainers.flow import root_mean_square, shape_rewards, shift_sigmas, uniform_sigmas
 from flowrl_trainers.trainers.lagged_weights import LaggedWeights
 from flowrl_trainers.trainers.renoising_trainer import Returns
 
@@ -431,6 +431,12 @@ def test_the_published_schedules(tmp_path):
         "target": "fixed", "rollout_policy": "old", "old_policy_decay": 0.5, "critic": "none", "timestep_bins": 2,
         "old_policy_coefficient": 0.1, "norm_guard": 0.1, "critic_warmup_max_steps": 0, "temperature": 2.0,
     }),
+    ("ACFlowTrainer", {
+        "target": "fixed", "old_policy_decay": 0.5, "critic": "backbone", "critic_steps": 1, "timestep_bins": 2,
+    }),
+    ("ACFlowTrainer", {
+        "target": "fixed", "old_policy_decay": 0.5, "critic": "reward_of_estimate", "timestep_bins": 2,
+    }),
 ])  # fmt: skip
 def test_a_run_resumed_after_every_update_of_a_window_is_the_uninterrupted_one(tmp_path, name, settings):
     """15: parameters, old weights and the rollout in use, bit for bit; two updates take one rollout."""
@@ -470,8 +476,7 @@ def test_the_raw_spread_holds_what_prompts_differ():
 def test_the_guard_costs_only_what_is_longer_than_the_base(tmp_path):
     t = ac_flow(tmp_path, norm_guard=0.5)
     v = torch.tensor([[3.0, 4.0], [0.3, 0.4]])
-    lengths = t._lengths(torch.tensor([[[2.0, 1.0]], [[1.0, 1.0]]]))
-    penalty = t._excess_length(v, lengths[:, 0])
+    penalty = t._excess_length(v, root_mean_square(torch.tensor([[2.0, 1.0], [1.0, 1.0]])))
     torch.testing.assert_close(penalty, torch.tensor([(math.sqrt(12.5 / 2.5) - 1) ** 2, 0.0]))
 
 

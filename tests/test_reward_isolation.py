@@ -207,7 +207,8 @@ def test_rewards_without_a_name_get_one():
 
 def test_odd_rewards_are_warned_of_once():
     watch = RewardWatch(
-        as_rewards({name: (lambda images, prompts, **columns: None) for name in ("good", "silent", "flat", "huge")})
+        as_rewards({name: (lambda images, prompts, **columns: None) for name in ("good", "silent", "flat", "huge")}),
+        judged=False,
     )
     groups = torch.tensor([3, 3, 7, 7])
     columns = [[0.1, 0.4, 0.2, 0.2], [math.nan] * 4, [1.0, 1.0, 2.0, 2.0], [1.0, 2e6, 3.0, 4.0]]
@@ -223,7 +224,7 @@ def test_odd_rewards_are_warned_of_once():
 
 
 def test_one_picture_per_prompt_has_nothing_to_differ_from():
-    watch = RewardWatch(as_rewards({"single": lambda images, prompts, **columns: None}))
+    watch = RewardWatch(as_rewards({"single": lambda images, prompts, **columns: None}), judged=True)
     assert not any(watch.observe(torch.ones(4, 1), torch.arange(4)) for _ in range(12))
 
 

@@ -116,7 +116,7 @@ def test_images_of_a_prompt_start_together_and_their_first_velocity_is_computed_
     assert network.sizes == [64] * 4
 
 
-@pytest.mark.parametrize("kernel", ["renoise", "flow_grpo"])
+@pytest.mark.parametrize("kernel", ["renoise", "precise", "flow_grpo"])
 @pytest.mark.parametrize("form", ["gaussian", "coefficients_preserving"])
 def test_stored_probabilities_are_those_of_torch(tmp_path, kernel, form):
     t = tafs(
@@ -135,6 +135,10 @@ def test_stored_probabilities_are_those_of_torch(tmp_path, kernel, form):
         if kernel == "renoise":
             std = s_next * math.sin(math.pi * 0.4)
             mean = (1 - s_next) * (x - s * v) + s_next * math.cos(math.pi * 0.4) * (x + (1 - s) * v)
+        elif kernel == "precise":
+            rho = float(s_next / (1 - s_next) * (1 - s) / s) ** 0.32
+            std = s_next * math.sqrt(1 - rho**2)
+            mean = (1 - s_next) * (x - s * v) + s_next * rho * (x + (1 - s) * v)
         else:
             dt, g = s_next - s, 0.8 * torch.sqrt(s / (1 - (s_next if k == 0 else s)))
             std = g * torch.sqrt(-dt)
@@ -316,7 +320,7 @@ def test_bfloat16_counts_as_half_precision(tmp_path):
     ({"credit_rule": "best"}, "`credit_rule` is 'best': choose 'mixed', 'final', 'level', 'gain' or 'return'"),
     ({"credit_mix": 1.5}, r"`credit_mix` \(1.5\) must be between 0 and 1"),
     ({"scale_rewards": "all"}, "`scale_rewards` is 'all'"),
-    ({"kernel": "sde"}, "`kernel` is 'sde': choose 'renoise' or 'flow_grpo'"),
+    ({"kernel": "sde"}, "`kernel` is 'sde': choose 'renoise', 'precise' or 'flow_grpo'"),
     ({"eval_num_inference_steps": 20}, r"`eval_num_inference_steps` \(20\) must be left out"),
     ({"beta": -1.0}, r"`beta` \(-1.0\) must be at least 0"),
 ])  # fmt: skip

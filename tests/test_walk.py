@@ -70,7 +70,7 @@ OF: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "eta_schedule": st.sampled_from(["quadratic", "linear", "constant"]), "reward_gradient_clip_quantile": CLIP,
     },
     "ACFlowTrainer": {
-        "critic": st.sampled_from(["default", "none"]), "critic_steps": SMALL,
+        "critic": st.sampled_from(["default", "backbone", "reward_of_estimate", "none"]), "critic_steps": SMALL,
         "critic_warmup_max_steps": st.integers(0, 1), "normalize_weights": st.booleans(),
         "weighting": st.sampled_from(["exponential", "softplus", "positive", "indicator", "linear"]),
         "advantage_clip": st.none() | st.floats(0, 2), "temperature": st.floats(0.01, 10),
@@ -85,7 +85,7 @@ OF: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "old_policy_decay": st.floats(0, 1), "reward_std": st.sampled_from(["centred", "raw"]),
     },
     "TAFSGRPOTrainer": {
-        "kernel": st.sampled_from(["renoise", "flow_grpo"]), "eta": st.floats(0, 1),
+        "kernel": st.sampled_from(["renoise", "precise", "flow_grpo"]), "eta": st.floats(0, 1),
         "credit_rule": st.sampled_from(["mixed", "final", "level", "gain", "return"]), "credit_mix": st.floats(0, 1),
         "log_prob_form": st.sampled_from(["coefficients_preserving", "gaussian"]), "beta": st.floats(0, 1),
         "share_initial_noise": st.booleans(),

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from datasets import Dataset
-from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor
 
 from ..metrics import signs_of_over_optimisation, standard_error_of_change
@@ -106,7 +105,6 @@ def _rows(
     """
     pipeline = load_model(args.model, DTYPES[args.dtype])
     flow = FlowPipeline.from_pipeline(pipeline, **{name: getattr(args, name) for name in PIPELINE_SETTINGS})
-    transformer: PeftAdapterMixin | Any = flow.transformer
     for adapter in args.adapter:  # an adapter that does not fit is found before hours of drawing
         _load_adapter(pipeline, adapter)
         pipeline.delete_adapters(ADAPTER)

@@ -12,8 +12,9 @@ from .advantages import advantage_weights, compare_within_groups, explained_vari
 from .control_costs import best_control, best_rms, control_cost, control_cost_gradient, root_mean_square
 from .conversions import clean_estimate, expand_like, interpolate, noise_estimate, velocity_between
 from .dynamics import Dynamics, MemorylessDynamics, OdeDynamics
+from .lengths import norm_ratios
 from .sigmas import shift_sigmas, uniform_sigmas
-from .steps import euler_step, euler_steps, flow_grpo_step, log_probability, renoise
+from .steps import euler_step, euler_steps, flow_grpo_step, log_probability, precise_step, renoise
 
 __all__ = [
     "Dynamics",
@@ -35,6 +36,8 @@ __all__ = [
     "interpolate",
     "log_probability",
     "noise_estimate",
+    "norm_ratios",
+    "precise_step",
     "renoise",
     "root_mean_square",
     "shape_rewards",

@@ -80,7 +80,8 @@ def texts_identity(texts: Iterable[str]) -> str:
 def weights_identity(network: nn.Module) -> str:
     """A hash of the names and shapes of a network's frozen parameters, and of up to 256 elements of each.
 
-    Of a quantised parameter, the numbers and the scales that are stored count. Of a sharded network, all processes must ask for it.
+    Of a quantised parameter, the numbers and the scales that are stored count. Of a sharded network, all processes
+    must ask for it.
     """
     found = hashlib.sha256()
     for name, parameter in network.named_parameters():

@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 
-from ..flow import euler_steps
+from ..flow import euler_steps, norm_ratios, root_mean_square
 from ..metrics import standard_error_of_change
 from .evaluator import Evaluator, Sampler
 from .flow_model import FlowModel
@@ -56,7 +56,7 @@ class Comparison:
         Args:
             dataset: Held-out prompts.
             samplers: By the names of their rows; the first has none.
-            sigmas: The grid on which `velocity_distance` is measured.
+            sigmas: The grid on which `velocity_change` is measured.
 
         Returns:
             The rows, and the standard error of every reward's change with the first sampler.
@@ -68,7 +68,7 @@ class Comparison:
             with self.tuned_weights():
                 tuned, tuned_scores = self.row(dataset, sampler, f"tuned{suffix}")
                 if not name:
-                    tuned["velocity_distance"] = self.velocity_distance(dataset, sigmas)
+                    tuned |= self.velocity_change(dataset, sigmas)
             known = f"{dataset._fingerprint}{suffix}"
             if known not in self.base_rows:
                 with self.model.reference():
@@ -90,12 +90,17 @@ class Comparison:
         return row | noted.means(), scores
 
     @torch.no_grad()
-    def velocity_distance(self, dataset: Dataset, sigmas: Tensor) -> float:
-        """Root mean square of the distance to the base velocity, relative to that, on ODE paths from a few rows.
+    def velocity_change(self, dataset: Dataset, sigmas: Tensor) -> dict[str, float]:
+        """How the velocity differs from the base's, on ODE paths of the model as it is, from a few rows.
 
-        The paths are those of the model as it is, and the rows are dealt to the processes.
+        The rows are dealt to the processes.
+
+        Returns:
+            `velocity_distance`, the root mean square of the distance relative to the base velocity; and
+                `velocity_norm_ratio_N`, |v| / |v_base| in the N-th quarter of the noise levels, see `norm_ratios`.
         """
         moved = length = 0.0
+        seen: list[Tensor] = []  # level, |v| and |v_base| of every state
         self.model.eval()
         evaluator, accelerator = self.evaluator, self.evaluator.accelerator
         count, processes = min(VELOCITY_ROWS, len(dataset)), accelerator.num_processes
@@ -119,8 +124,14 @@ class Comparison:
                     base = velocity(x, sigmas[step].expand(len(x)))
                 if number < counted:
                     moved, length = moved + float((v - base).square().sum()), length + float(base.square().sum())
-        moved, length = (sum(parts) for parts in zip(*gather_object([(moved, length)]), strict=True))
-        return math.sqrt(moved / length) if length else math.nan
+                    level = sigmas[step].expand(len(x))
+                    seen += torch.stack([level, root_mean_square(v), root_mean_square(base)], dim=1)
+        parts = gather_object([(moved, length, [row.tolist() for row in seen])])
+        moved, length = (sum(part[i] for part in parts) for i in range(2))
+        found = {"velocity_distance": math.sqrt(moved / length) if length else math.nan}
+        sigma, tuned, base = torch.tensor([row for *_, rows in parts for row in rows]).unbind(dim=1)
+        ratios = norm_ratios(tuned, base, sigma, torch.ones_like(sigma, dtype=torch.bool)).tolist()
+        return found | {f"velocity_norm_ratio_{n}": r for n, r in enumerate(ratios) if not math.isnan(r)}
 
     def pictures(self, dataset: Dataset, sampler: Sampler, count: int) -> tuple[Pictures, Pictures]:
         """Base and tuned pictures of `count` evenly spaced rows with different prompts, all on this process."""

@@ -78,10 +78,12 @@ class ACFlowConfig(RenoisingConfig):
         help="The weight alpha of the mean squared distance to the base velocity, a bound of the Wasserstein-2 "
         "distance that keeps diversity; 0 for no anchor. Default: 0.3; 0 with a fixed target.",
     )
-    critic: Literal["default", "none"] = HfArg(
+    critic: Literal["default", "backbone", "reward_of_estimate", "none"] = HfArg(
         default="default",
-        help="'default' is a small network sized by the latent; with 'none' every value is zero. Pass a module of "
-        "your own to the trainer.",
+        help="'default' is a small network sized by the latent; 'backbone' is the base network with an adapter of its "
+        "own and a head at every place, which shares all other weights with it; 'reward_of_estimate' scores the clean "
+        "estimate of every state, times what fitted earlier rollouts best at its level, and suits cheap rewards; with "
+        "'none' every value is zero. Pass a module of your own to the trainer.",
     )
     critic_steps: Annotated[int, Range(at_least=1)] = HfArg(
         default=4, help="The updates of the critic per rollout, each on all of its images."
@@ -108,6 +110,16 @@ class ACFlowConfig(RenoisingConfig):
                 "`load_best_model_at_end` needs the critic of a checkpoint, which `save_only_model` leaves out: "
                 "choose one."
             )
+        if self.critic == "backbone" and self.fp16:
+            raise ValueError(
+                "`critic` ('backbone') cannot be trained with `fp16`, whose gradients are scaled for the model alone: "
+                "take `bf16`."
+            )
+        if self.critic == "reward_of_estimate" and self.reward_shaping == "none":
+            raise ValueError(
+                "`reward_shaping` ('none') must be 'standardise' with `critic='reward_of_estimate'`, which compares "
+                "estimates within their prompt as rewards are."
+            )
         self._refuse_idle_settings()
         if self.target == "fixed":
             self._resolve_fixed_target()
@@ -128,8 +140,19 @@ class ACFlowConfig(RenoisingConfig):
 
     @property
     def head_kind(self) -> Literal["critic"] | None:
-        """The critic."""
-        return None if self.critic == "none" else "critic"
+        """The critic, where it is a network of its own kind."""
+        return "critic" if self.critic == "default" else None
+
+    @property
+    def base_pull(self) -> float:
+        """The weight of the pull to the base velocity beside an advantage that is signed: 1 over the eta of the tilt
+        exp(eta A), where the level weight is 1; 0 where positive weights, or no such pull, leave eta without a
+        meaning.
+        """
+        if self.weighting != "linear":
+            return 0.0
+        fixed = self.target == "fixed" and self.target_anchor == "base"
+        return 1 / self.reward_multiplier if fixed else self.wasserstein_coefficient or 0.0
 
     @property
     def needs_base(self) -> bool:
@@ -139,8 +162,9 @@ class ACFlowConfig(RenoisingConfig):
 
     @property
     def needs_old(self) -> bool:
-        """Whether (5) or the pull towards the old policy asks for its velocity at the states."""
-        return self.target == "fixed" or self.old_policy_coefficient > 0
+        """Whether (5), the pull towards the old policy or the critic asks for its velocity at the states."""
+        pulls = self.target == "fixed" or self.old_policy_coefficient > 0
+        return pulls or self.critic == "reward_of_estimate"
 
     @property
     def latents_kept(self) -> int:
@@ -154,13 +178,18 @@ class ACFlowConfig(RenoisingConfig):
         V is also asked at K further states before the critic learns from them, which tells how well it does.
         """
         calls = self.rollout_calls(drawing)
-        calls += drawing.scores(self.images_per_device, self.decode_batch_size or self.images_at_once)
-        if self.critic != "none":
+        at_once = self.decode_batch_size or self.images_at_once
+        calls += drawing.scores(self.images_per_device, at_once)
+        if self.critic == "reward_of_estimate":
+            for _ in range(self.timestep_bins):
+                calls += drawing.scores(self.images_per_device, at_once)
+        elif self.critic != "none":
             together = self.timestep_bins if self.critic_bins_in_one_call else 1
             size, states = self.per_device_train_batch_size * together, self.timestep_bins // together
             states *= self.micro_steps_per_rollout
-            calls += [Call(Kind.HEAD, size, 2 * states, Phase.TARGET)]
-            calls += [Call(Kind.HEAD_TRAIN, size, self.critic_steps * states, Phase.TARGET)]
+            see, learn = (Kind.BASE, Kind.TRAIN) if self.critic == "backbone" else (Kind.HEAD, Kind.HEAD_TRAIN)
+            calls += [Call(see, size, 2 * states, Phase.TARGET)]
+            calls += [Call(learn, size, self.critic_steps * states, Phase.TARGET)]
         return calls + self.matching_calls(drawing, needs_base=self.needs_base, needs_old=self.needs_old)
 
     @property

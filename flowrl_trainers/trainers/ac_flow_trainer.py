@@ -44,13 +44,21 @@ import torch
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
-from ..flow import advantage_weights, expand_like, explained_variance, velocity_between
-from ..networks import critic
+from ..flow import (
+    advantage_weights,
+    clean_estimate,
+    expand_like,
+    explained_variance,
+    root_mean_square,
+    velocity_between,
+)
+from ..networks import BackboneCritic, critic
 from ..networks.warmup import Warmup
 from ..pipelines import Conditioning
 from ..sampling.buffer import MicroBatch, Record
 from ..sampling.draws import ImageKey
 from .ac_flow_config import ACFlowConfig
+from .estimate_fit import EstimateFit
 from .renoising_trainer import RenoisingRollout, RenoisingTrainer, Returns
 
 logger = logging.getLogger(__name__)
@@ -70,7 +78,7 @@ class ACFlowRecord(Record):
         weights: w of (3), (B, K); None with a fixed target, which holds the advantage.
         base_velocities: v_base at the states, (B, K, ...); None without an anchor.
         old_velocities: v_old at the states, (B, K, ...); None where no term pulls towards it.
-        base_lengths: |v_base| at the states, (B, K); None without a guard.
+        base_lengths: |v_base| at the states, (B, K); None where nothing asks for v_base.
     """
 
     states: Tensor
@@ -115,19 +123,29 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
         """
         super().set_up()
         self.critic = self._make_critic()
+        of_estimates = self.critic is None and self.args.critic == "reward_of_estimate"
+        self.estimate_fit = EstimateFit(self.args.timestep_bins, self.args.device) if of_estimates else None
         self.warmup = Warmup(0 if self.critic is None else self.args.critic_warmup_max_steps)
         if self.critic is not None:
             self.same_on_all_processes(self.critic)
             self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=self.args.critic_learning_rate)
 
     def _make_critic(self) -> nn.Module | None:
-        if self.given_critic is not None and self.args.critic == "none":
-            raise ValueError("`critic` is passed, but `args.critic` is 'none': leave out one of them.")
+        if self.given_critic is not None and self.args.critic in ("none", "reward_of_estimate"):
+            raise ValueError(f"`critic` is passed, but `args.critic` is {self.args.critic!r}: leave out one of them.")
         if self.given_critic is not None:
             return self.given_critic.to(self.args.device)
-        if self.args.critic == "none":
+        if self.args.critic in ("none", "reward_of_estimate"):
             return None
-        return critic(*self.latent_and_prompt_sizes()).to(self.args.device)
+        shape, prompt_dim = self.latent_and_prompt_sizes()
+        if self.args.critic == "default":
+            return critic(shape, prompt_dim).to(self.args.device)
+        network = self.model.transformer if self.model.frozen is None else self.model.frozen
+        targets, exclude = self.flow.lora_target_modules, self.flow.lora_exclude_modules
+        made = BackboneCritic(network, partial(self.flow.velocity, guidance=False), shape[0], targets, exclude)
+        if self.args.activation_checkpointing:
+            made.backbone.enable_gradient_checkpointing()
+        return made.to(self.args.device)
 
     @property
     def uses_old_policy(self) -> bool:
@@ -177,13 +195,20 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
         """V (B, K) at states (B, K, ...) and levels (B, K); zero without a critic."""
         if self.critic is None:
             return torch.zeros_like(sigma)
-        features, mask = self.flow.prompt_features(conditioning)
         if self.args.critic_bins_in_one_call:
-            bins = sigma.shape[1]
-            features, mask = (t.repeat_interleave(bins, dim=0) for t in (features.float(), mask))
-            return self.critic(states.flatten(0, 1), sigma.flatten(), features, mask).unflatten(0, sigma.shape)
+            repeated = {name: value.repeat_interleave(sigma.shape[1], dim=0) for name, value in conditioning.items()}
+            return self._judged(states.flatten(0, 1), sigma.flatten(), repeated).unflatten(0, sigma.shape)
         columns = zip(states.unbind(1), sigma.unbind(1), strict=True)
-        return torch.stack([self.critic(z, s, features.float(), mask) for z, s in columns], dim=1)
+        return torch.stack([self._judged(z, s, conditioning) for z, s in columns], dim=1)
+
+    def _judged(self, z: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """V (B,) at states (B, ...) and levels (B,)."""
+        assert self.critic is not None
+        if isinstance(self.critic, BackboneCritic):
+            with self.accelerator.autocast():
+                return self.critic(z, sigma, conditioning)
+        features, mask = self.flow.prompt_features(conditioning)
+        return self.critic(z, sigma, features.float(), mask)
 
     def _critic_step(self, shaped: list[MicroBatch[Returns]], purpose: str) -> None:
         """One update of (2) on freshly re-noised images of all processes."""
@@ -221,17 +246,47 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
         for batch in shaped:
             states, _, sigma = self._renoised(batch, "judge")
             found.append(self._values(states, sigma, self.condition(batch.examples)))
-        good = self.accelerator.gather(torch.cat([batch.good for batch in shaped]))
-        values = self.accelerator.gather(torch.cat(found))[good]
-        returns = self.accelerator.gather(torch.cat([batch.record.returns for batch in shaped]))[good]
-        explained = explained_variance(returns[:, None].expand_as(values), values)
-        known = bool(explained.isfinite().all())  # else all rewards were equal
-        for number, value in enumerate(explained.tolist() if known else []):
-            self.metrics.note(f"critic/explained_variance_{number}", value)
+        values, returns = self._of_all(torch.cat(found), shaped)
+        explained = self._note_explained(values, returns)
         was_running = self.warmup.running
-        self.warmup.observe(float(explained.mean()) if known else None)
+        self.warmup.observe(None if explained is None else float(explained.mean()))
         if was_running:
             self.metrics.note("critic/warmup_rollouts", self.warmup.rollouts)
+
+    def _of_all(self, values: Tensor, shaped: list[MicroBatch[Returns]]) -> tuple[Tensor, Tensor]:
+        """Values (M, K) and returns (M,) of the good images of all processes, from the values of this one's."""
+        good = self.accelerator.gather(torch.cat([batch.good for batch in shaped]))
+        returns = self.accelerator.gather(torch.cat([batch.record.returns for batch in shaped]))
+        return self.accelerator.gather(values)[good], returns[good]
+
+    def _note_explained(self, values: Tensor, returns: Tensor) -> Tensor | None:
+        """The explained variance of each bin (K,), which is noted; None where all returns are equal."""
+        explained = explained_variance(returns[:, None].expand_as(values), values)
+        if not explained.isfinite().all():
+            return None
+        for number, value in enumerate(explained.tolist()):
+            self.metrics.note(f"critic/explained_variance_{number}", value)
+        return explained
+
+    def _values_of_estimates(
+        self, fit: EstimateFit, shaped: list[MicroBatch[Returns]], estimates: list[Tensor]
+    ) -> list[Tensor]:
+        """V (B, K) of every micro-batch from the clean estimates (B, K, ...) at its states.
+
+        Args:
+            fit: Of earlier rollouts; it learns from this one afterwards.
+            shaped: The images as they were scored.
+            estimates: Of each micro-batch.
+        """
+        together = torch.cat(estimates)
+        examples, rows = [e for batch in shaped for e in batch.examples], self.prompt_rows(shaped)
+        columns = [self.scorer.score(column, examples) for column in together.unbind(1)]
+        unknown = [torch.where(scores.isinf(), torch.nan, scores) for scores in columns]
+        seen = torch.stack([self._shaped(scores, rows) for scores in unknown], dim=1)
+        values = fit.factors() * seen
+        self._note_explained(*self._of_all(values, shaped))
+        fit.observe(*self._of_all(seen, shaped))
+        return list(values.split([len(batch.examples) for batch in shaped]))
 
     # ---- the actor -------------------------------------------------------------------------------------------------
 
@@ -239,11 +294,6 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
     def _actor_batches(self, shaped: list[MicroBatch[Returns]]) -> list[MicroBatch[ACFlowRecord]]:
         """States, targets, weights and anchors; the images themselves are not needed any more."""
         renoised = [self._renoised(batch, "actor") for batch in shaped]
-        advantages = [
-            batch.record.returns[:, None] - self._values(states, sigma, self.condition(batch.examples))
-            for batch, (states, _, sigma) in zip(shaped, renoised, strict=True)
-        ]
-        weights = self._weights(torch.cat(advantages), torch.cat([batch.good for batch in shaped]))
         columns = [states for states, _, _ in renoised], [sigma for _, _, sigma in renoised]
         base: list[Tensor] | list[None] = [None] * len(shaped)
         old: list[Tensor] | list[None] = [None] * len(shaped)
@@ -253,6 +303,18 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
         if self.args.needs_old:
             with self.old_policy():
                 old = self.at_once(partial(self.velocities, guidance=guidance), shaped, *columns)
+        if self.estimate_fit is not None:
+            triples = zip(renoised, old, strict=True)
+            estimates = [clean_estimate(z, v, sigma) for (z, _, sigma), v in triples if v is not None]
+            values = self._values_of_estimates(self.estimate_fit, shaped, estimates)
+        else:
+            values = [
+                self._values(states, sigma, self.condition(batch.examples))
+                for batch, (states, _, sigma) in zip(shaped, renoised, strict=True)
+            ]
+        pairs = zip(shaped, values, strict=True)
+        advantages = torch.cat([batch.record.returns[:, None] - value for batch, value in pairs])
+        weights = self._weights(advantages, torch.cat([batch.good for batch in shaped]))
         sizes = [len(batch.examples) for batch in shaped]
         parts = zip(shaped, renoised, weights.split(sizes), base, old, strict=True)
         return [
@@ -288,7 +350,7 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
             weights=None if fixed else weights,
             base_velocities=base if args.wasserstein_coefficient else None,
             old_velocities=old if args.old_policy_coefficient > 0 else None,
-            base_lengths=self._lengths(base) if base is not None and args.norm_guard > 0 else None,
+            base_lengths=None if base is None else root_mean_square(base, 2),
         )
 
     def _weights(self, advantages: Tensor, good: Tensor) -> Tensor:
@@ -319,11 +381,15 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
         z, sigma, target = (t[:, state] for t in (record.states, record.sigmas, record.targets))
         v = model(z, sigma, conditioning, guidance=args.loss_guidance)
         error = (v - target).flatten(1).square().mean(dim=1)
+        omega = None if args.loss_weighting == "none" else self._level_weights(sigma, error.detach())
         if record.weights is None:
             losses = error / args.reward_multiplier
         else:
             w = record.weights[:, state]
-            losses = (w if args.loss_weighting == "none" else w * self._level_weights(sigma, error.detach())) * error
+            losses = (w if omega is None else w * omega) * error
+        if args.base_pull > 0:
+            mean_omega = 1.0 if omega is None else self.mean_of_good(omega, batch.good)
+            self.metrics.note("effective_eta", mean_omega / (args.temperature * args.base_pull))
         if record.base_velocities is not None:
             distance = self._distance_to_base(v, record.base_velocities[:, state], batch.good)
             losses = losses + (args.wasserstein_coefficient or 0.0) * distance
@@ -331,7 +397,9 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
             distance = (v - record.old_velocities[:, state]).flatten(1).square().mean(dim=1)
             losses = losses + args.old_policy_coefficient * distance
         if record.base_lengths is not None:
-            losses = losses + args.norm_guard * self._excess_length(v, record.base_lengths[:, state])
+            self.note_norm_ratios(v, record.base_lengths[:, state], sigma, batch.good)
+            if args.norm_guard > 0:
+                losses = losses + args.norm_guard * self._excess_length(v, record.base_lengths[:, state])
         return losses
 
     def _level_weights(self, sigma: Tensor, error: Tensor) -> Tensor:
@@ -343,8 +411,10 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
     # ---- files -----------------------------------------------------------------------------------------------------
 
     def algorithm_state(self) -> dict[str, Any]:
-        """The old policy, the critic, its optimizer, and how far its warm-up has come."""
+        """The old policy, the critic, its optimizer and warm-up, and what was fitted to the rewards of estimates."""
         state = super().algorithm_state()
+        if self.estimate_fit is not None:
+            state["estimate_fit"] = self.estimate_fit.state_dict()
         if self.critic is not None:
             state |= {
                 "critic": self.critic.state_dict(),
@@ -356,6 +426,8 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
     def load_algorithm_state(self, state: Mapping[str, Any]) -> None:
         """Take them up."""
         super().load_algorithm_state(state)
+        if self.estimate_fit is not None:
+            self.estimate_fit.load_state_dict(state["estimate_fit"])
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"])
             self.critic_optimizer.load_state_dict(state["critic_optimizer"])
@@ -371,7 +443,9 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
         shown: dict[str, Any] = {
             "weighting, temperature": f"{args.weighting}, {args.temperature:g}",
             "advantage clip, anchor": f"{args.advantage_clip}, {args.wasserstein_coefficient:g}",
-            "critic": "none" if self.critic is None else f"{type(self.critic).__name__}, warm-up of {warmup} rollouts",
+            "critic": args.critic.replace("_", " ")
+            if self.critic is None
+            else f"{type(self.critic).__name__}, warm-up of {warmup} rollouts",
             "images per prompt": args.num_generations,
         }
         if args.target == "fixed":

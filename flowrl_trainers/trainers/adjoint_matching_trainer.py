@@ -342,7 +342,9 @@ class AdjointMatchingTrainer(RewardGradientTrainer[AdjointMatchingRollout, Adjoi
         record = batch.record
         x, sigma, g, gain = (t[:, state] for t in (record.states, record.sigmas, record.adjoints, record.gains))
         weight = record.weights[:, state]
-        u = record.base_velocities[:, state] - model(x, sigma, conditioning, guidance=False)
+        v, v_base = model(x, sigma, conditioning, guidance=False), record.base_velocities[:, state]
+        self.note_norm_ratios(v, root_mean_square(v_base), sigma, batch.good)
+        u = v_base - v
         if self.args.loss_type == "hamiltonian":
             return 2 * weight * (control_cost(u, *self.cost) - (u * g).flatten(1).mean(dim=1))
         losses = weight * (u - self._target_control(g, gain)).flatten(1).square().mean(dim=1)

@@ -10,8 +10,8 @@ from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 
 from ..cost import Call, Drawing, Kind, Phase
-from .attention import check_backend_name
 from ..pipelines.quantization import Quantization
+from .attention import check_backend_name
 from .config_checks import Range, check_fields, refuse_unsupported, shown
 from .optimizer_checks import check_optimizer
 from .suggestions import did_you_mean

@@ -24,6 +24,7 @@ from transformers.trainer_utils import IntervalStrategy, TrainOutput
 from transformers.utils import is_in_notebook
 
 from ..cost.run import memory_of, warn_of_memory
+from ..flow import norm_ratios, root_mean_square
 from ..metrics import signs_of_over_optimisation
 from ..pipelines import Conditioning, FlowPipeline
 from ..pipelines.quantization import is_quantized
@@ -50,7 +51,7 @@ from ..sampling.pictures import Pictures
 from ..sampling.placement import Placement
 from ..sampling.prompt_groups import Example, PromptDataset, PromptGroupSampler
 from ..sampling.prompt_sources import PromptSource
-from ..sampling.reward_watch import RewardWatch
+from ..sampling.reward_watch import RewardWatch, share_without_spread
 from ..sampling.scoring import Scorer, call_rewards, decoded
 from ..sampling.sharding import refuse_other_sharding
 from .adapters import prepare_adapter
@@ -81,6 +82,7 @@ PIPELINE_SETTINGS = (
     "height", "width", "guidance_scale", "guidance_in_one_call", "negative_prompt", "max_sequence_length",
 )  # fmt: skip
 PROBE_IMAGES = 2
+LONG = 1.05  # |v| / |v_base| from which on an evaluation warns
 SHOW_EVERY = 10  # rollouts, from one whose pictures trackers get to the next
 
 RolloutT = TypeVar("RolloutT", bound=Record)
@@ -261,7 +263,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             gradient_batch_size=args.per_device_train_batch_size,
             judging=self.placement.judging,
         )
-        self.reward_watch = RewardWatch(self.rewards)
+        self.reward_watch = RewardWatch(self.rewards, judged=bool(self.eval_rewards))
         evaluator = Evaluator(
             self.flow,
             self.conditioning,
@@ -745,6 +747,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             self.metrics.note(name, value)
         if self.rollout_reward is not None:
             self.metrics.note("reward", self.rollout_reward)
+        trained = scores[:, self.reward_weights != 0]
+        self.metrics.note("prompts_without_spread", share_without_spread(trained, rows), unless_nan=True)
         for sentence in self.reward_watch.observe(scores, rows):
             if self.is_world_process_zero():
                 logger.warning(sentence)
@@ -778,6 +782,21 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
     def prompt_rows(self, rollout: Sequence[MicroBatch[Any]]) -> Tensor:
         """The rows of the prompts of a rollout's images, (B,): equal numbers for images of one prompt."""
         return torch.tensor([key.row for batch in rollout for key in batch.keys], device=self.args.device)
+
+    def note_norm_ratios(self, v: Tensor, base_lengths: Tensor, sigma: Tensor, good: Tensor) -> None:
+        """Note `velocity_norm_ratio_N`, |v| / |v_base| in the N-th quarter of the noise levels, from 0.
+
+        Every process notes its own, without waiting for the others.
+
+        Args:
+            v: Velocities, (B, ...).
+            base_lengths: The root mean squares of the base's, (B,).
+            sigma: Their levels, (B,).
+            good: (B,), False for images that are left out.
+        """
+        ratios = norm_ratios(root_mean_square(v.detach()), base_lengths, sigma, good)
+        for number, ratio in enumerate(ratios.unbind()):
+            self.metrics.note(f"velocity_norm_ratio_{number}", ratio, unless_nan=True)
 
     def mean_of_good(self, values: Tensor, good: Tensor) -> Tensor:
         """The mean of values (B,) over the images of all processes that were not left out."""
@@ -826,7 +845,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
                 `diversity`,
             statistics that betray a hacked reward), the same of the base model with the same seeds under
             `base_reward/<name>` and so on, and `velocity_distance`, how far the velocity has moved from the base's,
-            relative to it. Further samplers of an algorithm have rows of their own, such as `ode_reward/<name>` and
+            relative to it, with `velocity_norm_ratio_N`, its length beside the base's in the N-th quarter of the noise
+            levels. Further samplers of an algorithm have rows of their own, such as `ode_reward/<name>` and
             `base_ode_reward/<name>`.
 
         Raises:
@@ -849,6 +869,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
                 if base.images.dim() == 4 and self.is_world_process_zero():
                     self.run_folder.write_sheet(base, tuned, self.step_of_weights)
         self._warn_of_over_optimisation(errors)
+        self._warn_of_long_velocities()
         self.seconds["evaluation"] = self.seconds.get("evaluation", 0.0) + perf_counter() - start
         metrics: dict[str, float] = {}
         for label, row in self.rows.items():
@@ -902,6 +923,18 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             logger.warning(
                 "The trained reward moved as it should, but %s: it may have been hacked. Look at the pictures.",
                 "; ".join(signs),
+            )
+
+    def _warn_of_long_velocities(self) -> None:
+        ratios = {n: r for n, r in self.rows["tuned"].items() if n.startswith("velocity_norm_ratio_") and r > LONG}
+        if ratios and self.is_world_process_zero():
+            name, largest = max(ratios.items(), key=lambda item: item[1])
+            logger.warning(
+                "The velocity is up to %.0f %% longer than the base model's (`%s`), as where a reward is pursued too "
+                "far: look for glaring colours and contours; a lower learning rate, a stronger pull to the base model "
+                "or `norm_guard` holds it back.",
+                100 * (largest - 1),
+                name,
             )
 
     # ---- files -----------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..flow import velocity_between
+from ..flow import root_mean_square, velocity_between
 from ..pipelines import Conditioning
 from ..pipelines.checkpoints import CHECKPOINTS
 from ..sampling.buffer import MicroBatch, Record
@@ -53,7 +53,7 @@ class DiffusionNFTRecord(Record):
         probabilities: r of (1), (B,).
         old_velocities: v_old at the states, (B, K, ...).
         base_velocities: v_base at the states, (B, K, ...); None without an anchor.
-        base_lengths: |v_base| at the states, (B, K); None without a guard.
+        base_lengths: |v_base| at the states, (B, K); None where nothing asks for v_base.
     """
 
     states: Tensor
@@ -144,7 +144,7 @@ class DiffusionNFTTrainer(RenoisingTrainer[DiffusionNFTRecord]):
                     probabilities=batch.record.returns.clamp(-c, c) / (2 * c) + 0.5,
                     old_velocities=of_old,
                     base_velocities=of_base if args.reference_coefficient > 0 else None,
-                    base_lengths=self._lengths(of_base) if of_base is not None and args.norm_guard > 0 else None,
+                    base_lengths=None if of_base is None else root_mean_square(of_base, 2),
                 )
             )
             for batch, (states, e, sigma), of_old, of_base in zip(shaped, renoised, old, base, strict=True)
@@ -169,8 +169,12 @@ class DiffusionNFTTrainer(RenoisingTrainer[DiffusionNFTRecord]):
         if record.base_velocities is not None:
             distance = self._distance_to_base(v, record.base_velocities[:, state], batch.good)
             losses = losses + args.reference_coefficient * distance
+            omega = sigma / (u - v_old).flatten(1).abs().mean(dim=1) if args.adaptive_weighting else sigma.new_ones(1)
+            self.metrics.note("effective_eta", self.mean_of_good(omega, batch.good) / args.reference_coefficient)
         if record.base_lengths is not None:
-            losses = losses + args.norm_guard * self._excess_length(v, record.base_lengths[:, state])
+            self.note_norm_ratios(v, record.base_lengths[:, state], sigma, batch.good)
+            if args.norm_guard > 0:
+                losses = losses + args.norm_guard * self._excess_length(v, record.base_lengths[:, state])
         return losses
 
     def _branch_loss(self, error: Tensor, sigma: Tensor) -> Tensor:

@@ -113,20 +113,28 @@ class RenoisingTrainer(FlowRLTrainer[RenoisingRollout, RecordT]):
         self.show_samples(final, mine, rollout)
         bad = mine.isinf().any(dim=1) | ~final.flatten(1).isfinite().all(dim=1)
         absent = mine.isnan().all(dim=1)
-        scores = torch.where(mine.isinf(), torch.nan, mine)
-        if self.args.reward_shaping == "standardise":
-            everyone = self.accelerator.gather(scores)
-            groups = self.accelerator.gather(self.prompt_rows(rollout))
-            clip = torch.inf if self.args.reward_clip is None else self.args.reward_clip
-            shaped = [shape_rewards(column, groups, clip, self.args.reward_std) for column in everyone.unbind(dim=1)]
-            scores = torch.stack(shaped, dim=1)[self.args.process_index * len(mine) :][: len(mine)]
-        returns = (scores.nan_to_num(0.0) * self.reward_weights).sum(dim=1)
+        returns = self._shaped(torch.where(mine.isinf(), torch.nan, mine), self.prompt_rows(rollout))
         self.count_bad_samples("reward", bad)
         sizes = [len(batch.examples) for batch in rollout]
         parts = zip(rollout, returns.split(sizes), (~(bad | absent)).split(sizes), strict=True)
         return [
             batch.with_record(Returns(batch.record.final, part), good).zero_not_finite() for batch, part, good in parts
         ]
+
+    def _shaped(self, scores: Tensor, rows: Tensor) -> Tensor:
+        """r~ (B,), summed over the rewards with their weights, from scores and prompts of this process's images.
+
+        Args:
+            scores: (B, R), NaN for what is absent or invalid.
+            rows: (B,), equal numbers for images of one prompt.
+        """
+        count = len(scores)
+        if self.args.reward_shaping == "standardise":
+            everyone, groups = self.accelerator.gather(scores), self.accelerator.gather(rows)
+            clip = torch.inf if self.args.reward_clip is None else self.args.reward_clip
+            shaped = [shape_rewards(column, groups, clip, self.args.reward_std) for column in everyone.unbind(dim=1)]
+            scores = torch.stack(shaped, dim=1)[self.args.process_index * count :][:count]
+        return (scores.nan_to_num(0.0) * self.reward_weights).sum(dim=1)
 
     def _has_signal(self, shaped: list[MicroBatch[Returns]]) -> bool:
         """Whether any shaped reward differs from its prompt's mean: else every image would be imitated alike."""
@@ -189,10 +197,6 @@ class RenoisingTrainer(FlowRLTrainer[RenoisingRollout, RecordT]):
 
     # ---- what ties the velocity ------------------------------------------------------------------------------------
 
-    def _lengths(self, base_velocities: Tensor) -> Tensor:
-        """The root mean squares (B, K) of the base velocities (B, K, ...), for the guard."""
-        return base_velocities.flatten(2).square().mean(dim=2).sqrt()
-
     def _distance_to_base(self, v: Tensor, v_base: Tensor, good: Tensor) -> Tensor:
         """The mean squared distances (B,) of velocities (B, ...) to the base's; notes the relative one of `good`."""
         distance, length = (t.flatten(1).square().mean(dim=1) for t in (v - v_base, v_base))
@@ -201,7 +205,7 @@ class RenoisingTrainer(FlowRLTrainer[RenoisingRollout, RecordT]):
         return distance
 
     def _excess_length(self, v: Tensor, base_lengths: Tensor) -> Tensor:
-        """relu( |v| / |v_base| - 1 )^2 of velocities (B, ...), with `_lengths` (B,) of the base's."""
+        """relu( |v| / |v_base| - 1 )^2 of velocities (B, ...), with the root mean squares (B,) of the base's."""
         length = v.flatten(1).square().mean(dim=1).clamp(min=1e-12).sqrt()
         return (length / base_lengths.clamp(min=1e-6) - 1).relu().square()
 

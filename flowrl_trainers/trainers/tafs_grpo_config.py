@@ -33,15 +33,17 @@ class TAFSGRPOConfig(FlowRLConfig):
         default=20,
         help="The number of steps of the ODE. Every evaluation reports its row beside the row of the trained sampler.",
     )
-    kernel: Literal["renoise", "flow_grpo"] = HfArg(
+    kernel: Literal["renoise", "precise", "flow_grpo"] = HfArg(
         default="renoise",
-        help="How a step draws noise: 'renoise' keeps the noise level that the model is given, 'flow_grpo' is the "
+        help="How a step draws noise: 'renoise' keeps the noise level that the model is given; 'precise' does too, "
+        "with less fresh noise the smaller the step, so that the data keep their variance; 'flow_grpo' is the "
         "Euler-Maruyama step of Flow-GRPO.",
     )
     eta: Annotated[float, Range(at_least=1e-3)] = HfArg(
         default=1.0,
         help="How much noise a step draws, at least 0.001. With 'renoise' at most 1, where all noise is drawn afresh; "
-        "with 'flow_grpo' the noise level a of that paper, 0.7 there.",
+        "with 'precise' any number, 1 for the noise of the reverse diffusion; with 'flow_grpo' the noise level a of "
+        "that paper, 0.7 there.",
     )
     credit_rule: CreditRule = HfArg(
         default="mixed",

@@ -18,7 +18,9 @@ Only the abstract and the first lines of 2602.01591 could be read. They name: a 
 of a one-step sample, adds noise that adapts to time, and repeats; rewards for each step that need no gradient,
 integrated into the advantage step by step; and GRPO. All else is our choice: (2) with eta = 1 as the sampler, a
 uniform grid through the pipeline's own shift, the credit rules, the last step without noise, the clipped objective and
-the KL divergence of the Flow-GRPO family, the noise that a prompt's images share. Flow-GRPO (arXiv 2505.05470) is
+the KL divergence of the Flow-GRPO family, the noise that a prompt's images share. Rewards of clean estimates were
+credited step by step before, by SDPO (arXiv 2411.11727), whose credit of a draw has the reward of its own step in it.
+`kernel="precise"` puts `flow.precise_step` (arXiv 2605.23522) in the place of (2). Flow-GRPO (arXiv 2505.05470) is
 `kernel="flow_grpo"` with `credit_rule="final"`, but for its last step, which here draws no noise.
 """
 
@@ -30,7 +32,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
-from ..flow import clean_estimate, flow_grpo_step, log_probability, renoise, step_advantages
+from ..flow import (
+    clean_estimate,
+    flow_grpo_step,
+    log_probability,
+    precise_step,
+    renoise,
+    root_mean_square,
+    step_advantages,
+)
 from ..pipelines import Conditioning
 from ..sampling.buffer import MicroBatch, Record
 from ..sampling.draws import ImageKey, keyed_generators, noise
@@ -42,7 +52,7 @@ from .tafs_grpo_config import TAFSGRPOConfig
 
 logger = logging.getLogger(__name__)
 
-KERNELS = {"renoise": renoise, "flow_grpo": flow_grpo_step}
+KERNELS = {"renoise": renoise, "precise": precise_step, "flow_grpo": flow_grpo_step}
 LEAST_LEVEL = 0.05  # below it, the factor (1 - s') / s' of the Gaussian score drowns everything else
 NO_ADVANTAGE = 1e-3  # what rounding leaves of equal rewards is below it
 SAME_RATIO = 1e-6  # of two float32 computations of one thing
@@ -317,7 +327,8 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
         """(6) for one draw."""
         args, record = self.args, batch.record
         x, x_next, A = record.states[:, state], record.states[:, state + 1], record.advantages[:, state]
-        v = self._velocity(model, x, self.sigmas[state].expand(len(x)), conditioning, state, batch.keys)
+        sigma = self.sigmas[state].expand(len(x))
+        v = self._velocity(model, x, sigma, conditioning, state, batch.keys)
         mean, std = self._step(x, v, state)
         log_p = log_probability(x_next, mean, std, args.log_prob_form)
         ratio = (log_p - record.log_probabilities[:, state]).exp()
@@ -327,6 +338,7 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
             return losses
         v_base = record.base_velocities[:, state]
         self._note_distance(v.detach(), v_base, batch.good)
+        self.note_norm_ratios(v, root_mean_square(v_base), sigma, batch.good)
         if args.beta == 0:
             return losses
         mean_base, _ = self._step(x, v_base, state)

@@ -310,6 +310,7 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
         x, sigma = record.states[:, state], record.sigmas[:, state]
         v = model(x, sigma, conditioning, guidance=True)
         v_base, reward_term = record.base_velocities[:, state], record.reward_terms[:, state]
+        self.note_norm_ratios(v, root_mean_square(v_base), sigma, batch.good)
         if eps_record is None:
             return (v - (v_base + reward_term)).flatten(1).square().mean(dim=1)
 
