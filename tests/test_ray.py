@@ -58,7 +58,7 @@ SETTINGS = [
 def run(folder: Path, name: str) -> dict[str, torch.Tensor]:
     """The adapter of a run; the worker is killed where the file `killed` is not there."""
     command = [sys.executable, EXAMPLE, "2", "diffusion_nft", "--cpu", *SETTINGS, "--output_dir", folder / name]
-    environment = os.environ | {"KILLED": str(folder / "killed")}
+    environment = os.environ | {"KILLED": str(folder / "killed"), "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return load_file(folder / name / "pytorch_lora_weights.safetensors")
