@@ -13,7 +13,7 @@ from typing import Literal
 MANIFEST = "manifest.json"
 WEIGHTS = "trained_parameters.safetensors"
 PART_OF_OPTIMIZER = "optimizer_{}.pt"  # of one process, where the network is sharded; else there is one optimizer.pt
-READ_ON_RESUMING = ("trainer_state.json", "scheduler.pt", WEIGHTS, "metrics.json")
+READ_ON_RESUMING = ("trainer_state.json", "optimizer.pt", "scheduler.pt", WEIGHTS, "metrics.json")
 """The files that a resumed run reads, besides those of each process (`_needed`)."""
 
 
@@ -149,12 +149,10 @@ def _difference(path: Path, size: int, digest: str) -> str | None:
 
 def _needed(names: Collection[str]) -> Iterator[str]:
     """What a manifest must list, for as many processes as it lists files of."""
-    yield from READ_ON_RESUMING
+    sharded = PART_OF_OPTIMIZER.format(0) in names
+    yield from (name for name in READ_ON_RESUMING if not (sharded and name == "optimizer.pt"))
     found = (re.fullmatch(r"(?:training|rng)_state_([0-9]{1,9})\.pth?", name) for name in names)
     last = max((int(match[1]) for match in found if match), default=0)
-    sharded = PART_OF_OPTIMIZER.format(0) in names
-    if not sharded:
-        yield "optimizer.pt"
     for process in range(last + 1):
         if sharded:
             yield PART_OF_OPTIMIZER.format(process)
