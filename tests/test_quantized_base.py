@@ -1,6 +1,7 @@
 """A LoRA on a quantised base model: what is learned, what stays, and what is refused."""
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 
 import flowrl_trainers
 from flowrl_trainers import FlowRLTrainer
+from flowrl_trainers.cli import run
+from flowrl_trainers.cli.demo import demo
 from flowrl_trainers.flow.adjoint import vector_jacobian_product
 from flowrl_trainers.pipelines.quantization import PACKAGES, check_quantization, is_quantized, stored_tensors
 from flowrl_trainers.run_folder.identity import weights_identity
 from flowrl_trainers.sampling.buffer import MicroBatch
+from flowrl_trainers.shapes import load_pipeline
 
 from .helpers import CAPTIONS, TRAINERS, first_rollout, make_trainer, redness, seeds
 from .quantized import KINDS, dequantized, quantize
@@ -225,3 +229,24 @@ def test_checkpointing_changes_nothing_on_a_quantised_base(tmp_path):
         t.train()
         learned.append(torch.cat([p.detach().flatten() for p in t.trained_parameters()]))
     assert torch.equal(*learned)
+
+
+@pytest.mark.slow
+def test_the_demo_gains_on_an_int8_base_what_it_gains_in_float32(tmp_path, monkeypatch):
+    """Points of the checker on held-out prompts, of the tuned row above the base's: within 3."""
+    gains = []
+    for kind in (None, "int8"):
+
+        def pipeline(kind: str | None = kind) -> Any:
+            made = load_pipeline()
+            if kind is not None:
+                quantize(made.transformer, kind)
+            return made
+
+        monkeypatch.setattr(run, "load_pipeline", pipeline)
+        demo(["--output_dir", str(tmp_path / str(kind))])
+        rows = json.loads((tmp_path / str(kind) / "metrics.json").read_text())
+        gains.append(rows["tuned"]["checker_accuracy"] - rows["base"]["checker_accuracy"])
+    print(gains)
+    assert gains[0] > 0.1
+    assert gains[1] == pytest.approx(gains[0], abs=0.03)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from ..rewards import Reward
 from .flow_model import FlowModel
@@ -53,7 +54,7 @@ class Placement:
         if not self.apart:
             yield
             return
-        judges = [*self.model.flow.decoders(), *rewards]
+        judges: list[nn.Module | Reward] = [*self.model.flow.decoders(), *rewards]
         with self.network_away():
             try:
                 for judge in judges:
