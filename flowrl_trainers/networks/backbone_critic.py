@@ -9,8 +9,8 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm, silu
 
-from ..flow import clean_estimate, expand_like
 from .value_network import time_features
 
 RANK = 16  # of the adapter; its alpha is twice that
@@ -21,7 +21,7 @@ Velocity = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
 
 
 class BackboneCritic(nn.Module):
-    """The base network with a LoRA of its own, and a head at every place of its output.
+    """The base network with a LoRA of its own, and a head at every place of its last features.
 
     A network that draws pictures can read them while they are noisy, and knows what prompts mean; a small one that
     starts from nothing does not learn to. Nothing of the base network is copied: the critic has the modules of the
@@ -33,7 +33,8 @@ class BackboneCritic(nn.Module):
     Args:
         network: The base network; an adapter that it carries is left out.
         velocity: Calls it.
-        channels: Of the latents, their first dimension.
+        read: The name of the layer whose input, features (B, L, D) of L places, the head reads.
+        example: Latents (1, ...) and the conditioning of their prompt, on the network's device, to find D.
         target_modules: The names of the layers that the LoRA adapts.
         exclude_modules: Those among them that it leaves out.
 
@@ -48,7 +49,8 @@ class BackboneCritic(nn.Module):
         self,
         network: nn.Module,
         velocity: Velocity,
-        channels: int,
+        read: str,
+        example: tuple[Tensor, Mapping[str, Tensor]],
         target_modules: Sequence[str],
         exclude_modules: Sequence[str] = (),
     ) -> None:
@@ -70,30 +72,42 @@ class BackboneCritic(nn.Module):
         cast_training_params(backbone, dtype=torch.float32)
         trained = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
         self.adapter = nn.ParameterDict({name.replace(".", "/"): p for name, p in trained.items()})
-        self.places = nn.Sequential(
-            nn.Conv2d(2 * channels + 3, WIDTH, 3, padding=1), nn.SiLU(), nn.Conv2d(WIDTH, WIDTH, 1), nn.SiLU()
-        )
-        self.out = nn.Linear(WIDTH, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
         # Outside of the module's own bookkeeping: the weights of the base are not the critic's to train or to save.
         object.__setattr__(self, "backbone", backbone.eval())
         object.__setattr__(self, "velocity", velocity)
+        self._features = torch.empty(0)
+        backbone.get_submodule(read).register_forward_pre_hook(self._keep)
+        latents, conditioning = example
+        with torch.no_grad():
+            seen = self._read(latents, latents.new_full((1,), 0.5), conditioning)
+        self.places = nn.Sequential(nn.Linear(seen.shape[-1], WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
+        self.time = nn.Sequential(nn.Linear(3, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
+        self.out = nn.Linear(WIDTH, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
     def forward(self, latents: Tensor, sigma: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """The values (B,) of noisy states.
 
         Args:
-            latents: (B, C, h, w), or vectors (B, d), float32.
+            latents: (B, ...), float32.
             sigma: The noise levels (B,).
             conditioning: What the base network reads of B prompts.
         """
-        v = self.velocity(self.backbone, latents, sigma, conditioning)
-        seen = torch.cat([v, clean_estimate(latents, v, sigma)], dim=1)
-        seen = seen if seen.dim() == 4 else seen[:, :, None, None]
-        time = expand_like(time_features(sigma), seen).expand(-1, -1, *seen.shape[2:])
+        seen = self._read(latents, sigma, conditioning)
         with torch.autocast(latents.device.type, enabled=False):
-            return self.out(self.places(torch.cat([seen, time], dim=1)).mean(dim=(2, 3))).squeeze(1)
+            at_places = self.places(layer_norm(seen.float(), seen.shape[-1:]))
+            time = self.time(time_features(sigma))[:, None]
+            return self.out(silu(at_places + time)).mean(dim=1).squeeze(1)
+
+    def _read(self, latents: Tensor, sigma: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """The features (B, L, D) that the network has of noisy states; arguments as in `forward`."""
+        self.velocity(self.backbone, latents, sigma, conditioning)
+        found, self._features = self._features, torch.empty(0)
+        return found
+
+    def _keep(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._features = inputs[0]
 
 
 def _with_the_same_weights(network: Any) -> Any:

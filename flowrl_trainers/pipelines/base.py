@@ -35,6 +35,9 @@ class FlowPipeline(ABC):
     lora_exclude_modules: Sequence[str] = ()
     """Layers among them that a LoRA must leave out, because their output is not used."""
 
+    last_layer: ClassVar[str] = "proj_out"
+    """The name of the network's last layer, whose input, features (B, L, D) of L places, a critic reads."""
+
     repeated_blocks: ClassVar[Sequence[str]] = ()
     """The names of the classes of the network's repeated blocks, which `compile_blocks` compiles."""
 

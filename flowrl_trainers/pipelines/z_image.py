@@ -18,6 +18,7 @@ class ZImageFlowPipeline(DiffusersFlowPipeline):
     """`ZImagePipeline` as a velocity field; settings and defaults are those of its `__call__`."""
 
     lora_target_modules: ClassVar[list[str]] = ATTENTION
+    last_layer: ClassVar[str] = "all_final_layer.2-1"
     default_settings: ClassVar[Settings] = {"guidance_scale": 5.0, "negative_prompt": "", "max_sequence_length": 512}
 
     @property

@@ -137,12 +137,17 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
             return self.given_critic.to(self.args.device)
         if self.args.critic in ("none", "reward_of_estimate"):
             return None
-        shape, prompt_dim = self.latent_and_prompt_sizes()
         if self.args.critic == "default":
-            return critic(shape, prompt_dim).to(self.args.device)
-        network = self.model.transformer if self.model.frozen is None else self.model.frozen
-        targets, exclude = self.flow.lora_target_modules, self.flow.lora_exclude_modules
-        made = BackboneCritic(network, partial(self.flow.velocity, guidance=False), shape[0], targets, exclude)
+            return critic(*self.latent_and_prompt_sizes()).to(self.args.device)
+        key = ImageKey(0, 0, 0)
+        made = BackboneCritic(
+            self.model.transformer if self.model.frozen is None else self.model.frozen,
+            partial(self.flow.velocity, guidance=False),
+            self.flow.last_layer,
+            (self.initial_latents([key], "shape"), self.condition([self.train_dataset[key]])),
+            self.flow.lora_target_modules,
+            self.flow.lora_exclude_modules,
+        )
         if self.args.activation_checkpointing:
             made.backbone.enable_gradient_checkpointing()
         return made.to(self.args.device)
