@@ -140,10 +140,12 @@ def test_columns_that_are_absent_or_no_json_are_refused():
         scores_of(RemoteReward("http://127.0.0.1:1"), torch.zeros(4, 2))
 
 
-def test_the_example_of_the_docs_is_one():
-    (code,) = re.findall(r"```python\n(from .*?)```", (ROOT / "docs" / "remote_rewards.md").read_text(), flags=re.S)
+def test_the_examples_of_the_docs_are_rewards():
+    blocks = re.findall(r"```python\n(from .*?)```", (ROOT / "docs" / "remote_rewards.md").read_text(), flags=re.S)
     scope: dict = {}
-    exec(code, scope)
+    for code in blocks:
+        exec(code, scope)
+    assert [scope[name].name for name in ("alignment", "looks", "objects")] == ["vlm_judge", "looks", "geneval_judge"]
     assert scope["reader"].columns == ("text",)
 
 

@@ -52,7 +52,8 @@ def check_reward(arguments: list[str]) -> None:
     noise = torch.rand((min(SHOWN, args.prompts), *images.shape[1:]), generator=generator)
     trial, hacked = try_reward(reward, images, examples, args.pictures, noise.to(images.device), CONTEXT)
     memory = loaded + _megabytes(accelerator.device) - before
-    report = report_of(reward.name, trial, memory, f"{args.pictures} pictures of {args.prompts} prompts, {args.model}")
+    drawn = f"{args.pictures} pictures of each of {args.prompts} prompts, drawn by {args.model}"
+    report = report_of(reward.name, trial, memory, drawn)
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "check.md", report + "\n")
