@@ -34,6 +34,10 @@ def redness(images, prompts, log_metric, **columns):
     return (red - (green + blue) / 2).mean(dim=(1, 2))
 
 
+def darkness(images, prompts, **columns):
+    return (1 - images.mean(dim=(1, 2, 3))).tolist()
+
+
 class Killer(TrainerCallback):
     """Ends the last process at the first micro-step after an update, where nothing is saved.
 
@@ -61,8 +65,12 @@ def main() -> None:
         **{"use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1, "guidance_scale": 1.0,
            "max_sequence_length": 8, "num_inference_steps": 3, "log_images": 0} | settings["config"]
     )  # fmt: skip
+    # With `rewards_column`, prompts are for one of two rewards or for both.
+    choices = [["redness"], ["darkness"], None, ["darkness", "redness"]] * 2
+    columns = {config.rewards_column: choices} if config.rewards_column else {}
     trainer = trainer_class(
-        tiny_sd3(), redness, config, Dataset.from_dict({"prompt": PROMPTS}),
+        tiny_sd3(), [redness, darkness] if columns else redness, config,
+        Dataset.from_dict({"prompt": PROMPTS} | columns),
         peft_config=LoraConfig(r=2, lora_alpha=4, lora_dropout=dropout),
         callbacks=[Killer(settings["kill_at"], settings["how"])] if settings["kill_at"] is not None else None,
     )  # fmt: skip
@@ -84,7 +92,8 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=settings["resume"])
     folder = Path(config.output_dir)
     torch.save(
-        trainer.evaluate(Dataset.from_dict({"prompt": PROMPTS[:3]})), folder / f"evaluation_{config.process_index}.pt"
+        trainer.evaluate(trainer.train_dataset.dataset.select(range(3))),
+        folder / f"evaluation_{config.process_index}.pt",
     )
     torch.save(rollouts, folder / f"rollout_{config.process_index}.pt")
     torch.save(scores, folder / f"scores_{config.process_index}.pt")

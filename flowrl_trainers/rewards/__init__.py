@@ -6,7 +6,7 @@ from .clip import CLIPScore, PickScore
 from .hpsv2 import HPSv2
 from .image_reward import ImageReward
 from .jpeg import JPEGCompressibility, JPEGIncompressibility
-from .named import NAMED_REWARDS, as_rewards
+from .named import NAMED_REWARDS, as_rewards, chosen_by
 from .ocr import OCRReward, StrictOCRReward
 from .remote import RemoteReward
 from .shapes import CheckerReward, ShapesReward
@@ -34,5 +34,6 @@ __all__ = [
     "VLMJudge",
     "YesNoQuestion",
     "as_rewards",
+    "chosen_by",
     "differentiable",
 ]

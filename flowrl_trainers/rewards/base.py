@@ -27,6 +27,9 @@ class Reward(ABC):
 
     name: str
     differentiable: bool = False
+    chosen_by: str | None = None
+    """The column with a list of the names of the rewards that apply to a picture's prompt; a picture whose list lacks
+    the name of this one is not shown to it, and its score counts as None. Where the list is None, all apply."""
 
     @abstractmethod
     def __call__(self, /, images: Tensor, prompts: list[str], **columns: Any) -> Scores | Awaitable[Scores]:

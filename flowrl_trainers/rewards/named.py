@@ -64,6 +64,16 @@ def as_rewards(
     return rewards
 
 
+def chosen_by(rewards: list[Reward], column: str | None) -> list[Reward]:
+    """The rewards, each for the prompts that name it in a column of the data set; as they are for None."""
+    if column is None:
+        return rewards
+    chosen = [copy.copy(reward) for reward in rewards]  # the user's stay as they are
+    for reward in chosen:
+        reward.chosen_by = column
+    return chosen
+
+
 def refuse_unknown_names(rewards: Iterable[RewardLike], argument: str) -> None:
     """Raises `ValueError` for a name that no reward has, before any other reward is loaded."""
     for reward in rewards:

@@ -164,9 +164,16 @@ class Evaluator:
         count = min(count, len(first))
         shown = [first[i * len(first) // count] for i in range(count)]
         extra: dict[str, Any] = {}
-        context = context | {"log_extra": lambda name, values: extra.setdefault(name, []).extend(values)}
-        drawn = self._draw(model, shown, sampler)
-        parts = [(images.cpu(), call_rewards(self.rewards, images, part, **context)) for part, images in drawn]
+        parts: list[tuple[Tensor, Tensor]] = []
+
+        def keep(name: str, values: list[Any]) -> None:
+            column = extra.setdefault(name, [])
+            before = sum(len(images) for images, _ in parts)
+            column += [None] * (before - len(column)) + values  # a reward need not be shown each batch
+
+        context = context | {"log_extra": keep}
+        for part, images in self._draw(model, shown, sampler):
+            parts.append((images.cpu(), call_rewards(self.rewards, images, part, **context)))
         images, scores = torch.cat([images for images, _ in parts]), torch.cat([values for _, values in parts])
         columns = zip(self.rewards, scores.unbind(dim=1), strict=True)
         return Pictures(
@@ -174,7 +181,7 @@ class Evaluator:
             seeds=[picture_seed(self.seed, e.key.row) for e in shown],
             images=images,
             scores={reward.name: [float(v) if v.isfinite() else None for v in column] for reward, column in columns},
-            extra=extra,
+            extra={name: column + [None] * (len(images) - len(column)) for name, column in extra.items()},
         )
 
 

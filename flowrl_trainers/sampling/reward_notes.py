@@ -53,6 +53,24 @@ def checked_notes(context: dict[str, Any], reward: str, count: int) -> dict[str,
     return context | {"log_metric": log_metric, "log_extra": log_extra}
 
 
+def spread_notes(context: dict[str, Any], rows: list[int], count: int) -> dict[str, Any]:
+    """The context of a reward that is shown some of the images: what it notes of them is noted of all, else None.
+
+    Args:
+        context: As in `checked_notes`.
+        rows: The numbers of the images that it is shown.
+        count: The number of all images.
+    """
+    if len(rows) == count:
+        return context
+
+    def log_extra(name: str, values: list[Any]) -> None:
+        by_row = dict(zip(rows, values, strict=True))
+        context["log_extra"](name, [by_row.get(i) for i in range(count)])
+
+    return context | {"log_extra": log_extra}
+
+
 def _check_name(name: Any, reward: str, function: str) -> None:
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"Reward {reward!r} calls `{function}` with the name {name!r}: pass a text.")

@@ -17,7 +17,7 @@ from ..flow.advantages import with_room
 from ..pipelines import FlowPipeline
 from ..rewards import Reward
 from .prompt_groups import Example
-from .reward_notes import checked_notes, is_number
+from .reward_notes import checked_notes, is_number, spread_notes
 
 MEGAPIXEL = 2**20
 MOST_NAMED = 8  # prompts in a note
@@ -61,17 +61,22 @@ def ask_rewards(
     Every reward gets a copy of images, prompts and columns, so that none can change what another sees. An error of a
     reward bears a note with its name, the update and the prompts. Arguments as in `call_rewards`.
     """
-    columns = {name: [e.columns[name] for e in examples] for name in examples[0].columns}
     prompts = [e.prompt for e in examples]
+    chosen = [rows_of(reward, examples) for reward in rewards]
+    shown = [images if len(rows) == len(images) else images[rows] for rows in chosen]
     results: list[Any] = []
-    for reward in rewards:
+    for reward, rows, seen in zip(rewards, chosen, shown, strict=True):
+        if not rows:
+            results.append(seen.new_zeros(0))
+            continue
         given: dict[str, Any] = {
-            "images": images.clone(),
-            "prompts": list(prompts),
-            **{n: _copied(v) for n, v in columns.items()},
+            "images": seen.clone(),
+            "prompts": [prompts[i] for i in rows],
+            **{n: _copied([examples[i].columns[n] for i in rows]) for n in examples[0].columns},
         }
-        with _named(reward, prompts, context):
-            results.append(reward(**given, **checked_notes(context, reward.name, len(images))))
+        notes = checked_notes(spread_notes(context, rows, len(images)), reward.name, len(rows))
+        with _named(reward, given["prompts"], context):
+            results.append(reward(**given, **notes))
     waiting = {i: result for i, result in enumerate(results) if inspect.isawaitable(result)}
     answers = None
     if waiting:
@@ -84,9 +89,25 @@ def ask_rewards(
         if answers is not None:
             for i, result in zip(waiting, answers.result(), strict=True):
                 results[i] = result
-        return torch.stack([_as_tensor(r, s, images) for r, s in zip(rewards, results, strict=True)], dim=1)
+        columns = zip(rewards, results, shown, chosen, strict=True)
+        return torch.stack([_of_all(_as_tensor(r, s, seen), rows, len(images)) for r, s, seen, rows in columns], dim=1)
 
     return scores
+
+
+def rows_of(reward: Reward, examples: list[Example]) -> list[int]:
+    """The numbers of the examples that a reward is shown; see `Reward.chosen_by`."""
+    if reward.chosen_by is None:
+        return list(range(len(examples)))
+    names = [example.columns[reward.chosen_by] for example in examples]
+    return [i for i, listed in enumerate(names) if listed is None or reward.name in listed]
+
+
+def _of_all(scores: Tensor, rows: list[int], count: int) -> Tensor:
+    """Scores (count,) of all images, NaN for those that the reward was not shown; scores: (R,), those of `rows`."""
+    if len(rows) == count:
+        return scores
+    return scores.new_full((count,), torch.nan).index_copy(0, torch.tensor(rows, device=scores.device).long(), scores)
 
 
 def _copied(column: list[Any]) -> list[Any]:
@@ -243,14 +264,15 @@ class Scorer:
             images, part = self.flow.decode(x), examples[start : start + size]
             columns = [call_rewards([reward], images, part, **self.context()) for reward in self.rewards]
             for reward, column in zip(self.rewards, columns, strict=True):
-                if not column.requires_grad:
+                if not column.requires_grad and rows_of(reward, part):
                     raise ValueError(
                         f"Reward {reward.name!r} is marked differentiable, but its scores carry no gradient: compute "
                         "them from `images` by torch operations alone, without `detach`, `no_grad` or `item`."
                     )
             values = torch.cat(columns, dim=1)
             total = (torch.where(values.isfinite(), values, 0.0) * self.weights).sum()
-            gradients += [torch.autograd.grad(total, x)[0]]
+            # No reward may apply to any of these images.
+            gradients += [torch.autograd.grad(total, x)[0] if total.requires_grad else torch.zeros_like(x)]
             scores += [values.detach()]
         return torch.cat(scores), torch.cat(gradients)
 

@@ -192,6 +192,13 @@ class FlowRLConfig(TrainingArguments):
         default=None, help="One weight per reward; the reward that is maximised is the weighted sum. Default: all 1."
     )
 
+    rewards_column: str | None = HfArg(
+        default=None,
+        help="The column with a list of the names of the rewards that apply to a prompt, so that one run mixes tasks: "
+        "pictures of other prompts are not shown to a reward, whose score counts as None. A row without a list is for "
+        "all rewards. Rewards of `eval_reward_funcs` see all pictures. Default: all rewards apply to all prompts.",
+    )
+
     __repr__ = TrainingArguments.__repr__  # hides tokens; `@dataclass` writes one that shows them
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

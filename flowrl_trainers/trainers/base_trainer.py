@@ -28,7 +28,7 @@ from ..flow import norm_ratios, root_mean_square
 from ..metrics import signs_of_over_optimisation
 from ..pipelines import Conditioning, FlowPipeline
 from ..pipelines.quantization import is_quantized
-from ..rewards import as_rewards
+from ..rewards import as_rewards, chosen_by
 from ..rewards.named import RewardLike
 from ..run_folder import CardFacts, RunFolder, before_after
 from ..run_folder.identity import (
@@ -155,7 +155,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
                 f"`eval_strategy` is '{IntervalStrategy(args.eval_strategy).value}', but there is no `eval_dataset`: "
                 "pass held-out prompts."
             )
-        self.rewards = as_rewards(reward_funcs)
+        self.rewards = chosen_by(as_rewards(reward_funcs), args.rewards_column)
         self.eval_rewards = as_rewards(eval_reward_funcs, "eval_reward_funcs") if eval_reward_funcs else []
         check_rewards(self.rewards, args, type(self).__name__ if self.needs_reward_gradient else None)
         if self.needs_reward_gradient and args.decoder_dtype != "float32":

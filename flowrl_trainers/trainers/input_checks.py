@@ -157,7 +157,7 @@ def check_callbacks(callbacks: Sequence[Any], args: FlowRLConfig) -> None:
 
 
 def check_columns(rewards: list[Reward], dataset: Dataset, argument: str) -> None:
-    """Refuse a reward that asks for a column which the dataset lacks.
+    """Refuse a reward that asks for a column which the dataset lacks, and prompts that choose an unknown reward.
 
     Args:
         rewards: Those that are called with the dataset's rows.
@@ -173,6 +173,31 @@ def check_columns(rewards: list[Reward], dataset: Dataset, argument: str) -> Non
             raise ValueError(
                 f"Reward {reward.name!r} needs the column {missing[0]!r}, which `{argument}` lacks (it has "
                 f"{', '.join(map(repr, dataset.column_names))}): add it, or give the reward's argument a default."
+            )
+    for column in {reward.chosen_by for reward in rewards if reward.chosen_by is not None}:
+        names = [reward.name for reward in rewards if reward.chosen_by == column]
+        _check_choices(column, names, dataset, argument)
+
+
+def _check_choices(column: str, names: list[str], dataset: Dataset, argument: str) -> None:
+    """Refuse a data set whose rows do not choose among rewards.
+
+    Args:
+        column: The setting `rewards_column`.
+        names: Those of the rewards.
+        dataset: With its columns.
+        argument: What the caller calls it.
+
+    Raises:
+        ValueError: For a missing column, a value that is no list of names, and an empty one.
+    """
+    if column not in dataset.column_names:
+        raise ValueError(f"`rewards_column` is {column!r}, a column that `{argument}` lacks: add it.")
+    for row, listed in enumerate(dataset[column]):
+        if listed is not None and (not isinstance(listed, list) or not listed or set(listed) - set(names)):
+            raise ValueError(
+                f"Row {row} of `{argument}` has {listed!r} in its column {column!r}: list one or more of "
+                f"{', '.join(names)}, or leave it None for all."
             )
 
 
