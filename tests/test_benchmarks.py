@@ -49,6 +49,17 @@ def test_every_trainer_makes_the_calls_that_its_equations_need(monkeypatch, tmp_
 
 
 @pytest.mark.slow
+def test_critics_are_compared(run, tmp_path):
+    few = "--prompts", "4", "--held_out", "4", "--explainable", "2", "--seconds", "1"
+    run("critics", *few, "--out", str(tmp_path / "table.md"))
+    table = (tmp_path / "table.md").read_text()
+    assert table.startswith("| sigma | 0.9 |")
+    assert [row.split("|")[1].strip() for row in table.splitlines()[6:]] == [
+        "reward of the estimate", "convolutional", "convolutional", "backbone", "backbone",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
 def test_the_overhead_is_measured(run, tmp_path):
     """The script fails where a trainer makes other calls than it needs; its times depend on the machine."""
     files = "--out", str(tmp_path / "table.md"), "--json", str(tmp_path / "overhead.json")
