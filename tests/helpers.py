@@ -30,6 +30,16 @@ TRAINERS: dict[str, dict[str, Any]] = {
     "DiffusionNFTTrainer": {"num_generations": 2, "timestep_bins": 2, "old_policy_ramp": None},
     "TAFSGRPOTrainer": {"num_generations": 2},
 }
+# AC-Flow in its other form, for tests of what a form could break: processes, resumption, kills.
+FIXED_TARGET = {
+    "target": "fixed",
+    "critic": "none",
+    "rollout_policy": "old",
+    "old_policy_decay": 0.5,
+    "timestep_bins": 2,
+}
+FORMS = [*((trainer, {}) for trainer in TRAINERS), ("ACFlowTrainer", FIXED_TARGET)]
+FORM_NAMES = [*TRAINERS, "ACFlowTrainer, fixed target"]
 CAPTIONS = ["a red circle", "a blue square", "a green cross", "a red circle and a blue square"]
 LORA = LoraConfig(r=4, lora_alpha=8)
 

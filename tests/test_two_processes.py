@@ -5,7 +5,7 @@ by `accelerate launch` itself.
 import pytest
 import torch
 
-from .helpers import TRAINERS
+from .helpers import FORM_NAMES, FORMS
 from .runs import assert_same, fork_two, launch, run
 
 CONFIG = {
@@ -18,12 +18,13 @@ CONFIG = {
 }
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_two_processes_equal_one(tmp_path, trainer):
+@pytest.mark.parametrize(("trainer", "form"), FORMS, ids=FORM_NAMES)
+def test_two_processes_equal_one(tmp_path, trainer, form):
     # Dropout draws from a generator of the process, so it is off here.
-    one = run(tmp_path / "one", trainer, CONFIG | {"gradient_accumulation_steps": 4, "lora_dropout": 0.0})
+    config = CONFIG | form
+    one = run(tmp_path / "one", trainer, config | {"gradient_accumulation_steps": 4, "lora_dropout": 0.0})
     assert one.returncode == 0, one.stderr
-    changed = CONFIG | {"gradient_accumulation_steps": 2, "ddp_backend": "gloo", "lora_dropout": 0.0}
+    changed = config | {"gradient_accumulation_steps": 2, "ddp_backend": "gloo", "lora_dropout": 0.0}
     if trainer == "AdjointMatchingTrainer":
         two = [launch(tmp_path / "two", trainer, changed, 2)]
     else:
