@@ -121,7 +121,7 @@ def test_one_number_of_one_gradient_decides(value, skipped):
     for parameter in network.parameters():
         parameter.grad = torch.ones_like(parameter)
     network[1].weight.grad[1, 2] = value
-    callback = LoopCallback(None, network, metrics, None, lambda: None)
+    callback = LoopCallback(None, network, metrics, None, lambda: None, bool)
     callback.on_pre_optimizer_step(None, None, None)
     assert metrics.noted == {"skipped_updates": [skipped]}
     assert all((parameter.grad is None) == bool(skipped) for parameter in network.parameters())
