@@ -16,14 +16,17 @@ CONFIG = {
     "optim": "sgd",
     "learning_rate": 1.0,
 }
+# Those that take no gradient compare the pictures of a prompt too, which two processes share: see `groupwise`.
+COMPARED = ["ACFlowTrainer", "DiffusionNFTTrainer", "TAFSGRPOTrainer"]
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_two_processes_equal_one(tmp_path, trainer):
     # Dropout draws from a generator of the process, so it is off here.
-    one = run(tmp_path / "one", trainer, CONFIG | {"gradient_accumulation_steps": 4, "lora_dropout": 0.0})
+    same = CONFIG | ({"groupwise": True, "num_generations": 4} if trainer in COMPARED else {}) | {"lora_dropout": 0.0}
+    one = run(tmp_path / "one", trainer, same | {"gradient_accumulation_steps": 4})
     assert one.returncode == 0, one.stderr
-    changed = CONFIG | {"gradient_accumulation_steps": 2, "ddp_backend": "gloo", "lora_dropout": 0.0}
+    changed = same | {"gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
     if trainer == "AdjointMatchingTrainer":
         two = [launch(tmp_path / "two", trainer, changed, 2)]
     else:
@@ -41,6 +44,9 @@ def test_two_processes_equal_one(tmp_path, trainer):
     assert_same(whole[0], first[0] + second[0])
     assert_same(whole[1], torch.cat([first[1], second[1]]))
     assert len(whole[0]) == len(whole[1]) == 4
+    if trainer in COMPARED:
+        assert whole[1].shape == (4, 2)
+        assert len(set(whole[1][:, 1].tolist())) == 4  # four pictures of one prompt, two on each process
     for name, weight in results[0]["weights"].items():
         torch.testing.assert_close(results[1]["weights"][name], weight, atol=2e-6, rtol=1e-5)
     for name in ("reward/redness", "brightness"):  # the latter is logged by the reward itself

@@ -23,10 +23,15 @@ class Reward(ABC):
 
     With `differentiable = True`, images come as the model decodes them, not clamped to [0, 1] and with their graph,
     and the scores are a float tensor (B,) with a gradient. Otherwise images are clamped to [0, 1] and have no graph.
+
+    With `groupwise = True`, a call gets the `num_generations` pictures of one prompt side by side, wherever they were
+    drawn, and returns one score per picture that may depend on the others, such as its rank. Only trainers that take
+    no gradient call it; evaluations leave it out, as there is no group.
     """
 
     name: str
     differentiable: bool = False
+    groupwise: bool = False
 
     @abstractmethod
     def __call__(self, /, images: Tensor, prompts: list[str], **columns: Any) -> Scores | Awaitable[Scores]:
@@ -54,14 +59,21 @@ class FunctionReward(Reward):
         function: Called as trainers call rewards.
         differentiable: Whether its scores have a gradient with respect to `images`.
         name: What it is called in logs and files; None for its own name, which lambdas and partials lack.
+        groupwise: Whether it is called with all pictures of one prompt.
 
     Raises:
         ValueError: If the callable cannot be called so.
     """
 
-    def __init__(self, function: Callable[..., Any], differentiable: bool = False, name: str | None = None) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        differentiable: bool = False,
+        name: str | None = None,
+        groupwise: bool = False,
+    ) -> None:
         self.function = function
-        self.differentiable = differentiable
+        self.differentiable, self.groupwise = differentiable, groupwise
         named = isinstance(function, type) or (
             callable(function) and type(function).__name__ in ("function", "method")
         )
@@ -94,3 +106,13 @@ def differentiable(function: Callable[..., Any]) -> FunctionReward:
         return (red - (green + blue) / 2).mean(dim=(1, 2))
     """
     return FunctionReward(function, differentiable=True)
+
+
+def groupwise(function: Callable[..., Any]) -> FunctionReward:
+    """Declare that a function or module compares the pictures of one prompt, which it gets in one call.
+
+    @groupwise
+    def apart(images, prompts, **columns):
+        return (images - images.mean(dim=0)).square().mean(dim=(1, 2, 3)).sqrt()
+    """
+    return FunctionReward(function, groupwise=True)

@@ -74,6 +74,16 @@ def refuse_unknown_names(rewards: Iterable[RewardLike], argument: str) -> None:
             )
 
 
+def refuse_groupwise(rewards: Iterable[Reward], argument: str) -> None:
+    """Raises `ValueError` for a groupwise reward where pictures are scored one by one."""
+    for reward in rewards:
+        if reward.groupwise:
+            raise ValueError(
+                f"`{argument}` has {reward.name!r}, which is groupwise: it compares the pictures that training draws "
+                "of a prompt, so name one that scores each picture by itself."
+            )
+
+
 def _renamed(reward: Reward, name: str) -> Reward:
     reward = copy.copy(reward)  # the user's stays as it is
     reward.name = name

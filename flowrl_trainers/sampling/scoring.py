@@ -16,6 +16,7 @@ from torch import Tensor
 from ..flow.advantages import with_room
 from ..pipelines import FlowPipeline
 from ..rewards import Reward
+from .group_scores import GroupScores
 from .prompt_groups import Example
 from .reward_notes import checked_notes, is_number
 
@@ -42,7 +43,7 @@ def call_rewards(rewards: list[Reward], images: Tensor, examples: list[Example],
     together.
 
     Args:
-        rewards: Called one after the other.
+        rewards: Called one after the other; groupwise ones take the images for one group.
         images: (B, 3, H, W).
         examples: B of them, with prompts and columns.
         context: Passed on to every reward.
@@ -84,6 +85,8 @@ def ask_rewards(
         if answers is not None:
             for i, result in zip(waiting, answers.result(), strict=True):
                 results[i] = result
+        if not rewards:
+            return images.new_zeros(len(images), 0)
         return torch.stack([_as_tensor(r, s, images) for r, s in zip(rewards, results, strict=True)], dim=1)
 
     return scores
@@ -187,6 +190,7 @@ class Scorer:
         decode_batch_size: The images decoded and scored at a time; None for `batch_size`, and where a gradient is
             taken for a megapixel.
         gradient_batch_size: The images scored at most with a gradient; None for `batch_size`.
+        group_size: The images of a prompt, which groupwise rewards see together.
         judging: A context in which decoders and these rewards are on the device; see `Placement`.
     """
 
@@ -199,17 +203,29 @@ class Scorer:
         batch_size: int,
         decode_batch_size: int | None = None,
         gradient_batch_size: int | None = None,
+        group_size: int = 1,
         judging: Judging = leave_in_place,
     ) -> None:
         self.flow, self.rewards, self.weights, self.context = flow, rewards, weights, context
         self.batch_size, self.decode_batch_size = batch_size, decode_batch_size
         self.gradient_batch_size, self.judging = gradient_batch_size or batch_size, judging
+        self.group_size = group_size
+
+    @property
+    def compares(self) -> bool:
+        """Whether a reward is groupwise, so that `score` needs all images of a rollout in one call."""
+        return any(reward.groupwise for reward in self.rewards)
 
     @torch.no_grad()
     def score(self, latents: Tensor, examples: list[Example]) -> Tensor:
         """Scores (B, R) of the pictures of final latents (B, ...), without gradients; see `call_rewards`.
 
-        While asynchronous rewards look at the pictures of one decoded batch, the next is decoded.
+        While asynchronous rewards look at the pictures of one decoded batch, the next is decoded. With groupwise
+        rewards, all processes must call it, with all images of a rollout. An image that is passed several times, in
+        several states, is compared state by state.
+
+        Raises:
+            ValueError: For prompts with fewer or more images than a group has, where a reward is groupwise.
         """
         with self.judging(self.rewards):
             return self._score(latents, examples)
@@ -218,11 +234,25 @@ class Scorer:
         size = self.decode_batch_size or self.batch_size
         scores: list[Tensor] = []
         asked: list[Callable[[], Tensor]] = []
+        single = [reward for reward in self.rewards if not reward.groupwise]
+        groups = GroupScores(self._ask_about_group, examples, self.group_size) if self.compares else None
         for start, part in zip(range(0, len(latents), size), latents.split(size), strict=True):
             images = decoded(self.flow, part)
             scores += [answer() for answer in asked]
-            asked = [ask_rewards(self.rewards, images, examples[start : start + size], **self.context())]
-        return torch.cat([*scores, *(answer() for answer in asked)])
+            asked = [ask_rewards(single, images, examples[start : start + size], **self.context())]
+            if groups is not None:
+                groups.add(start, images)
+        found = torch.cat([*scores, *(answer() for answer in asked)])
+        return found if groups is None else self._in_order(found, groups.scores())
+
+    def _ask_about_group(self, images: Tensor, examples: list[Example]) -> Callable[[], Tensor]:
+        groupwise = [reward for reward in self.rewards if reward.groupwise]
+        return ask_rewards(groupwise, images, examples, **self.context())
+
+    def _in_order(self, single: Tensor, groupwise: Tensor) -> Tensor:
+        """The columns of both kinds of rewards in the order of the rewards."""
+        columns = {False: iter(single.unbind(dim=1)), True: iter(groupwise.unbind(dim=1))}
+        return torch.stack([next(columns[reward.groupwise]) for reward in self.rewards], dim=1)
 
     def score_with_gradient(self, latents: Tensor, examples: list[Example]) -> tuple[Tensor, Tensor]:
         """Scores (B, R) of final latents (B, ...), and the gradient (B, ...) of their weighted sum.
