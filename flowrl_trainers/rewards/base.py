@@ -3,14 +3,15 @@
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Scores = Tensor | Sequence[float | None]
-PASSED = ("images", "prompts", "trainer_state", "log_metric", "log_extra")
-"""What every reward is called with beside the columns of the dataset."""
+Sees = Literal["images", "latents"]
+PASSED = ("images", "latents", "prompts", "trainer_state", "log_metric", "log_extra")
+"""What rewards are called with beside the columns of the dataset: `images` or `latents`, and all others."""
 
 
 class Reward(ABC):
@@ -27,11 +28,15 @@ class Reward(ABC):
     With `groupwise = True`, a call gets the `num_generations` pictures of one prompt side by side, wherever they were
     drawn, and returns one score per picture that may depend on the others, such as its rank. Only trainers that take
     no gradient call it; evaluations leave it out, as there is no group.
+
+    With `sees = "latents"`, it is called with `latents` in place of `images`: the final latents (B, ...) float32 of
+    the model, which no decoder has touched. Where no reward of a run sees images, its rollouts are not decoded.
     """
 
     name: str
     differentiable: bool = False
     groupwise: bool = False
+    sees: Sees = "images"
 
     @abstractmethod
     def __call__(self, /, images: Tensor, prompts: list[str], **columns: Any) -> Scores | Awaitable[Scores]:
@@ -60,6 +65,7 @@ class FunctionReward(Reward):
         differentiable: Whether its scores have a gradient with respect to `images`.
         name: What it is called in logs and files; None for its own name, which lambdas and partials lack.
         groupwise: Whether it is called with all pictures of one prompt.
+        sees: Whether it is called with `images` or with `latents`.
 
     Raises:
         ValueError: If the callable cannot be called so.
@@ -71,23 +77,25 @@ class FunctionReward(Reward):
         differentiable: bool = False,
         name: str | None = None,
         groupwise: bool = False,
+        sees: Sees = "images",
     ) -> None:
         self.function = function
-        self.differentiable, self.groupwise = differentiable, groupwise
+        self.differentiable, self.groupwise, self.sees = differentiable, groupwise, sees
         named = isinstance(function, type) or (
             callable(function) and type(function).__name__ in ("function", "method")
         )
         self.name = name or (function.__name__ if named else type(function).__name__)
         self.signed = function.forward if isinstance(function, torch.nn.Module) else function
         try:
-            inspect.signature(self.signed).bind_partial(**dict.fromkeys(PASSED))
+            passed = [name for name in PASSED if name == sees or name not in ("images", "latents")]
+            inspect.signature(self.signed).bind_partial(**dict.fromkeys(passed))
         except TypeError as error:
             raise ValueError(
-                f"Reward {self.name!r} must take `images, prompts, **columns` by name, as trainers call it: {error}."
+                f"Reward {self.name!r} must take `{sees}, prompts, **columns` by name, as trainers call it: {error}."
             ) from error
 
-    def __call__(self, /, images: Tensor, prompts: list[str], **columns: Any) -> Scores | Awaitable[Scores]:
-        return self.function(images=images, prompts=prompts, **columns)
+    def __call__(self, /, *args: Any, **columns: Any) -> Scores | Awaitable[Scores]:
+        return self.function(*args, **columns)
 
     def to(self, device: torch.device) -> None:
         if isinstance(self.function, torch.nn.Module):

@@ -84,6 +84,17 @@ def refuse_groupwise(rewards: Iterable[Reward], argument: str) -> None:
             )
 
 
+def refuse_all_but_pictures(rewards: Iterable[Reward], argument: str) -> None:
+    """Raises `ValueError` for a reward that needs more than one picture, where there is nothing else."""
+    refuse_groupwise(rewards, argument)
+    for reward in rewards:
+        if reward.sees == "latents":
+            raise ValueError(
+                f"`{argument}` has {reward.name!r}, which sees latents of a model, and here are pictures alone: name "
+                "one that sees images."
+            )
+
+
 def _renamed(reward: Reward, name: str) -> Reward:
     reward = copy.copy(reward)  # the user's stays as it is
     reward.name = name

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .prompt_groups import Example
 
-Ask = Callable[[Tensor, list[Example]], Callable[[], Tensor]]
-"""Asks R rewards about G pictures; what it returns waits for the scores (G, R)."""
+Ask = Callable[[list[Tensor], list[Example]], Callable[[], Tensor]]
+"""Asks R rewards about G images, of which it gets several views (G, ...); what it returns waits for scores (G, R)."""
 
 
 @dataclass(frozen=True)
@@ -92,47 +92,49 @@ class GroupScores:
                 self.spread.append(groups[key])
             elif processes == {self.here}:
                 self.whole.append(groups[key])
-        self.kept: dict[int, Tensor] = {}
+        self.kept: dict[int, list[Tensor]] = {}  # views of an image
         self.asked: list[tuple[list[Place], Callable[[], Tensor]]] = []
         self.found: list[tuple[int, int, list[float]]] = []  # process, index, R scores
 
-    def add(self, start: int, pictures: Tensor) -> None:
-        """Take the pictures (M, ...) of the images from index `start` on, and ask about the groups that are whole now.
+    def add(self, start: int, views: list[Tensor]) -> None:
+        """Take views (M, ...) of the images from index `start` on, and ask about the groups that are whole now.
 
         The scores of groups that were asked about before are waited for first.
         """
         self._settle()
-        self.empty = torch.empty_like(pictures[0])
-        self.kept |= dict(enumerate(pictures, start))
+        self.empty = [torch.empty_like(view[0]) for view in views]
+        self.kept |= {start + i: [view[i] for view in views] for i in range(len(views[0]))}
         ready = [group for group in self.whole if all(place.index in self.kept for place in group)]
         self.whole = [group for group in self.whole if group not in ready]
         for group in ready:
             self._ask(group, [self.kept.pop(place.index) for place in group])
 
     def scores(self) -> Tensor:
-        """The scores (B, R) as in `call_rewards`, on the pictures' device. All processes call it, after their last
+        """The scores (B, R) as in `call_rewards`, on the images' device. All processes call it, after their last
         `add`.
         """
         for group in self.spread:
-            pictures = [self._sent(place) for place in group]
+            images = [self._sent(place) for place in group]
             self._settle()
             if group[0].process == self.here:
-                self._ask(group, pictures)
+                self._ask(group, images)
         self._settle()
         everyone = gather_object(self.found) if self.spread else self.found
         mine = {index: scores for process, index, scores in everyone if process == self.here}
         rows = [mine[index] for index in range(len(self.examples))]
-        return torch.tensor(rows, dtype=torch.float32, device=self.empty.device)
+        return torch.tensor(rows, dtype=torch.float32, device=self.empty[0].device)
 
-    def _ask(self, group: list[Place], pictures: list[Tensor]) -> None:
-        """Ask about a group of which at least one image is on this process: all have its prompt and columns."""
+    def _ask(self, group: list[Place], images: list[list[Tensor]]) -> None:
+        """Ask about a group by its images' views; one of them is here, and all have its prompt and columns."""
         example = next(self.examples[place.index] for place in group if place.process == self.here)
-        self.asked.append((group, self.ask(torch.stack(pictures), [example] * len(group))))
+        views = [torch.stack(view) for view in zip(*images, strict=True)]
+        self.asked.append((group, self.ask(views, [example] * len(group))))
 
-    def _sent(self, place: Place) -> Tensor:
-        """The picture of a place, on all processes."""
-        picture = self.kept.pop(place.index) if place.process == self.here else torch.empty_like(self.empty)
-        return broadcast(picture.contiguous(), from_process=place.process)
+    def _sent(self, place: Place) -> list[Tensor]:
+        """The views of the image of a place, on all processes."""
+        here = place.process == self.here
+        views = self.kept.pop(place.index) if here else [torch.empty_like(view) for view in self.empty]
+        return [broadcast(view.contiguous(), from_process=place.process) for view in views]
 
     def _settle(self) -> None:
         for group, answer in self.asked:

@@ -52,7 +52,7 @@ from ..sampling.placement import Placement
 from ..sampling.prompt_groups import Example, PromptDataset, PromptGroupSampler
 from ..sampling.prompt_sources import PromptSource
 from ..sampling.reward_watch import RewardWatch, share_without_spread
-from ..sampling.scoring import Scorer, call_rewards, decoded
+from ..sampling.scoring import Scorer, call_rewards, decoded, seen_images
 from ..sampling.sharding import refuse_other_sharding
 from .adapters import prepare_adapter
 from .attention import attention_by, check_attention_backend
@@ -543,7 +543,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             scores, _ = self.scorer.score_with_gradient(latents, examples)
         else:
             with torch.no_grad(), self.placement.judging(self.rewards):
-                scores = call_rewards(self.rewards, decoded(self.flow, latents), examples, **self.reward_context())
+                images = seen_images(self.flow, self.rewards, latents)
+                scores = call_rewards(self.rewards, images, examples, latents, **self.reward_context())
         # On the rows of the evaluation, where they are known: their columns may be others.
         judges, asked = self.eval_rewards, examples
         if self.eval_dataset is not None:
@@ -553,7 +554,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             )
         if judges:
             with torch.no_grad(), self.judges_at_hand(), self.placement.judging(judges):
-                judged = call_rewards(judges, decoded(self.flow, latents), asked, **self.reward_context())
+                images = seen_images(self.flow, judges, latents)
+                judged = call_rewards(judges, images, asked, latents, **self.reward_context())
             scores = torch.cat([scores, judged], dim=1)
         for reward, column in zip([*self.rewards, *judges], scores.unbind(dim=1), strict=True):
             # NaN marks a reward that returned None, which is allowed; inf marks an invalid score.
