@@ -29,7 +29,11 @@ from .run import load_model, load_prompts, named_reward
 
 SHOWN = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CONTEXT: dict[str, Any] = {"trainer_state": None, "log_metric": lambda name, value: None, "log_extra": lambda name, values: None}
+CONTEXT: dict[str, Any] = {
+    "trainer_state": None,
+    "log_metric": lambda name, value: None,
+    "log_extra": lambda name, values: None,
+}
 ADAPTER = "measured"  # not the row's label, which may hold a dot; an adapter's name may not
 
 

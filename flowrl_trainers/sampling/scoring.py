@@ -27,6 +27,9 @@ Context = Callable[[], dict[str, Any]]
 """What every reward is called with beside images, prompts and columns: `trainer_state`, `log_metric`, `log_extra`."""
 
 
+Decoder = Callable[[Tensor], Tensor]
+"""Maps latents (B, ...) to images (B, 3, H, W), not clamped, with a gradient."""
+
 Judging = Callable[[list[Reward]], AbstractContextManager[None]]
 """Makes a context in which decoders and some rewards are on the device; see `Placement.judging`."""
 
@@ -230,6 +233,8 @@ class Scorer:
         self.batch_size, self.decode_batch_size = batch_size, decode_batch_size
         self.gradient_batch_size, self.judging = gradient_batch_size or batch_size, judging
         self.group_size = group_size
+        self.gradient_decoder: Decoder | None = None
+        """Decodes where a gradient is taken; None for the pipeline's own."""
 
     @property
     def compares(self) -> bool:
@@ -279,7 +284,8 @@ class Scorer:
     def score_with_gradient(self, latents: Tensor, examples: list[Example]) -> tuple[Tensor, Tensor]:
         """Scores (B, R) of final latents (B, ...), and the gradient (B, ...) of their weighted sum.
 
-        A score that is not finite contributes nothing to the gradient.
+        A score that is not finite contributes nothing to the gradient. Scores are of the pictures that the gradient
+        goes through, those of `gradient_decoder` where there is one.
 
         Raises:
             ValueError: For a reward whose scores carry no gradient.
@@ -289,12 +295,13 @@ class Scorer:
 
     def _score_with_gradient(self, latents: Tensor, examples: list[Example]) -> tuple[Tensor, Tensor]:
         decodes = any(reward.sees == "images" for reward in self.rewards)
+        decode = self.gradient_decoder or self.flow.decode
         most = self.gradient_batch_size
         size = self.decode_batch_size or (pictures_at_a_time(self.flow, most) if decodes else most)
         scores, gradients = [], []
         for start in range(0, len(latents), size):
             x = latents[start : start + size].detach().requires_grad_()
-            images, part = self.flow.decode(x) if decodes else None, examples[start : start + size]
+            images, part = decode(x) if decodes else None, examples[start : start + size]
             columns = [call_rewards([reward], images, part, x, **self.context()) for reward in self.rewards]
             for reward, column in zip(self.rewards, columns, strict=True):
                 if not column.requires_grad:
