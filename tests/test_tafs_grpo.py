@@ -79,7 +79,7 @@ def test_every_rule_credits_a_draw_with_what_came_after_it(rule, expected):
 def test_the_sampler_is_that_of_the_stochastic_scheduler_of_diffusers(tmp_path, monkeypatch):
     t = tafs(tmp_path, dim=4, num_inference_steps=4)
     latents = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    ours = t._trained_sampler(t.model.transformer, latents, {}, [torch.Generator().manual_seed(n) for n in range(3)])
+    ours = t._trained_sampler(t.model, latents, {}, [torch.Generator().manual_seed(n) for n in range(3)])
     scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
     scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
     generators = [torch.Generator().manual_seed(n) for n in range(3)]

@@ -16,15 +16,18 @@ CONFIG = {
     "optim": "sgd",
     "learning_rate": 1.0,
 }
+# Those that take no gradient compare the pictures of a prompt too, which two processes share: see `groupwise`.
+COMPARED = ["ACFlowTrainer", "DiffusionNFTTrainer", "TAFSGRPOTrainer"]
 
 
 @pytest.mark.parametrize(("trainer", "form"), FORMS, ids=FORM_NAMES)
 def test_two_processes_equal_one(tmp_path, trainer, form):
     # Dropout draws from a generator of the process, so it is off here.
-    config = CONFIG | form
-    one = run(tmp_path / "one", trainer, config | {"gradient_accumulation_steps": 4, "lora_dropout": 0.0})
+    compared = {"groupwise": True, "num_generations": 4} if trainer in COMPARED else {}
+    same = CONFIG | form | compared | {"lora_dropout": 0.0}
+    one = run(tmp_path / "one", trainer, same | {"gradient_accumulation_steps": 4})
     assert one.returncode == 0, one.stderr
-    changed = config | {"gradient_accumulation_steps": 2, "ddp_backend": "gloo", "lora_dropout": 0.0}
+    changed = same | {"gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
     if trainer == "AdjointMatchingTrainer":
         two = [launch(tmp_path / "two", trainer, changed, 2)]
     else:
@@ -42,6 +45,9 @@ def test_two_processes_equal_one(tmp_path, trainer, form):
     assert_same(whole[0], first[0] + second[0])
     assert_same(whole[1], torch.cat([first[1], second[1]]))
     assert len(whole[0]) == len(whole[1]) == 4
+    if trainer in COMPARED:
+        assert whole[1].shape == (4, 2)
+        assert len(set(whole[1][:, 1].tolist())) == 4  # four pictures of one prompt, two on each process
     for name, weight in results[0]["weights"].items():
         torch.testing.assert_close(results[1]["weights"][name], weight, atol=2e-6, rtol=1e-5)
     for name in ("reward/redness", "brightness"):  # the latter is logged by the reward itself

@@ -37,7 +37,11 @@ def refused(tmp_path, monkeypatch, capsys):
         "deep.yaml": b"model: shapes\nlora_config:\n  use_dora: true\n  use_dora: false\n", "list.yaml": b"- model\n",
         "nothing.yaml": b"", "latin.yaml": "model: caf\xe9\n".encode("latin-1"),
         "judges.py": b"def strict(images, prompts, answer, **columns):\n    return [0.0] * len(prompts)\n\n\n"
-                     b"def unnamed(images):\n    return [0.0]\n",
+                     b"def unnamed(images):\n    return [0.0]\n\n\n"
+                     b"from flowrl_trainers.rewards import groupwise\n"
+                     b"rank = groupwise(lambda images, prompts, **columns: range(len(prompts)))\nrank.name = 'rank'\n"
+                     b"from flowrl_trainers.rewards import FunctionReward\n"
+                     b"inner = FunctionReward(lambda latents, prompts, **columns: 0, sees='latents', name='inner')\n",
     }  # fmt: skip
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -105,6 +109,10 @@ def refused(tmp_path, monkeypatch, capsys):
     ([*EVALUATE, "--adapter", "a", "a"], "flowrl: `adapter` has two of the same name"),
     ([*EVALUATE, "--rewards", "taste"], "flowrl: `rewards` names 'taste', which is no known reward"),
     ([*EVALUATE, "--rewards", "judges.strict"], "flowrl: Reward 'strict' needs the column 'answer', which `dataset` lacks"),
+    ([*EVALUATE, "--rewards", "judges.rank"], "flowrl: `rewards` has 'rank', which is groupwise: it compares the pictures that training draws of a prompt"),
+    (["check_reward", "judges.rank", "--dataset", "prompts.txt", "--prompts", "2"], "flowrl: `NAME` has 'rank', which is groupwise"),
+    (["check_reward", "judges.inner", "--dataset", "prompts.txt", "--prompts", "2"], "flowrl: `NAME` has 'inner', which sees latents of a model, and here are pictures alone: name one that sees images."),
+    (["serve_reward", "judges.rank"], "flowrl: `NAME` has 'rank', which is groupwise"),
     ([*EVALUATE, "--split", "held_out"], "flowrl: The prompts 'prompts.txt' have no split 'held_out', as a file is one split"),
     ([*EVALUATE, "--dataset", "gap.txt"], "flowrl: The prompt in line 2 of 'gap.txt' is missing or blank"),
     ([*EVALUATE], "flowrl: 'no/such/folder' is no diffusers pipeline"),

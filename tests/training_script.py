@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import flowrl_trainers
-from flowrl_trainers.rewards import differentiable
+from flowrl_trainers.rewards import differentiable, groupwise
 from tests.tiny import tiny_sd3
 
 PROMPTS = [f"a {colour} {shape}" for colour in ("red", "green") for shape in ("circle", "square", "cross", "diamond")]
@@ -36,6 +36,11 @@ def redness(images, prompts, log_metric, **columns):
 
 def darkness(images, prompts, **columns):
     return (1 - images.mean(dim=(1, 2, 3))).tolist()
+
+
+@groupwise
+def apart(images, prompts, **columns):
+    return (images - images.mean(dim=0)).square().mean(dim=(1, 2, 3)).sqrt()
 
 
 class Killer(TrainerCallback):
@@ -61,6 +66,7 @@ def main() -> None:
     settings = json.loads(Path(sys.argv[1]).read_text())
     trainer_class = getattr(flowrl_trainers, settings["trainer"])
     dropout = settings["config"].pop("lora_dropout", 0.1)
+    rewards = [redness, apart] if settings["config"].pop("groupwise", False) else redness
     config = trainer_class.config_class(
         **{"use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_steps": 1, "guidance_scale": 1.0,
            "max_sequence_length": 8, "num_inference_steps": 3, "log_images": 0} | settings["config"]
@@ -69,7 +75,7 @@ def main() -> None:
     choices = [["redness"], ["darkness"], None, ["darkness", "redness"]] * 2
     columns = {config.rewards_column: choices} if config.rewards_column else {}
     trainer = trainer_class(
-        tiny_sd3(), [redness, darkness] if columns else redness, config,
+        tiny_sd3(), [redness, darkness] if columns else rewards, config,
         Dataset.from_dict({"prompt": PROMPTS} | columns),
         peft_config=LoraConfig(r=2, lora_alpha=4, lora_dropout=dropout),
         callbacks=[Killer(settings["kill_at"], settings["how"])] if settings["kill_at"] is not None else None,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..pipelines import FlowPipeline
 from ..rewards import as_rewards
+from ..rewards.named import refuse_all_but_pictures
 from ..run_folder.gallery import to_pillow
 from ..run_folder.score_sheets import SHOWN, picture_rows
 from ..run_folder.text_files import write_json, write_text
@@ -43,6 +44,7 @@ def check_reward(arguments: list[str]) -> None:
     accelerator = Accelerator(cpu=args.use_cpu)
     before = _megabytes(accelerator.device)
     (reward,) = as_rewards(named_reward(args.NAME), "NAME")
+    refuse_all_but_pictures([reward], "NAME")
     check_columns([reward], rows, "dataset")
     reward.to(accelerator.device)
     loaded = _megabytes(accelerator.device) - before

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..metrics import signs_of_over_optimisation, standard_error_of_change
 from ..pipelines import FlowPipeline
 from ..rewards import Reward, as_rewards
+from ..rewards.named import refuse_groupwise
 from ..run_folder import sheet_of
 from ..run_folder.text_files import write_json, write_text
 from ..sampling.conditioning import ConditioningCache
@@ -28,7 +29,11 @@ from .run import load_model, load_prompts, named_reward
 
 SHOWN = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CONTEXT = {"trainer_state": None, "log_metric": lambda name, value: None, "log_extra": lambda name, values: None}
+CONTEXT: dict[str, Any] = {
+    "trainer_state": None,
+    "log_metric": lambda name, value: None,
+    "log_extra": lambda name, values: None,
+}
 ADAPTER = "measured"  # not the row's label, which may hold a dot; an adapter's name may not
 
 
@@ -42,6 +47,7 @@ def evaluate(arguments: list[str]) -> None:
     split = args.split or ("train" if is_prompt_file(args.dataset) else "held_out")
     prompts = check_dataset(load_prompts(args.dataset, args.dataset_config, split, args.prompt_column), "dataset")
     rewards = as_rewards([named_reward(name) for name in args.rewards], "rewards")
+    refuse_groupwise(rewards, "rewards")
     check_columns(rewards, prompts, "dataset")
     # A function given as `module.function` is a reward called `function`.
     called = {name: reward.name for name, reward in zip(args.rewards, rewards, strict=True)}

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..rewards import Reward, as_rewards
+from ..rewards.named import refuse_all_but_pictures
 from ..run_folder.score_sheets import SHOWN, draw_histograms, picture_rows
 from ..run_folder.text_files import write_json, write_text
 from ..sampling.scoring import call_rewards
@@ -49,6 +50,7 @@ def score(arguments: list[str]) -> None:
         raise ValueError(f"`batch_size` ({args.batch_size}) must be at least 1.")
     pictures = find_pictures(args.FOLDER, args.prompts, args.prompt_column, args.split)
     rewards = as_rewards([named_reward(name) for name in args.rewards], "rewards")
+    refuse_all_but_pictures(rewards, "rewards")
     check_columns(rewards, Dataset.from_list([p.example.columns | {"prompt": ""} for p in pictures[:1]]), "prompts")
     for reward in rewards:
         reward.to(torch.device(args.device))

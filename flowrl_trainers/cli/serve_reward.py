@@ -9,6 +9,7 @@ import torch
 
 from ..rewards import as_rewards
 from ..rewards.bearer import TOKEN_VARIABLE, checked_token
+from ..rewards.named import refuse_all_but_pictures
 from .run import named_reward
 
 KEEP_ALIVE = 5  # seconds that a connection may idle
@@ -94,6 +95,7 @@ def serve_reward(arguments: list[str]) -> None:
             file=sys.stderr,
         )
     (reward,) = as_rewards(named_reward(args.NAME), "NAME")
+    refuse_all_but_pictures([reward], "NAME")
     uvicorn.run(
         reward_app(reward, limits, torch.device(args.device), token),
         host=args.host,

@@ -1,13 +1,14 @@
 """Rewards: images and prompts in, one score per image out."""
 
 from .aesthetic import AestheticReward
-from .base import FunctionReward, Reward, differentiable
+from .base import FunctionReward, Reward, differentiable, groupwise
 from .clip import CLIPScore, PickScore
 from .hpsv2 import HPSv2
 from .image_reward import ImageReward
 from .jpeg import JPEGCompressibility, JPEGIncompressibility
 from .named import NAMED_REWARDS, as_rewards, chosen_by
 from .ocr import OCRReward, StrictOCRReward
+from .pairwise import PairwiseReward, pairwise
 from .remote import RemoteReward
 from .shapes import CheckerReward, ShapesReward
 from .vlm_judge import GenEvalJudge, VLMJudge
@@ -26,6 +27,7 @@ __all__ = [
     "JPEGIncompressibility",
     "NumberQuestion",
     "OCRReward",
+    "PairwiseReward",
     "PickScore",
     "RemoteReward",
     "Reward",
@@ -36,4 +38,6 @@ __all__ = [
     "as_rewards",
     "chosen_by",
     "differentiable",
+    "groupwise",
+    "pairwise",
 ]

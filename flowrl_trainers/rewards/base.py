@@ -3,14 +3,15 @@
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Scores = Tensor | Sequence[float | None]
-PASSED = ("images", "prompts", "trainer_state", "log_metric", "log_extra")
-"""What every reward is called with beside the columns of the dataset."""
+Sees = Literal["images", "latents"]
+PASSED = ("images", "latents", "prompts", "trainer_state", "log_metric", "log_extra")
+"""What rewards are called with beside the columns of the dataset: `images` or `latents`, and all others."""
 
 
 class Reward(ABC):
@@ -23,6 +24,13 @@ class Reward(ABC):
 
     With `differentiable = True`, images come as the model decodes them, not clamped to [0, 1] and with their graph,
     and the scores are a float tensor (B,) with a gradient. Otherwise images are clamped to [0, 1] and have no graph.
+
+    With `groupwise = True`, a call gets the `num_generations` pictures of one prompt side by side, wherever they were
+    drawn, and returns one score per picture that may depend on the others, such as its rank. Only trainers that take
+    no gradient call it; evaluations leave it out, as there is no group.
+
+    With `sees = "latents"`, it is called with `latents` in place of `images`: the final latents (B, ...) float32 of
+    the model, which no decoder has touched. Where no reward of a run sees images, its rollouts are not decoded.
     """
 
     name: str
@@ -30,6 +38,8 @@ class Reward(ABC):
     chosen_by: str | None = None
     """The column with a list of the names of the rewards that apply to a picture's prompt; a picture whose list lacks
     the name of this one is not shown to it, and its score counts as None. Where the list is None, all apply."""
+    groupwise: bool = False
+    sees: Sees = "images"
 
     @abstractmethod
     def __call__(self, /, images: Tensor, prompts: list[str], **columns: Any) -> Scores | Awaitable[Scores]:
@@ -57,28 +67,38 @@ class FunctionReward(Reward):
         function: Called as trainers call rewards.
         differentiable: Whether its scores have a gradient with respect to `images`.
         name: What it is called in logs and files; None for its own name, which lambdas and partials lack.
+        groupwise: Whether it is called with all pictures of one prompt.
+        sees: Whether it is called with `images` or with `latents`.
 
     Raises:
         ValueError: If the callable cannot be called so.
     """
 
-    def __init__(self, function: Callable[..., Any], differentiable: bool = False, name: str | None = None) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        differentiable: bool = False,
+        name: str | None = None,
+        groupwise: bool = False,
+        sees: Sees = "images",
+    ) -> None:
         self.function = function
-        self.differentiable = differentiable
+        self.differentiable, self.groupwise, self.sees = differentiable, groupwise, sees
         named = isinstance(function, type) or (
             callable(function) and type(function).__name__ in ("function", "method")
         )
         self.name = name or (function.__name__ if named else type(function).__name__)
         self.signed = function.forward if isinstance(function, torch.nn.Module) else function
         try:
-            inspect.signature(self.signed).bind_partial(**dict.fromkeys(PASSED))
+            passed = [name for name in PASSED if name == sees or name not in ("images", "latents")]
+            inspect.signature(self.signed).bind_partial(**dict.fromkeys(passed))
         except TypeError as error:
             raise ValueError(
-                f"Reward {self.name!r} must take `images, prompts, **columns` by name, as trainers call it: {error}."
+                f"Reward {self.name!r} must take `{sees}, prompts, **columns` by name, as trainers call it: {error}."
             ) from error
 
-    def __call__(self, /, images: Tensor, prompts: list[str], **columns: Any) -> Scores | Awaitable[Scores]:
-        return self.function(images=images, prompts=prompts, **columns)
+    def __call__(self, /, *args: Any, **columns: Any) -> Scores | Awaitable[Scores]:
+        return self.function(*args, **columns)
 
     def to(self, device: torch.device) -> None:
         if isinstance(self.function, torch.nn.Module):
@@ -97,3 +117,13 @@ def differentiable(function: Callable[..., Any]) -> FunctionReward:
         return (red - (green + blue) / 2).mean(dim=(1, 2))
     """
     return FunctionReward(function, differentiable=True)
+
+
+def groupwise(function: Callable[..., Any]) -> FunctionReward:
+    """Declare that a function or module compares the pictures of one prompt, which it gets in one call.
+
+    @groupwise
+    def apart(images, prompts, **columns):
+        return (images - images.mean(dim=0)).square().mean(dim=(1, 2, 3)).sqrt()
+    """
+    return FunctionReward(function, groupwise=True)

@@ -84,6 +84,27 @@ def refuse_unknown_names(rewards: Iterable[RewardLike], argument: str) -> None:
             )
 
 
+def refuse_groupwise(rewards: Iterable[Reward], argument: str) -> None:
+    """Raises `ValueError` for a groupwise reward where pictures are scored one by one."""
+    for reward in rewards:
+        if reward.groupwise:
+            raise ValueError(
+                f"`{argument}` has {reward.name!r}, which is groupwise: it compares the pictures that training draws "
+                "of a prompt, so name one that scores each picture by itself."
+            )
+
+
+def refuse_all_but_pictures(rewards: Iterable[Reward], argument: str) -> None:
+    """Raises `ValueError` for a reward that needs more than one picture, where there is nothing else."""
+    refuse_groupwise(rewards, argument)
+    for reward in rewards:
+        if reward.sees == "latents":
+            raise ValueError(
+                f"`{argument}` has {reward.name!r}, which sees latents of a model, and here are pictures alone: name "
+                "one that sees images."
+            )
+
+
 def _renamed(reward: Reward, name: str) -> Reward:
     reward = copy.copy(reward)  # the user's stays as it is
     reward.name = name

@@ -88,8 +88,10 @@ class Evaluator:
     @torch.no_grad()
     def _draw(
         self, model: FlowModel, examples: list[Example], sampler: Sampler, label: str | None = None
-    ) -> Iterator[tuple[list[Example], Tensor]]:
-        """The pictures (B, 3, H, W) in [0, 1] of rows, batch by batch; label: of the progress bar, None for none.
+    ) -> Iterator[tuple[list[Example], Tensor, Tensor]]:
+        """Rows with their final latents (B, ...) and pictures (B, 3, H, W) in [0, 1], batch by batch.
+
+        label: Of the progress bar, None for none.
 
         They are decoded once all are drawn, as the network may have to leave the device for that.
         """
@@ -103,13 +105,14 @@ class Evaluator:
             for part, latents in drawn:
                 at_a_time = self.decode_batch_size or len(part)
                 for first in range(0, len(part), at_a_time):
-                    yield part[first : first + at_a_time], decoded(self.flow, latents[first : first + at_a_time])
+                    some = latents[first : first + at_a_time]
+                    yield part[first : first + at_a_time], some, decoded(self.flow, some)
 
     def drawn(
         self, model: FlowModel, dataset: Dataset, sampler: Sampler, label: str
     ) -> Iterator[tuple[list[Example], Tensor]]:
         """Rows with their pictures (B, 3, H, W) in [0, 1], batch by batch. Arguments as in `row`."""
-        return self._draw(model, _examples(dataset), sampler, label)
+        return ((part, images) for part, _, images in self._draw(model, _examples(dataset), sampler, label))
 
     @torch.no_grad()
     def row(
@@ -139,8 +142,8 @@ class Evaluator:
         mine = shares[self.accelerator.process_index]
         scores = RewardMeter(self.rewards)
         meters: list[Meter] = [scores, StatisticsMeter(), DiversityMeter(self.rewards, mine)]
-        for part, images in self._draw(model, mine, sampler, label):
-            values = call_rewards(self.rewards, images, part, **context)
+        for part, latents, images in self._draw(model, mine, sampler, label):
+            values = call_rewards(self.rewards, images, part, latents, **context)
             for meter in meters:
                 meter.add(part, images, values)
         if model.is_sharded:
@@ -172,8 +175,8 @@ class Evaluator:
             column += [None] * (before - len(column)) + values  # a reward need not be shown each batch
 
         context = context | {"log_extra": keep}
-        for part, images in self._draw(model, shown, sampler):
-            parts.append((images.cpu(), call_rewards(self.rewards, images, part, **context)))
+        for part, latents, images in self._draw(model, shown, sampler):
+            parts.append((images.cpu(), call_rewards(self.rewards, images, part, latents, **context)))
         images, scores = torch.cat([images for images, _ in parts]), torch.cat([values for _, values in parts])
         columns = zip(self.rewards, scores.unbind(dim=1), strict=True)
         return Pictures(

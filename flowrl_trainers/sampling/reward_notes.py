@@ -13,7 +13,7 @@ OWN_NAMES = re.compile(
     "loss|grad_norm|learning_rate|epoch|step|total_flos|reward|reward_scale|reward_gradient_norm|target_control_rms|"
     "residual_rms|kl|weight_max|velocity_distance|old_decay|old_distance|reward_probability|replay_ratio_error|"
     "skipped_updates|diversity|edge_density|colour_entropy|[a-z_]*_accuracy|[a-z_]*_share|[a-z_]*_losses|"
-    "prompts_without_spread|effective_eta|velocity_norm_ratio_\\d+|[a-z]+_network_grad_norm|advantage_std_.*|(eval|test|train|base)_.*|"
+    "prompts_without_spread|reward_decoder_cosine|effective_eta|velocity_norm_ratio_\\d+|[a-z]+_network_grad_norm|advantage_std_.*|(eval|test|train|base)_.*|"
     "(reward|reward_std|reward_of_step_\\d+|loss|critic|seconds|bad_samples)/.*"
 )
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..flow.advantages import with_room
 from ..pipelines import FlowPipeline
 from ..rewards import Reward
+from .group_scores import GroupScores
 from .prompt_groups import Example
 from .reward_notes import checked_notes, is_number, spread_notes
 
@@ -26,6 +27,9 @@ Context = Callable[[], dict[str, Any]]
 """What every reward is called with beside images, prompts and columns: `trainer_state`, `log_metric`, `log_extra`."""
 
 
+Decoder = Callable[[Tensor], Tensor]
+"""Maps latents (B, ...) to images (B, 3, H, W), not clamped, with a gradient."""
+
 Judging = Callable[[list[Reward]], AbstractContextManager[None]]
 """Makes a context in which decoders and some rewards are on the device; see `Placement.judging`."""
 
@@ -35,62 +39,81 @@ def leave_in_place(rewards: list[Reward]) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def call_rewards(rewards: list[Reward], images: Tensor, examples: list[Example], **context: Any) -> Tensor:
+def call_rewards(
+    rewards: list[Reward],
+    images: Tensor | None,
+    examples: list[Example],
+    latents: Tensor | None = None,
+    **context: Any,
+) -> Tensor:
     """The scores of images: (B, number of rewards) float32.
 
     NaN stands where a reward returned None, and infinity where its score is not finite. Asynchronous rewards run
     together.
 
     Args:
-        rewards: Called one after the other.
-        images: (B, 3, H, W).
+        rewards: Called one after the other; groupwise ones take the images for one group.
+        images: (B, 3, H, W); None where no reward sees them.
         examples: B of them, with prompts and columns.
+        latents: Those of the images, (B, ...); None where no reward sees them.
         context: Passed on to every reward.
 
     Raises:
-        ValueError: For anything but one number or None per image.
+        ValueError: For anything but one number or None per image, and for a reward that sees what is None.
     """
-    return ask_rewards(rewards, images, examples, **context)()
+    return ask_rewards(rewards, images, examples, latents, **context)()
 
 
 def ask_rewards(
-    rewards: list[Reward], images: Tensor, examples: list[Example], **context: Any
+    rewards: list[Reward],
+    images: Tensor | None,
+    examples: list[Example],
+    latents: Tensor | None = None,
+    **context: Any,
 ) -> Callable[[], Tensor]:
     """Call the rewards; asynchronous ones go on in a thread until the function that is returned waits for the scores.
 
-    Every reward gets a copy of images, prompts and columns, so that none can change what another sees. An error of a
-    reward bears a note with its name, the update and the prompts. Arguments as in `call_rewards`.
+    Every reward gets a copy of images or latents, prompts and columns, so that none can change what another sees. An
+    error of a reward bears a note with its name, the update and the prompts. Arguments as in `call_rewards`.
     """
     prompts = [e.prompt for e in examples]
+    views = {"images": images, "latents": latents}
+    device = next((view.device for view in views.values() if view is not None), torch.device("cpu"))
     chosen = [rows_of(reward, examples) for reward in rewards]
-    shown = [images if len(rows) == len(images) else images[rows] for rows in chosen]
     results: list[Any] = []
-    for reward, rows, seen in zip(rewards, chosen, shown, strict=True):
+    for reward, rows in zip(rewards, chosen, strict=True):
+        view = views[reward.sees]
+        if view is None:
+            raise ValueError(f"Reward {reward.name!r} sees {reward.sees}, and there are none here: pass them.")
         if not rows:
-            results.append(seen.new_zeros(0))
+            results.append(torch.zeros(0, device=device))
             continue
+        seen = view if len(rows) == len(examples) else view[rows]
         given: dict[str, Any] = {
-            "images": seen.clone(),
+            reward.sees: seen.clone(),
             "prompts": [prompts[i] for i in rows],
             **{n: _copied([examples[i].columns[n] for i in rows]) for n in examples[0].columns},
         }
-        notes = checked_notes(spread_notes(context, rows, len(images)), reward.name, len(rows))
+        notes = checked_notes(spread_notes(context, rows, len(examples)), reward.name, len(rows))
         with _named(reward, given["prompts"], context):
             results.append(reward(**given, **notes))
     waiting = {i: result for i, result in enumerate(results) if inspect.isawaitable(result)}
     answers = None
     if waiting:
         named = [_answer(rewards[i], result, prompts, context) for i, result in waiting.items()]
-        answers = asyncio.run_coroutine_threadsafe(
-            _together(named, images.device, torch.is_grad_enabled()), _event_loop()
-        )
+        answers = asyncio.run_coroutine_threadsafe(_together(named, device, torch.is_grad_enabled()), _event_loop())
 
     def scores() -> Tensor:
         if answers is not None:
             for i, result in zip(waiting, answers.result(), strict=True):
                 results[i] = result
-        columns = zip(rewards, results, shown, chosen, strict=True)
-        return torch.stack([_of_all(_as_tensor(r, s, seen), rows, len(images)) for r, s, seen, rows in columns], dim=1)
+        if not rewards:
+            return torch.zeros(len(examples), 0, device=device)
+        found = [
+            _of_all(_as_tensor(reward, result, len(rows), device), rows, len(examples))
+            for reward, result, rows in zip(rewards, results, chosen, strict=True)
+        ]
+        return torch.stack(found, dim=1)
 
     return scores
 
@@ -149,10 +172,10 @@ def _event_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-def _as_tensor(reward: Reward, scores: Any, images: Tensor) -> Tensor:
+def _as_tensor(reward: Reward, scores: Any, count: int, device: torch.device) -> Tensor:
     """Scores (B,) float32 of whatever a reward returned; raises `ValueError` for what is not one score per image."""
-    rule = f"for {len(images)} images: return one score per image"
-    absent = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+    rule = f"for {count} images: return one score per image"
+    absent = torch.zeros(count, dtype=torch.bool, device=device)
     if not isinstance(scores, Tensor):
         if isinstance(scores, (str, bytes, Mapping)) or not isinstance(scores, Iterable):
             raise ValueError(f"Reward {reward.name!r} returned {_shown(scores)} {rule}.")
@@ -160,14 +183,14 @@ def _as_tensor(reward: Reward, scores: Any, images: Tensor) -> Tensor:
         for number, score in enumerate(scores):
             if not (score is None or is_number(score)):
                 raise ValueError(f"Reward {reward.name!r} returned {_shown(score)} as score {number} {rule}.")
-        if len(scores) == len(images):
-            absent = torch.tensor([s is None for s in scores], device=images.device)
+        if len(scores) == count:
+            absent = torch.tensor([s is None for s in scores], device=device)
         scores = torch.tensor([0.0 if s is None else _as_float(s) for s in scores])
-    if scores.shape != (len(images),):
+    if scores.shape != (count,):
         raise ValueError(f"Reward {reward.name!r} returned scores of shape {tuple(scores.shape)} {rule}.")
     if scores.is_complex():
         raise ValueError(f"Reward {reward.name!r} returned complex scores {rule}, a real number.")
-    scores = scores.to(images.device, torch.float32)
+    scores = scores.to(device, torch.float32)
     return torch.where(absent, torch.nan, torch.where(scores.isfinite(), scores, torch.inf))
 
 
@@ -196,6 +219,11 @@ def decoded(flow: FlowPipeline, latents: Tensor) -> Tensor:
     return torch.cat([flow.images(part) for part in latents.split(pictures_at_a_time(flow, len(latents)))])
 
 
+def seen_images(flow: FlowPipeline, rewards: list[Reward], latents: Tensor) -> Tensor | None:
+    """`decoded`, where a reward sees images; else None."""
+    return decoded(flow, latents) if any(reward.sees == "images" for reward in rewards) else None
+
+
 class Scorer:
     """Scores final latents by the rewards of a run.
 
@@ -208,6 +236,7 @@ class Scorer:
         decode_batch_size: The images decoded and scored at a time; None for `batch_size`, and where a gradient is
             taken for a megapixel.
         gradient_batch_size: The images scored at most with a gradient; None for `batch_size`.
+        group_size: The images of a prompt, which groupwise rewards see together.
         judging: A context in which decoders and these rewards are on the device; see `Placement`.
     """
 
@@ -220,17 +249,31 @@ class Scorer:
         batch_size: int,
         decode_batch_size: int | None = None,
         gradient_batch_size: int | None = None,
+        group_size: int = 1,
         judging: Judging = leave_in_place,
     ) -> None:
         self.flow, self.rewards, self.weights, self.context = flow, rewards, weights, context
         self.batch_size, self.decode_batch_size = batch_size, decode_batch_size
         self.gradient_batch_size, self.judging = gradient_batch_size or batch_size, judging
+        self.group_size = group_size
+        self.gradient_decoder: Decoder | None = None
+        """Decodes where a gradient is taken; None for the pipeline's own."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether a reward is groupwise, so that `score` needs all images of a rollout in one call."""
+        return any(reward.groupwise for reward in self.rewards)
 
     @torch.no_grad()
     def score(self, latents: Tensor, examples: list[Example]) -> Tensor:
         """Scores (B, R) of the pictures of final latents (B, ...), without gradients; see `call_rewards`.
 
-        While asynchronous rewards look at the pictures of one decoded batch, the next is decoded.
+        While asynchronous rewards look at the pictures of one decoded batch, the next is decoded; nothing is decoded
+        where no reward sees images. With groupwise rewards, all processes must call it, with all images of a rollout;
+        an image that is passed several times, in several states, is compared state by state.
+
+        Raises:
+            ValueError: For prompts with fewer or more images than a group has, where a reward is groupwise.
         """
         with self.judging(self.rewards):
             return self._score(latents, examples)
@@ -239,16 +282,33 @@ class Scorer:
         size = self.decode_batch_size or self.batch_size
         scores: list[Tensor] = []
         asked: list[Callable[[], Tensor]] = []
+        single = [reward for reward in self.rewards if not reward.groupwise]
+        groups = GroupScores(self._ask_about_group, examples, self.group_size) if self.compares else None
         for start, part in zip(range(0, len(latents), size), latents.split(size), strict=True):
-            images = decoded(self.flow, part)
+            images = seen_images(self.flow, self.rewards, part)
             scores += [answer() for answer in asked]
-            asked = [ask_rewards(self.rewards, images, examples[start : start + size], **self.context())]
-        return torch.cat([*scores, *(answer() for answer in asked)])
+            asked = [ask_rewards(single, images, examples[start : start + size], part, **self.context())]
+            if groups is not None:
+                groups.add(start, [part] if images is None else [part, images])
+        found = torch.cat([*scores, *(answer() for answer in asked)])
+        return found if groups is None else self._in_order(found, groups.scores())
+
+    def _ask_about_group(self, views: list[Tensor], examples: list[Example]) -> Callable[[], Tensor]:
+        """Ask the groupwise rewards; views: latents (G, ...), and images where a reward sees them."""
+        latents, images = (*views, None)[:2]
+        groupwise = [reward for reward in self.rewards if reward.groupwise]
+        return ask_rewards(groupwise, images, examples, latents, **self.context())
+
+    def _in_order(self, single: Tensor, groupwise: Tensor) -> Tensor:
+        """The columns of both kinds of rewards in the order of the rewards."""
+        columns = {False: iter(single.unbind(dim=1)), True: iter(groupwise.unbind(dim=1))}
+        return torch.stack([next(columns[reward.groupwise]) for reward in self.rewards], dim=1)
 
     def score_with_gradient(self, latents: Tensor, examples: list[Example]) -> tuple[Tensor, Tensor]:
         """Scores (B, R) of final latents (B, ...), and the gradient (B, ...) of their weighted sum.
 
-        A score that is not finite contributes nothing to the gradient.
+        A score that is not finite contributes nothing to the gradient. Scores are of the pictures that the gradient
+        goes through, those of `gradient_decoder` where there is one.
 
         Raises:
             ValueError: For a reward whose scores carry no gradient.
@@ -257,17 +317,20 @@ class Scorer:
             return self._score_with_gradient(latents, examples)
 
     def _score_with_gradient(self, latents: Tensor, examples: list[Example]) -> tuple[Tensor, Tensor]:
-        size = self.decode_batch_size or pictures_at_a_time(self.flow, self.gradient_batch_size)
+        decodes = any(reward.sees == "images" for reward in self.rewards)
+        decode = self.gradient_decoder or self.flow.decode
+        most = self.gradient_batch_size
+        size = self.decode_batch_size or (pictures_at_a_time(self.flow, most) if decodes else most)
         scores, gradients = [], []
         for start in range(0, len(latents), size):
             x = latents[start : start + size].detach().requires_grad_()
-            images, part = self.flow.decode(x), examples[start : start + size]
-            columns = [call_rewards([reward], images, part, **self.context()) for reward in self.rewards]
+            images, part = decode(x) if decodes else None, examples[start : start + size]
+            columns = [call_rewards([reward], images, part, x, **self.context()) for reward in self.rewards]
             for reward, column in zip(self.rewards, columns, strict=True):
                 if not column.requires_grad and rows_of(reward, part):
                     raise ValueError(
                         f"Reward {reward.name!r} is marked differentiable, but its scores carry no gradient: compute "
-                        "them from `images` by torch operations alone, without `detach`, `no_grad` or `item`."
+                        f"them from `{reward.sees}` by torch operations alone, without `detach`, `no_grad` or `item`."
                     )
             values = torch.cat(columns, dim=1)
             total = (torch.where(values.isfinite(), values, 0.0) * self.weights).sum()

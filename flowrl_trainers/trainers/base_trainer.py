@@ -28,8 +28,8 @@ from ..flow import norm_ratios, root_mean_square
 from ..metrics import signs_of_over_optimisation
 from ..pipelines import Conditioning, FlowPipeline
 from ..pipelines.quantization import is_quantized
-from ..rewards import as_rewards, chosen_by
-from ..rewards.named import RewardLike
+from ..rewards import Reward, as_rewards, chosen_by
+from ..rewards.named import RewardLike, refuse_groupwise
 from ..run_folder import CardFacts, RunFolder, before_after
 from ..run_folder.identity import (
     adapter_identity,
@@ -52,7 +52,7 @@ from ..sampling.placement import Placement
 from ..sampling.prompt_groups import Example, PromptDataset, PromptGroupSampler
 from ..sampling.prompt_sources import PromptSource
 from ..sampling.reward_watch import RewardWatch, share_without_spread
-from ..sampling.scoring import Scorer, call_rewards, decoded
+from ..sampling.scoring import Scorer, call_rewards, decoded, seen_images
 from ..sampling.sharding import refuse_other_sharding
 from .adapters import prepare_adapter
 from .attention import attention_by, check_attention_backend
@@ -67,6 +67,7 @@ from .input_checks import (
     check_dataset,
     check_rewards,
     check_weights,
+    without_groups,
     writable_folder,
 )
 from .loop_callback import LoopCallback
@@ -158,6 +159,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         self.rewards = chosen_by(as_rewards(reward_funcs), args.rewards_column)
         self.eval_rewards = as_rewards(eval_reward_funcs, "eval_reward_funcs") if eval_reward_funcs else []
         check_rewards(self.rewards, args, type(self).__name__ if self.needs_reward_gradient else None)
+        refuse_groupwise(self.eval_rewards, "eval_reward_funcs")
         if self.needs_reward_gradient and args.decoder_dtype != "float32":
             raise ValueError(
                 f"`decoder_dtype` ({args.decoder_dtype!r}) must be 'float32' with {type(self).__name__}, which takes "
@@ -166,7 +168,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         check_best_metric(args, [*self.rewards, *self.eval_rewards])
         check_columns(self.rewards, train_dataset, "train_dataset")
         if eval_dataset is not None:
-            check_columns([*self.rewards, *self.eval_rewards], eval_dataset, "eval_dataset")
+            check_columns(self.evaluated_rewards, eval_dataset, "eval_dataset")
 
         check_callbacks(callbacks or [], args)
 
@@ -261,13 +263,14 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             batch_size=args.images_at_once,
             decode_batch_size=args.decode_batch_size,
             gradient_batch_size=args.per_device_train_batch_size,
+            group_size=args.num_generations,
             judging=self.placement.judging,
         )
         self.reward_watch = RewardWatch(self.rewards, judged=bool(self.eval_rewards))
         evaluator = Evaluator(
             self.flow,
             self.conditioning,
-            [*self.rewards, *self.eval_rewards],
+            self.evaluated_rewards,
             self.accelerator,
             seed=args.seed,
             batch_size=args.per_device_eval_batch_size,
@@ -463,6 +466,11 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         for reward in self.rewards:
             reward.to(self.placement.of_judges)
 
+    @property
+    def evaluated_rewards(self) -> list[Reward]:
+        """Those that evaluations call: of training all but the groupwise ones, and those that it never sees."""
+        return without_groups([*self.rewards, *self.eval_rewards])
+
     def trained_parameters(self) -> list[nn.Parameter]:
         """The parameters that training changes."""
         return self.model.trained_parameters()
@@ -518,7 +526,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
 
     def probe(self) -> None:
         """Draw and score two pictures; raises `ValueError` if the rewards cannot be trained on."""
-        count = len(self.train_dataset)
+        count = 1 if self.scorer.compares else len(self.train_dataset)  # a group has one prompt
         examples = [self.train_dataset[ImageKey(row % count, row, 0)] for row in range(PROBE_IMAGES)]
         self.model.eval()
         with torch.no_grad():
@@ -535,17 +543,19 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             scores, _ = self.scorer.score_with_gradient(latents, examples)
         else:
             with torch.no_grad(), self.placement.judging(self.rewards):
-                scores = call_rewards(self.rewards, decoded(self.flow, latents), examples, **self.reward_context())
+                images = seen_images(self.flow, self.rewards, latents)
+                scores = call_rewards(self.rewards, images, examples, latents, **self.reward_context())
         # On the rows of the evaluation, where they are known: their columns may be others.
         judges, asked = self.eval_rewards, examples
         if self.eval_dataset is not None:
             judges, asked = (
-                [*self.rewards, *judges],
+                self.evaluated_rewards,
                 [PromptDataset(self.eval_dataset)[ImageKey(0, 0, 0)]] * PROBE_IMAGES,
             )
         if judges:
             with torch.no_grad(), self.judges_at_hand(), self.placement.judging(judges):
-                judged = call_rewards(judges, decoded(self.flow, latents), asked, **self.reward_context())
+                images = seen_images(self.flow, judges, latents)
+                judged = call_rewards(judges, images, asked, latents, **self.reward_context())
             scores = torch.cat([scores, judged], dim=1)
         for reward, column in zip([*self.rewards, *judges], scores.unbind(dim=1), strict=True):
             # NaN marks a reward that returned None, which is allowed; inf marks an invalid score.
@@ -856,7 +866,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         if source is None:
             raise ValueError("`evaluate` needs prompts: pass `eval_dataset` to it or to the trainer.")
         dataset = check_dataset(source, "eval_dataset")
-        check_columns([*self.rewards, *self.eval_rewards], dataset, "eval_dataset")
+        check_columns(self.evaluated_rewards, dataset, "eval_dataset")
         with self.one_for_all(), self.at_work(), self.judges_at_hand():
             with self.placement.network_away():
                 self.conditioning.encode(list(dataset["prompt"]), self.args.device, show_progress=False)
@@ -904,7 +914,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             ValueError: For what holds no prompts, and for a `count` below 1.
         """
         dataset = check_dataset(dataset, "dataset")
-        check_columns([*self.rewards, *self.eval_rewards], dataset, "dataset")
+        check_columns(self.evaluated_rewards, dataset, "dataset")
         if count < 1:
             raise ValueError(f"`count` ({count}) must be at least 1.")
         with self.at_work(), self.judges_at_hand():
@@ -916,7 +926,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
     def _warn_of_over_optimisation(self, errors: Mapping[str, float]) -> None:
         """errors: the standard error of every reward's change."""
         weights = zip(self.rewards, self.reward_weights.tolist(), strict=True)
-        trained = {reward.name: weight for reward, weight in weights if weight != 0}
+        trained = {reward.name: weight for reward, weight in weights if weight != 0 and not reward.groupwise}
         judges = [r.name for r in self.eval_rewards]
         signs = signs_of_over_optimisation(self.rows["base"], self.rows["tuned"], trained, judges, dict(errors))
         if signs and self.is_world_process_zero():

@@ -90,10 +90,25 @@ def check_rewards(rewards: list[Reward], args: FlowRLConfig, needs_gradient: str
                 "`@flowrl_trainers.rewards.differentiable` if gradients flow "
                 "through it."
             )
+        if reward.groupwise and needs_gradient is not None:
+            raise ValueError(
+                f"Reward {reward.name!r} is groupwise, and {needs_gradient} takes the gradient of each picture by "
+                "itself: take `ACFlowTrainer`, `DiffusionNFTTrainer` or `TAFSGRPOTrainer`."
+            )
+        if reward.groupwise and args.num_generations == 1:
+            raise ValueError(
+                f"Reward {reward.name!r} is groupwise, which compares the pictures of a prompt, but `num_generations` "
+                "is 1: make it 2 or more."
+            )
     if args.reward_weights is not None and len(args.reward_weights) != len(rewards):
         raise ValueError(
             f"`reward_weights` has {len(args.reward_weights)} numbers for {len(rewards)} rewards: pass one per reward."
         )
+
+
+def without_groups(rewards: Iterable[Reward]) -> list[Reward]:
+    """Those that score each picture by itself, as evaluations need it."""
+    return [reward for reward in rewards if not reward.groupwise]
 
 
 ALWAYS_MEASURED = ("edge_density", "colour_entropy", "velocity_distance", "checker_accuracy")
@@ -107,7 +122,7 @@ def check_best_metric(args: FlowRLConfig, rewards: list[Reward], noted: Iterable
 
     Args:
         args: The configuration.
-        rewards: All that evaluations call.
+        rewards: Those of training and those that it never sees.
         noted: The names that rewards log themselves; None while they are not known.
 
     Raises:
@@ -120,7 +135,7 @@ def check_best_metric(args: FlowRLConfig, rewards: list[Reward], noted: Iterable
             "`eval_strategy` to 'steps' and `eval_steps`."
         )
     name = (args.metric_for_best_model or "").removeprefix("eval_")
-    known = [f"reward/{r.name}" for r in rewards]
+    known = [f"reward/{r.name}" for r in without_groups(rewards)]
     plain = name.removeprefix("base_").removeprefix("ode_")
     perhaps_noted = noted is None and not plain.startswith("reward") and name not in ("loss", "diversity")
     if name and not perhaps_noted and plain not in {*known, *ALWAYS_MEASURED, *(noted or ())}:

@@ -29,3 +29,10 @@ class RewardGradientConfig(FlowRLConfig):
         help="Reward gradients whose L2 norm over a whole latent exceeds this quantile of the rollout's norms are "
         "scaled down to it. Above 0 and at most 1. Default: no clipping.",
     )
+    reward_decoder: str | None = HfArg(
+        default=None,
+        help="The Hub id or folder of an `AutoencoderTiny` of diffusers, such as 'madebyollin/taesd3', through which "
+        "the gradient of the reward is taken in place of the model's own autoencoder, for less memory and time. An "
+        "object is passed to the trainer instead. The first rollout takes both gradients and logs their cosine as "
+        "`reward_decoder_cosine`. Default: the model's own.",
+    )

@@ -1,28 +1,59 @@
 """`RewardGradientTrainer`: what adjoint matching and VGG-Flow share around the gradient of the reward."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from ..flow import expand_like, root_mean_square
+from ..pipelines.tiny_decoder import TinyDecoder
+from ..run_folder.identity import weights_identity
+from ..sampling.draws import ImageKey
 from ..sampling.prompt_groups import Example
 from .base_trainer import FlowRLTrainer, RecordT, RolloutT
 from .reward_gradient_config import RewardGradientConfig
 
 
 class RewardGradientTrainer(FlowRLTrainer[RolloutT, RecordT]):
-    """A trainer whose target is built from reward gradients, which it clips and scales."""
+    """A trainer whose target is built from reward gradients, which it clips and scales.
+
+    Args:
+        reward_decoder: Beside the arguments of `FlowRLTrainer`, an `AutoencoderTiny` of diffusers, through which the
+            gradient of the reward is taken; None for the one that `args.reward_decoder` names, or the model's own.
+    """
 
     config_class = RewardGradientConfig
     needs_reward_gradient = True
 
     args: RewardGradientConfig
 
+    def __init__(self, *args: Any, reward_decoder: AutoencoderTiny | None = None, **kwargs: Any) -> None:
+        self.given_decoder = reward_decoder
+        super().__init__(*args, **kwargs)
+
     def set_up(self) -> None:
-        """The scale of the reward, None until the first rollout finds it."""
+        """The scale of the reward, None until the first rollout finds it; and the decoder of its gradient."""
         self.reward_scale: float | None = self.args.reward_scale
+        self.tiny_decoder = self._tiny_decoder()
+        self.scorer.gradient_decoder = self.tiny_decoder
+
+    def _tiny_decoder(self) -> TinyDecoder | None:
+        source = self.given_decoder or self.args.reward_decoder
+        if source is None:
+            return None
+        if self.given_decoder is not None and self.args.reward_decoder is not None:
+            raise ValueError(
+                f"`reward_decoder` is passed, but `args.reward_decoder` is {self.args.reward_decoder!r}: leave out "
+                "one of them."
+            )
+        decoder = TinyDecoder(source)
+        decoder.autoencoder.to(self.args.device)
+        with self.placement.judging([]):
+            decoder.check_fits(self.flow, self.initial_latents([ImageKey(0, 0, 0)], "shape"))
+        return decoder
 
     @property
     def known_scale(self) -> float:
@@ -36,8 +67,25 @@ class RewardGradientTrainer(FlowRLTrainer[RolloutT, RecordT]):
         The gradient is zero for an image whose score or gradient is not finite.
         """
         scores, gradient = self.scorer.score_with_gradient(latents, examples)
+        if self.tiny_decoder is not None and self.state.global_step == 0:
+            self._compare_decoders(latents, examples, gradient)
         good = ~scores.isinf().any(dim=1) & gradient.flatten(1).isfinite().all(dim=1)
         return scores, torch.where(expand_like(good, gradient), gradient, 0.0), good
+
+    def _compare_decoders(self, latents: Tensor, examples: list[Example], gradient: Tensor) -> None:
+        """Note the mean cosine between gradients through `reward_decoder` and through the model's own autoencoder.
+
+        Args:
+            latents: (M, ...).
+            examples: M of them.
+            gradient: That through `reward_decoder`, (M, ...).
+        """
+        full = copy.copy(self.scorer)
+        full.gradient_decoder, full.context = None, lambda: self.reward_context(lambda name, value: None)
+        _, expected = full.score_with_gradient(latents, examples)
+        cosine = torch.cosine_similarity(gradient.flatten(1), expected.flatten(1))
+        known = cosine.isfinite() & gradient.flatten(1).any(dim=1) & expected.flatten(1).any(dim=1)
+        self.metrics.note("reward_decoder_cosine", cosine[known].mean(), unless_nan=True)
 
     def clip_threshold(self, norms: Tensor) -> Tensor | None:
         """The quantile of the norms (M,) of the reward gradients of all processes; None without clipping."""
@@ -100,4 +148,10 @@ class RewardGradientTrainer(FlowRLTrainer[RolloutT, RecordT]):
 
     def card_settings(self) -> dict[str, Any]:
         """The reward scale, once it is known."""
-        return {"reward scale": "not found yet" if self.reward_scale is None else f"{self.reward_scale:.4g}"}
+        scale = "not found yet" if self.reward_scale is None else f"{self.reward_scale:.4g}"
+        decoder = {} if self.tiny_decoder is None else {"reward decoder": self.tiny_decoder.name}
+        return {"reward scale": scale} | decoder
+
+    def _identity(self) -> dict[str, Any]:
+        tiny = self.tiny_decoder
+        return super()._identity() | {"reward decoder": None if tiny is None else weights_identity(tiny.autoencoder)}

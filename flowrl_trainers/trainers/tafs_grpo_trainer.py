@@ -223,7 +223,8 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
     def prepare(self, rollout: list[MicroBatch[TAFSGRPORollout]]) -> list[MicroBatch[TAFSGRPORecord]]:
         """(4), and the base model's velocities where they are needed."""
         with self.metrics.timed("rewards"):
-            scores = torch.cat([self._score_steps(batch) for batch in rollout])
+            at_once = [rollout] if self.scorer.compares else [[batch] for batch in rollout]
+            scores = torch.cat([self._score_steps(batches) for batches in at_once])
         self.log_rewards(scores[:, -1], rollout)
         self.show_samples(torch.cat([batch.record.estimates[:, -1] for batch in rollout]), scores[:, -1], rollout)
         bad, absent = scores.isinf().any(dim=2).any(dim=1), scores[:, -1].isnan().all(dim=1)
@@ -260,13 +261,13 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
         first_kept = torch.cat([states[:, :1], batch.record.states[:, 1:]], dim=1)
         return batch.with_record(replace(batch.record, states=first_kept))
 
-    def _score_steps(self, batch: MicroBatch[TAFSGRPORollout]) -> Tensor:
+    def _score_steps(self, batches: list[MicroBatch[TAFSGRPORollout]]) -> Tensor:
         """Scores (B, N, number of rewards) of the clean estimates that the credit rule asks for; NaN elsewhere."""
-        estimates = batch.record.estimates
+        estimates = torch.cat([batch.record.estimates for batch in batches])
         steps = estimates.shape[1]
         first = {"final": steps - 1, "gain": 0}.get(self.args.credit_rule, 1)
         scores = torch.full((len(estimates), steps, len(self.rewards)), torch.nan, device=estimates.device)
-        examples = [example for example in batch.examples for _ in range(first, steps)]
+        examples = [example for batch in batches for example in batch.examples for _ in range(first, steps)]
         found = self.scorer.score(estimates[:, first:].flatten(0, 1), examples)
         scores[:, first:] = found.unflatten(0, (-1, steps - first))
         scores[~estimates.flatten(1).isfinite().all(dim=1)] = torch.inf  # a fault, whatever a reward made of it
