@@ -52,3 +52,4 @@ def pretend_gpus() -> None:
     backend = ("gloo", DistributedType.MULTI_GPU)
     patch.object(PartialState, "_prepare_backend", lambda self, *arguments, **more: backend).start()
     patch.object(PartialState, "set_device", lambda self: setattr(self, "device", torch.device("cpu"))).start()
+    patch("transformers.training_args.is_torch_bf16_gpu_available", lambda: True).start()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import flowrl_trainers
 from flowrl_trainers import AdjointMatchingConfig, AdjointMatchingTrainer, FlowPipeline, FlowRLTrainer
+from flowrl_trainers.cost.architectures import Architecture
 from flowrl_trainers.rewards import differentiable
 from flowrl_trainers.sampling.buffer import MicroBatch
 from flowrl_trainers.sampling.prompt_groups import Example
@@ -107,6 +108,15 @@ def adjoint_matching(
     }
     config = adjoint_matching_config(folder, **settings)
     return AdjointMatchingTrainer(pipeline, reward, config, dataset, peft_config=lora, **extra)
+
+
+def architecture_of(pipeline: Any) -> Architecture:
+    """What `flowrl estimate` knows of a pipeline: its configuration alone."""
+    parts = {name: dict(pipeline.components[name].config) for name in ("transformer", "vae", "scheduler")}
+    for name, config in parts.items():
+        config["_class_name"] = type(pipeline.components[name]).__name__
+    settings = {name: value for name, value in pipeline.config.items() if name == "is_distilled"}
+    return Architecture("tiny", type(pipeline).__name__, settings, parts)
 
 
 # ---- a look inside -----------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from flowrl_trainers.cli import main
 from flowrl_trainers.cli.arguments import TRAINERS
 from flowrl_trainers.cli.estimate import read_anywhere
 from flowrl_trainers.cost import Call, Drawing, Kind, Phase
-from flowrl_trainers.cost.architectures import META, Architecture, find, known_names
+from flowrl_trainers.cost.architectures import META, find, known_names
 from flowrl_trainers.cost.conditioning import blank_conditioning
 from flowrl_trainers.cost.estimate import Estimator, quantized_size
 from flowrl_trainers.cost.meter import metered
@@ -25,7 +25,7 @@ from flowrl_trainers.pipelines.quantization import stored_tensors
 from flowrl_trainers.shapes import load_pipeline
 from flowrl_trainers.trainers import base_trainer
 
-from .helpers import redness
+from .helpers import architecture_of, redness
 from .quantized import quantize
 from .tiny import tiny_sd3
 from .tiny_families import tiny
@@ -40,14 +40,6 @@ MODELS = {
 
 
 # ---- bytes -------------------------------------------------------------------------------------------------------
-
-
-def architecture_of(pipeline: Any) -> Architecture:
-    parts = {name: dict(pipeline.components[name].config) for name in ("transformer", "vae", "scheduler")}
-    for name, config in parts.items():
-        config["_class_name"] = type(pipeline.components[name]).__name__
-    settings = {name: value for name, value in pipeline.config.items() if name == "is_distilled"}
-    return Architecture("tiny", type(pipeline).__name__, settings, parts)
 
 
 def allocated(work: Any) -> int:
@@ -101,21 +93,29 @@ def real_work(flow: FlowPipeline, kind: Kind, batch: int) -> Any:
     return work
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_bytes_of_every_call_are_those_that_a_cpu_allocates(monkeypatch, name):
-    """Within 5 %, for pictures of 64 pixels, where activations outweigh what kernels need for themselves."""
+@pytest.mark.parametrize(
+    ("name", "checkpointing"), [*((name, False) for name in MODELS), ("sd3", True)], ids=lambda value: str(value)
+)
+def test_bytes_of_every_call_are_those_that_a_cpu_allocates(monkeypatch, name, checkpointing):
+    """Within 5 %, for pictures of 64 pixels, where activations outweigh what kernels need for themselves.
+
+    A backward pass adds to gradients that are there.
+    """
     make, settings = MODELS[name]
     pipeline = make()
     settings = settings | {"height": 64, "width": 64}
     lora = LoraConfig(r=4, lora_alpha=4)
     estimator = Estimator(
-        architecture_of(pipeline).flow(torch.float32, settings), [BlankReward("redness", None)], lora
-    )
+        architecture_of(pipeline).flow(torch.float32, settings), [BlankReward("redness", None)], lora,
+        checkpointing=checkpointing,
+    )  # fmt: skip
     flow = FlowPipeline.from_pipeline(pipeline, **settings)
     flow.transformer.requires_grad_(False)
     flow.pipeline.vae.requires_grad_(False)
     flow.transformer.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=list(flow.lora_target_modules)))
     cast_training_params(flow.transformer, dtype=torch.float32)
+    if checkpointing:
+        flow.transformer.enable_gradient_checkpointing()
     # A tiny pipeline's tokenizers are shorter than published ones, so both get what they make of one prompt.
     encoded = flow.encode_prompts([PROMPT] * 4)
     monkeypatch.setattr(
@@ -124,8 +124,7 @@ def test_bytes_of_every_call_are_those_that_a_cpu_allocates(monkeypatch, name):
     )
     for kind in (Kind.FORWARD, Kind.BASE_PRODUCT, Kind.TRAIN, Kind.DECODE, Kind.REWARD_GRADIENT):
         work = real_work(flow, kind, 4)
-        work()  # what is made once, such as tables of positions
-        flow.transformer.zero_grad()
+        work()  # what is made once, such as tables of positions and gradients
         measured, estimated = allocated(work), estimator.work(Call(kind, 4, 1, Phase.UPDATE)).peak
         assert estimated == pytest.approx(measured, rel=0.05), kind
 
@@ -152,6 +151,42 @@ def test_autocast_is_counted_as_on_a_gpu():
         assert torch.nn.functional.layer_norm(half, (4,)).dtype == torch.float32
     with metered():
         assert torch.nn.functional.linear(x, weight).dtype == torch.float32
+
+
+def test_autocast_keeps_what_it_casts_of_trained_weights():
+    """As on a CPU: until the forward pass ends, so that all weights are held twice; not where it is told not to, as for
+    a network that is shared by processes.
+    """
+    layers, x = [torch.nn.Linear(500, 500, bias=False) for _ in range(8)], torch.zeros(4, 500)
+    blank = [torch.nn.Linear(500, 500, bias=False, device=META) for _ in layers]
+
+    def forward(layers, x):
+        with torch.no_grad():
+            for layer in layers:
+                x = layer(x)
+
+    peaks = []
+    for keeps in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=keeps):
+            forward(layers, x)  # what kernels make once
+        torch.clear_autocast_cache()
+
+        def work(keeps=keeps):
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=keeps):
+                forward(layers, x)
+
+        with metered(torch.bfloat16, keeps) as meter:
+            forward(blank, x.to(META))
+        assert meter.peak == pytest.approx(allocated(work), rel=0.05)
+        peaks.append(meter.peak)
+    assert peaks[0] > 7 * peaks[1]
+
+
+def test_blocks_that_are_computed_twice_are_so_in_the_precision_of_the_run():
+    """torch compares: it raises where a block returns other shapes or precisions the second time."""
+    flow = architecture_of(tiny_sd3()).flow(torch.bfloat16, {"max_sequence_length": 8})
+    whole = Estimator(flow, [], None, torch.bfloat16, checkpointing=True)
+    assert whole.work(Call(Kind.TRAIN, 1, 1, Phase.UPDATE)).flop > 0
 
 
 # ---- operations --------------------------------------------------------------------------------------------------
@@ -227,6 +262,37 @@ def test_a_run_for_gpus_is_estimated_without_one(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     assert main(["estimate", "tafs_grpo", "--config", str(path)]) == 2
     assert "must be a multiple of `num_generations` (4)" in capsys.readouterr().err
+
+
+def test_a_network_that_processes_share_is_estimated(tmp_path, capsys):
+    """A share of weights, adapter, gradients and optimizer; what lies outside of the blocks and two of these, whole."""
+    pipeline = tiny_sd3()
+    pipeline.save_pretrained(tmp_path / "model")
+    path = write_run(tmp_path, model=str(tmp_path / "model"), reward_funcs=["jpeg_compressibility"], bf16=False)
+    command = ["estimate", "tafs_grpo", "--config", str(path), "--per_device_train_batch_size", "8", "--json"]
+    command += ["--max_sequence_length", "8", "--height", "32", "--width", "32", "--num_processes", "2"]
+    found = []
+    for more in (["--lora_r", "0"], ["--lora_r", "0", "--accelerate_config", "fsdp2"]):
+        assert main([*command, *more]) == 0
+        found.append(json.loads(capsys.readouterr().out)["phases"]["update"]["gib"])
+    whole, shared = found
+    network = pipeline.transformer
+    size = {name: p.nbytes / 2**30 for name, p in network.named_parameters()}
+    buffers = sum(b.nbytes for b in network.buffers()) / 2**30
+    halved = {"trained weights": 1, "gradients": 1, "optimizer": 2}
+    for part, times in halved.items():
+        assert whole[part] == pytest.approx(times * sum(size.values()))
+        assert shared[part] == pytest.approx(whole[part] / 2, rel=0.02)
+    assert whole["weights"] - 2 * buffers == pytest.approx(sum(size.values()))  # of the frozen copy
+    assert shared["weights"] - 2 * buffers == pytest.approx(sum(size.values()) / 2, rel=0.02)
+    blocks = [sum(v for n, v in size.items() if n.startswith(f"transformer_blocks.{i}.")) for i in range(2)]
+    assert len(network.transformer_blocks) == len(blocks)
+    outside = sum(size.values()) - sum(blocks)
+    assert whole["gathered"] == 0
+    assert shared["gathered"] == pytest.approx(2 * (outside + 2 * max(blocks)))  # weights, and gradients of all
+    assert shared["autoencoder"] == whole["autoencoder"] > 0
+    assert main([*command[:-1], "1", "--accelerate_config", "fsdp2"]) == 2
+    assert "`accelerate_config` is 'fsdp2', which shares the network among processes, but" in capsys.readouterr().err
 
 
 def test_unknown_models_and_methods_are_refused(tmp_path, capsys):

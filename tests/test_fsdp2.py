@@ -8,16 +8,19 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from flowrl_trainers import AdjointMatchingTrainer, FlowRLTrainer
+from flowrl_trainers.cost.estimate import Estimator, share_of
 from flowrl_trainers.run_folder.checkpoints import fault
 from flowrl_trainers.sampling.sharding import own_part, own_parts, refuse_other_sharding, whole
+from flowrl_trainers.trainers.loss_scaling import LossScaler
 
 from .fsdp2 import ENVIRONMENT, on_two_processes, pretend_gpus
-from .helpers import TRAINERS, adjoint_matching_config, make_trainer, redness
+from .helpers import TRAINERS, adjoint_matching_config, architecture_of, make_trainer, redness, update_rows
 from .runs import assert_same
 from .tiny import tiny_sd3
 
@@ -76,6 +79,7 @@ def share(name: str, folder: Path, lora: bool) -> None:
         "wrapped": t.model_wrapped is t.model,
         "held": sum(own_part(p).numel() for p in t.model.parameters()) / sum(p.numel() for p in t.model.parameters()),
     }
+    facts["bytes"] = sum(own_part(p).nbytes for p in t.flow.transformer.parameters())
     if t.model.frozen is not None:
         copy = list(t.model.frozen.parameters())
         facts["held of the copy"] = sum(own_part(p).numel() for p in copy) / sum(p.numel() for p in copy)
@@ -105,6 +109,9 @@ def test_two_processes_share_one_network(tmp_path, name, lora):
         assert facts["blocks"] == ["FSDPJointTransformerBlock"] * tiny_sd3().transformer.config.num_layers
         assert facts["held"] == pytest.approx(0.5, abs=0.02)  # tensors of an odd length are not halved
         assert facts.get("held of the copy", 0.5) == pytest.approx(0.5, abs=0.02)
+    lora_config = LoraConfig(r=2, lora_alpha=4) if lora else None
+    blank = Estimator(architecture_of(tiny_sd3()).flow(torch.float32, {}), [], lora_config, shared_by=2)
+    assert torch.load(tmp_path / "facts_0.pt")["bytes"] == share_of(blank.flow.transformer.parameters(), 2)
     one = torch.load(tmp_path / "one" / "found_0.pt")
     two = [torch.load(tmp_path / "two" / f"found_{rank}.pt") for rank in (0, 1)]
     assert_same(one["rollouts"][0], two[0]["rollouts"][0] + two[1]["rollouts"][0])
@@ -118,6 +125,7 @@ def test_two_processes_share_one_network(tmp_path, name, lora):
     assert {k: v for k, v in two[0]["evaluation"].items() if k != "epoch"} == pytest.approx(
         {k: v for k, v in one["evaluation"].items() if k != "epoch"}, rel=1e-3, abs=1e-5
     )
+    assert "shared by 2 processes (FSDP2)" in (tmp_path / "two" / "README.md").read_text()
     # The files: those of one process, in every checkpoint too, and nothing of the frozen network in checkpoints.
     assert fault(tmp_path / "two" / "checkpoint-2") is None
     for folder in ("", "checkpoint-2"):
@@ -144,6 +152,78 @@ def test_two_processes_share_one_network(tmp_path, name, lora):
         )
 
 
+# ---- lower precision ----------------------------------------------------------------------------------------------
+
+HALF: dict[str, Any] = SETTINGS | {"num_iterations": 1, "lr_scheduler_type": "constant", "ema_decay": None}
+
+
+def in_lower_precision(folder: Path, precision: str, **settings: Any) -> FlowRLTrainer:
+    """A trainer of a network that is loaded in the precision of the run, as one that is named is; fp16's scale doubles
+    after each update.
+    """
+    pipeline = tiny_sd3()
+    pipeline.transformer.to(torch.float16 if precision == "fp16" else torch.bfloat16)
+    t = make_trainer("AdjointMatchingTrainer", folder, pipeline, **HALF | settings | {precision: True})
+    if precision == "fp16":
+        t.accelerator.scaler = LossScaler("cpu", growth_interval=1)
+    return t
+
+
+def share_in_lower_precision(folder: Path, precision: str) -> None:
+    """On each of two processes. In fp16 there is a second update, in which the second process's part overflows; and a
+    run goes on from the checkpoint between the two.
+    """
+    torch.set_num_threads(1)
+    pretend_gpus()
+    settings = {"use_cpu": False, "gradient_accumulation_steps": 2, "max_steps": 1}
+    t = in_lower_precision(folder / "two", precision, **settings)
+    t.train()
+    found = {
+        "weights": {n: whole(p.detach()) for n, p in t.model.trained_tensors().items()},
+        "types": {(type(p).__name__, p.dtype) for p in t.model.parameters()},
+    }
+    if precision == "fp16":
+        found["scales"] = [t.accelerator.scaler.get_scale()]
+        resumed = in_lower_precision(folder / "two", precision, **settings | {"max_steps": 2})
+        scaler = resumed.accelerator.scaler
+        unscale = scaler.unscale_
+
+        def overflow(optimizer: torch.optim.Optimizer) -> None:
+            if resumed.args.process_index == 1:
+                own_part(resumed.trained_parameters()[0].grad).fill_(torch.inf)
+            unscale(optimizer)
+
+        scaler.unscale_ = overflow
+        resumed.train(resume_from_checkpoint=True)
+        found["scales"].append(scaler.get_scale())
+        found["skipped"] = update_rows(resumed)[-1]["skipped_updates"]
+        found["after"] = {n: whole(p.detach()) for n, p in resumed.model.trained_tensors().items()}
+    torch.save(found, folder / f"found_{t.args.process_index}.pt")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_shared_network_learns_in_lower_precision(tmp_path, precision):
+    """Of frozen weights in 16 bits and an adapter in 32, what one process learns; and an overflow in one process's part
+    skips the update on both. Products are rounded alike, and sums over pictures differ in float32 alone.
+    """
+    for process in on_two_processes(share_in_lower_precision, tmp_path, precision, **ENVIRONMENT):
+        assert process.returncode == 0, process.stderr
+    one = in_lower_precision(tmp_path / "one", precision, gradient_accumulation_steps=4, max_steps=1)
+    one.train()
+    half = torch.float16 if precision == "fp16" else torch.bfloat16
+    for rank in (0, 1):
+        two = torch.load(tmp_path / f"found_{rank}.pt")
+        assert two["types"] == {("DTensor", torch.float32), ("DTensor", half)}
+        moved = max(float(p.abs().max()) for n, p in two["weights"].items() if "lora_B" in n)
+        assert moved > 1e-4
+        for name, value in one.model.trained_tensors().items():
+            torch.testing.assert_close(two["weights"][name], value.detach(), atol=1e-2 * moved, rtol=1e-5)
+        if precision == "fp16":
+            assert two["scales"] == [2.0**17, 2.0**16]
+            assert two["skipped"] == 1
+            assert_same(two["after"], two["weights"])
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 REFUSED = {
@@ -152,6 +232,7 @@ REFUSED = {
         "DeepSpeed is not supported: take `--accelerate_config fsdp2`",
     ),
     "fsdp1": ({"FSDP_VERSION": "1", "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"}, "set `fsdp_version: 2` in the"),
+    "int8": ({}, "`quantization` is 'int8', but FSDP2 cannot split the weights of torchao: take 'nf4', whose weights"),
     "compiled": ({}, "`compile_blocks` is True, but the blocks are sharded"),
     "cpu": ({}, "there are 1 process(es) on 'cpu', where accelerate would leave the network whole in silence"),
     "loading": ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "`fsdp_cpu_ram_efficient_loading` of the accelerate file"),
@@ -170,7 +251,14 @@ def test_other_ways_to_shard_are_refused(monkeypatch, what):
     for name, value in (ENVIRONMENT | variables).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        refuse_other_sharding(compile_blocks=what == "compiled")
+        refuse_other_sharding(compile_blocks=what == "compiled", quantization="int8" if what == "int8" else None)
+
+
+def test_optimizers_that_cannot_step_a_part_of_a_weight_are_refused(tmp_path, monkeypatch):
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="`optim` is 'adamw_8bit', but bitsandbytes cannot step weights that FSDP2"):
+        adjoint_matching_config(tmp_path, optim="adamw_8bit")
 
 
 def test_they_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):

@@ -127,7 +127,10 @@ def test_the_frozen_copy_may_keep_the_precision_of_the_loaded_network(tmp_path):
     pipeline, sizes = tiny_sd3(), []
     pipeline.transformer.to(torch.bfloat16)
     for choice in ("float32", "as_loaded"):
-        t = make_trainer("AdjointMatchingTrainer", tmp_path / choice, pipeline, lora=False, frozen_copy=choice)
+        t = make_trainer(
+            "AdjointMatchingTrainer", tmp_path / choice, pipeline, lora=False, frozen_copy=choice,
+            offload_between_phases=choice == "as_loaded", embedding_memory_gib=0.5 if choice == "as_loaded" else None,
+        )  # fmt: skip
         sizes.append(sum(p.nbytes for p in t.model.frozen.parameters()))
         if choice == "float32":  # the trainer before is done with the pipeline
             pipeline = tiny_sd3()
@@ -142,6 +145,11 @@ def test_the_frozen_copy_may_keep_the_precision_of_the_loaded_network(tmp_path):
         found = t.model(x, sigma, conditioning, guidance=True)
     assert sizes[0] == 2 * sizes[1]
     assert torch.equal(found, expected)
+    said = {
+        "frozen copy": "in the precision of the loaded model", "network and rewards": "on the device in turn",
+        "embeddings": "0.5 GiB in memory",
+    }  # fmt: skip
+    assert said.items() <= t._card_facts().settings.items()
     assert {p.dtype for p in t.trained_parameters()} == {torch.float32}
     with pytest.raises(ValueError, match=r"`frozen_copy` \('as_loaded'\) has no effect with a LoRA"):
         make_trainer("AdjointMatchingTrainer", tmp_path / "lora", frozen_copy="as_loaded")

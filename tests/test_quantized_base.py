@@ -177,6 +177,7 @@ def test_a_model_that_is_named_is_loaded_in_eight_bits(tmp_path, folder, kind):
     t.save_model()
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert f"`base model in training` | quantised ({kind})" in card
+    assert "`text encoders` | quantised (int8)" in card
     identity = t._identity()
     assert identity["quantization"] == kind
     assert identity["base model"] == weights_identity(ours)

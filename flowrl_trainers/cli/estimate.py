@@ -28,7 +28,8 @@ def estimate(arguments: list[str]) -> None:
     if method not in TRAINERS:
         raise ValueError(f"`flowrl estimate` needs a method before its flags: one of {', '.join(TRAINERS)}.")
     asked, run, config = _parse(method, rest)
-    found, not_counted = estimate_run(method, run, config)
+    shared_by = asked.num_processes if asked.accelerate_config == "fsdp2" else 1
+    found, not_counted = estimate_run(method, run, config, shared_by)
     if asked.json:
         print(json.dumps(found.to_dict() | {"not_counted": not_counted}, indent=2))
     else:
@@ -37,7 +38,8 @@ def estimate(arguments: list[str]) -> None:
 
 def _parse(method: str, arguments: list[str]) -> tuple[EstimateArguments, RunArguments, FlowRLConfig]:
     processes = _number_of_processes(arguments)
-    usage = f"flowrl estimate {method} --config run.yaml [--gpu h100] [--num_processes N] [--json] [--field value ...]"
+    flags = "[--gpu h100] [--num_processes N] [--accelerate_config fsdp2] [--json] [--field value ...]"
+    usage = f"flowrl estimate {method} --config run.yaml {flags}"
     classes = [EstimateArguments, RunArguments, read_anywhere(TRAINERS[method].config_class, processes)]
     parser = SettingsParser(classes, prog=f"flowrl estimate {method}", usage=usage, allow_abbrev=False)
     asked, run, config = parser.read(arguments)
@@ -78,13 +80,16 @@ def read_anywhere(config_class: type[FlowRLConfig], processes: int) -> type[Flow
     return Elsewhere
 
 
-def estimate_run(method: str, run: RunArguments, config: FlowRLConfig) -> tuple[Estimate, list[str]]:
+def estimate_run(
+    method: str, run: RunArguments, config: FlowRLConfig, shared_by: int = 1
+) -> tuple[Estimate, list[str]]:
     """What a run costs one process, and the names of rewards whose cost is not known.
 
     Args:
         method: A key of `TRAINERS`.
         run: The settings of the command line.
         config: Those of the trainer.
+        shared_by: The processes over which FSDP2 spreads the network; 1 leaves it whole.
     """
     lora = make_lora_config(
         run.lora_r, run.lora_alpha, run.lora_dropout, run.lora_target_modules, lora_fields(run.lora_config or {})
@@ -97,6 +102,7 @@ def estimate_run(method: str, run: RunArguments, config: FlowRLConfig) -> tuple[
         run.reward_funcs,
         run.eval_reward_funcs,
         evaluates=run.eval_split is not None or run.eval_dataset is not None,
+        shared_by=shared_by,
     )
     not_counted = [name for name in (*run.reward_funcs, *run.eval_reward_funcs) if not is_counted(name)]
     return found, not_counted

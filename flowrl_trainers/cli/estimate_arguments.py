@@ -18,7 +18,17 @@ class EstimateArguments:
     num_processes: Annotated[int, Range(at_least=1)] = HfArg(
         default=1, help="The number of processes of the run, one per GPU; what is printed is the cost of one."
     )
+    accelerate_config: Literal["ddp", "fsdp2"] = HfArg(
+        default="ddp",
+        help="Whether each process has the network whole ('ddp'), or its share of it ('fsdp2', with `num_processes`); "
+        "of a file of your own, what it resembles.",
+    )
     json: bool = HfArg(default=False, help="Whether to print JSON in place of a table.")
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.accelerate_config == "fsdp2" and self.num_processes == 1:
+            raise ValueError(
+                "`accelerate_config` is 'fsdp2', which shares the network among processes, but `num_processes` is 1: "
+                "give their number, or leave `accelerate_config` out."
+            )

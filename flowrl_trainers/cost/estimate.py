@@ -1,7 +1,9 @@
 """`Estimator`: operations and bytes of every call of a run, and the sum of what each phase holds."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -10,16 +12,18 @@ import torch
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..networks import critic, value_network
 from ..pipelines.quantization import Quantization
 from .architectures import META, Architecture
 from .calls import Call, Kind, Phase, counted
 from .conditioning import blank_conditioning
-from .meter import metered
+from .meter import LikeAGPU, Meter, metered
 from .rewards import BlankReward
 
 ADAMW_MOMENTS = 2
+GATHERED_BLOCKS = 2  # the one that computes, and the one that is fetched, or whose gradients are added up, meanwhile
 ENCODE = "encode"
 
 
@@ -133,6 +137,8 @@ class Estimator:
         copy_as_loaded: Whether the frozen copy of full fine-tuning keeps the precision of the loaded network.
         apart: Whether the transformer leaves the device while pictures are decoded and scored, and decoders and
             rewards at all other times.
+        shared_by: The processes over which FSDP2 spreads the transformer, its frozen copy and a value network; 1
+            leaves them whole. It may be set anew between two estimates.
     """
 
     flow: Any
@@ -146,12 +152,16 @@ class Estimator:
     quantization: Quantization | None = None
     copy_as_loaded: bool = False
     apart: bool = False
-    _works: dict[tuple[Kind, int, bool], Work] = field(default_factory=dict)
+    shared_by: int = 1
+    _works: dict[tuple[Kind, int, bool, bool], Work] = field(default_factory=dict)
+    _meter: Meter = field(default_factory=Meter)
 
     def __post_init__(self) -> None:
         network = self.flow.transformer
-        loaded = _bytes(network)
+        loaded = deepcopy(network) if self.lora is None and self.copy_as_loaded else None
         self.quantized = quantized_size(network, self.quantization)
+        quantized = [] if self.quantization is None else [layer.weight for layer in linear_layers(network)]
+        self.whole = {id(weight) for weight in quantized}  # by FSDP2 as well
         if self.lora is not None:
             self.lora.target_modules = self.lora.target_modules or list(self.flow.lora_target_modules)
             self.lora.exclude_modules = self.lora.exclude_modules or list(self.flow.lora_exclude_modules) or None
@@ -161,24 +171,32 @@ class Estimator:
             network.requires_grad_(True)
         with META:
             cast_training_params(network, dtype=torch.float32)
+        self.frozen = loaded or (deepcopy(network) if self.lora is None else None)
         if self.checkpointing:
-            network.enable_gradient_checkpointing()
-        copied = loaded if self.copy_as_loaded else _bytes(network)
-        self.frozen_bytes = copied if self.lora is None else 0
+            network.enable_gradient_checkpointing(gradient_checkpointing_func=self._checkpointed)
 
     # ---- the work of a call ----------------------------------------------------------------------------------------
 
     def work(self, call: Call) -> Work:
         """What one call of this kind and batch costs; every one is measured once."""
-        key = call.kind, call.batch, call.guided
+        shared = self.shared_by > 1
+        key = call.kind, call.batch, call.guided, shared and self.lora is None
         if key not in self._works:
-            with metered(self.autocast if call.kind in _OF_TRANSFORMER else None) as meter:
+            if call.kind == Kind.TRAIN:  # gradients are added to those of the states and micro-batches before
+                for parameter in self.trained:
+                    parameter.grad = torch.empty_like(parameter)
+            with metered(self.autocast if call.kind in _OF_TRANSFORMER else None, not shared) as self._meter:
                 self._do(call)
-            self._works[key] = Work(meter.flop, meter.operations, meter.peak)
+            self._works[key] = Work(self._meter.flop, self._meter.operations, self._meter.peak)
             for network in (self.flow.transformer, self._head):
                 if network is not None:
                     network.zero_grad()
         return self._works[key]
+
+    def _checkpointed(self, block: Callable[..., Any], *inputs: Any) -> Any:
+        """What a block returns, computed again in the backward pass: as on a GPU, where torch leaves every mode."""
+        like_a_gpu = LikeAGPU(self._meter, self.autocast)
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), like_a_gpu))
 
     def _do(self, call: Call) -> None:
         network, batch = self.flow.transformer, call.batch
@@ -297,32 +315,70 @@ class Estimator:
         if phase == Phase.EVALUATION:
             parts["further rewards"] = _bytes_of_rewards(self.judges)
         if phase == Phase.UPDATE:
-            parts["gradients"] = self.trained_bytes
+            parts["gradients"] = self._held_of(self.trained)
         if self.apart:
             judges = call.kind in (Kind.DECODE, Kind.REWARD, Kind.REWARD_GRADIENT)
             away = NETWORK if judges else JUDGES
             parts = {name: size for name, size in parts.items() if name not in away}
-        peak = work.peak - (self.trained_bytes if call.kind == Kind.TRAIN else 0)
         layer = self.quantized.largest if call.kind in _OF_TRANSFORMER else 0  # one at a time in all its bits
-        return parts | {"largest call": peak + layer}
+        return parts | {"gathered": self.gathered(call.kind), "largest call": work.peak + layer}
 
     @property
-    def trained_bytes(self) -> int:
-        """Those of the adapter, or of all weights where these are trained."""
-        return sum(_bytes_of(p) for p in self.flow.transformer.parameters() if p.requires_grad)
+    def trained(self) -> list[nn.Parameter]:
+        """The adapter, or all weights where these are trained."""
+        return [p for p in self.flow.transformer.parameters() if p.requires_grad]
 
     def resident(self) -> dict[str, int]:
         """What stays on the device during a run, in bytes."""
-        head = 0 if self._head is None else _bytes(self._head)
-        trained = self.trained_bytes
+        network, head = self.flow.transformer, self._head
+        trained = self._held_of(self.trained)
+        of_head = 0 if head is None else self._held_of(head.parameters()) if self._head_is_shared else _bytes(head)
+        weights = self._held_of(p for p in network.parameters() if not p.requires_grad)
+        copy = [] if self.frozen is None else [*self.frozen.parameters()]
+        buffers = [buffer for part in (network, self.frozen) if part is not None for buffer in part.buffers()]
+        weights += self._held_of(copy) + sum(map(_bytes_of, buffers)) - self.quantized.saved
         return {
-            "weights": _bytes(self.flow.transformer) - trained + self.frozen_bytes - self.quantized.saved,
+            "weights": weights,
             "adapter" if self.lora is not None else "trained weights": trained,
-            "optimizer": ADAMW_MOMENTS * (trained + head),
-            "head": head,
+            "optimizer": ADAMW_MOMENTS * (trained + of_head),
+            "head": of_head,
             "autoencoder": sum(_bytes(network) for network in self.flow.decoders()),
             "rewards": _bytes_of_rewards(self.rewards),
         }
+
+    # ---- FSDP2 -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _head_is_shared(self) -> bool:
+        """A value network is trained with the transformer; a critic has an optimizer of its own, and stays whole."""
+        return self.head == "value_network"
+
+    def _held_of(self, parameters: Iterable[Tensor]) -> int:
+        """What this process holds of them: its share, and quantised weights whole."""
+        return sum(share_of([p], 1 if id(p) in self.whole else self.shared_by) for p in parameters)
+
+    def gathered(self, kind: Kind) -> int:
+        """What a call gathers from the other processes beside this one's share, in bytes.
+
+        A call of the model gathers what lies outside of the repeated blocks (a value network included) until it ends;
+        one of the transformer, every block before it computes, while the one before still does: two blocks. A backward
+        pass has their gradients whole beside that, until the processes have added and divided them.
+        """
+        network = self.flow.transformer
+        of_head = [*self._head.parameters()] if self._head is not None and self._head_is_shared else []
+        if self.shared_by == 1 or kind not in (*_OF_TRANSFORMER, *([Kind.HEAD, Kind.HEAD_TRAIN] if of_head else [])):
+            return 0
+        blocks = [[p for p in block.parameters() if id(p) not in self.whole] for block in self.flow.blocks(network)]
+        inside = self.whole | {id(p) for block in blocks for p in block}
+        outside = [p for p in network.parameters() if id(p) not in inside] + of_head
+        found = sum(_bytes_of(p) for p in outside)
+        if kind in (Kind.TRAIN, Kind.HEAD_TRAIN):
+            found += sum(_bytes_of(p) for p in outside if p.requires_grad)
+        if kind in _OF_TRANSFORMER:
+            found += GATHERED_BLOCKS * max(sum(_bytes_of(p) for p in block) for block in blocks)
+        if kind == Kind.TRAIN:
+            found += GATHERED_BLOCKS * max(sum(_bytes_of(p) for p in block if p.requires_grad) for block in blocks)
+        return found
 
 
 def _by_kind(calls: list[Call]) -> dict[str, int]:
@@ -362,13 +418,26 @@ def quantized_size(network: nn.Module, quantization: Quantization | None) -> Qua
     if quantization is None:
         return QuantizedSize()
     saved = largest = 0
-    for layer in network.modules():
-        if isinstance(layer, nn.Linear):
-            full, count = _bytes_of(layer.weight), layer.weight.numel()
-            in_eight = count + layer.out_features * layer.weight.element_size()
-            saved += full - (count // 2 + 4 * -(-count // 64) if quantization == "nf4" else in_eight)
-            largest = max(largest, full)
+    for layer in linear_layers(network):
+        full, count = _bytes_of(layer.weight), layer.weight.numel()
+        in_eight = count + layer.out_features * layer.weight.element_size()
+        saved += full - (count // 2 + 4 * -(-count // 64) if quantization == "nf4" else in_eight)
+        largest = max(largest, full)
     return QuantizedSize(saved, largest)
+
+
+def linear_layers(network: nn.Module) -> list[nn.Linear]:
+    """Those that quantisation keeps in fewer bits."""
+    return [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
+
+
+def share_of(tensors: Iterable[Tensor], processes: int) -> int:
+    """The bytes that the first of so many processes holds of tensors which FSDP2 splits along their first dimension.
+
+    It has the longer part of what cannot be divided evenly.
+    """
+    rows = [(t, t.shape[0] if t.dim() else 1) for t in tensors if t.numel()]
+    return sum(-(-n // processes) * (_bytes_of(t) // n) for t, n in rows)
 
 
 NETWORK = ("weights", "adapter", "trained weights")

@@ -136,20 +136,25 @@ class LikeAGPU(TorchFunctionMode):
     Args:
         meter: Where the operations of attention are counted.
         autocast: The lower precision of a context that asks for autocast; None without one.
+        keeps_casts: Whether autocast keeps what it casts of trained weights until the forward pass ends.
     """
 
-    def __init__(self, meter: Meter, autocast: torch.dtype | None) -> None:
+    def __init__(self, meter: Meter, autocast: torch.dtype | None, keeps_casts: bool = True) -> None:
         super().__init__()
-        self.meter, self.autocast = meter, autocast
+        self.meter, self.autocast, self.keeps_casts = meter, autocast, keeps_casts
+        # With the weight, as an id is that of one tensor as long as it lives.
+        self._casts: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.backward:
+            self._casts.clear()
         if self.autocast is not None:
             wanted = self.autocast if func in _HALF else torch.float32 if func in _FLOAT else None
             if wanted is not None:
-                args, kwargs = _cast(args, wanted), _cast(kwargs, wanted)
+                args, kwargs = self._cast(args, wanted), self._cast(kwargs, wanted)
         if func is F.scaled_dot_product_attention:
             q, k, v = (kwargs.get(name, args[i] if i < len(args) else None) for i, name in enumerate(_QKV))
             return _Attention.apply(q, k, v, self.meter)
@@ -159,24 +164,35 @@ class LikeAGPU(TorchFunctionMode):
                 return _RMSNorm.apply(x, weight)
         return func(*args, **kwargs)
 
+    def _cast(self, values: Any, dtype: torch.dtype) -> Any:
+        if isinstance(values, Tensor):
+            if not values.is_floating_point() or values.dtype == dtype:
+                return values
+            is_trained_weight = values.is_leaf and values.requires_grad
+            if not (self.keeps_casts and is_trained_weight):
+                return values.to(dtype)
+            if id(values) not in self._casts:
+                self._casts[id(values)] = values, values.to(dtype)
+            return self._casts[id(values)][1]
+        if isinstance(values, dict):
+            return {name: self._cast(value, dtype) for name, value in values.items()}
+        if isinstance(values, (list, tuple)):
+            return type(values)(self._cast(value, dtype) for value in values)
+        return values
+
 
 _RMS_NORM = ((0, "input"), (2, "weight"))
 _QKV = ("query", "key", "value")
 
 
-def _cast(values: Any, dtype: torch.dtype) -> Any:
-    if isinstance(values, Tensor):
-        return values.to(dtype) if values.is_floating_point() else values
-    if isinstance(values, dict):
-        return {name: _cast(value, dtype) for name, value in values.items()}
-    if isinstance(values, (list, tuple)):
-        return type(values)(_cast(value, dtype) for value in values)
-    return values
-
-
 @contextmanager
-def metered(autocast: torch.dtype | None = None) -> Iterator[Meter]:
-    """A context whose work is measured as on a GPU; autocast: the lower precision that a trainer asks for, if any."""
+def metered(autocast: torch.dtype | None = None, keeps_casts: bool = True) -> Iterator[Meter]:
+    """A context whose work is measured as on a GPU.
+
+    Args:
+        autocast: The lower precision that a trainer asks for, if any.
+        keeps_casts: See `LikeAGPU`.
+    """
     meter = Meter()
-    with meter, LikeAGPU(meter, autocast):
+    with meter, LikeAGPU(meter, autocast, keeps_casts):
         yield meter

@@ -1,6 +1,7 @@
 """What a whole run costs one process, from its configuration alone."""
 
 import logging
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -28,8 +29,27 @@ def estimate_run(
     judges: list[str],
     *,
     evaluates: bool,
+    shared_by: int = 1,
 ) -> Estimate:
-    """Calls, operations and memory by phase.
+    """Calls, operations and memory by phase, of one process; arguments as in `estimates_of_run`."""
+    (found,) = estimates_of_run(
+        config, model, settings, lora, rewards, judges, evaluates=evaluates, shared_by=[shared_by]
+    )
+    return found
+
+
+def estimates_of_run(
+    config: Any,
+    model: str,
+    settings: dict[str, Any],
+    lora: LoraConfig | None,
+    rewards: list[str],
+    judges: list[str],
+    *,
+    evaluates: bool,
+    shared_by: Sequence[int],
+) -> list[Estimate]:
+    """Calls, operations and memory by phase, for several numbers of processes, of which calls are measured once.
 
     Args:
         config: That of a trainer.
@@ -39,6 +59,7 @@ def estimate_run(
         rewards: The names of those of training.
         judges: The names of those that evaluation adds.
         evaluates: Whether there are held-out prompts.
+        shared_by: The processes over which FSDP2 spreads the network, each a number of its own; 1 leaves it whole.
 
     Raises:
         ValueError: The architecture is not known, or a setting does not suit it.
@@ -61,14 +82,19 @@ def estimate_run(
         copy_as_loaded=config.frozen_copy == "as_loaded",
         apart=config.offload_between_phases,
     )
-    found = estimator.estimate(
-        config.calls(drawing),
-        config.evaluation_calls(drawing) if evaluates else [],
-        config.updates_on_rollout,
-        config.latents_kept * config.images_per_device,
-        config.first_calls(drawing),
-    )
-    return found.after(encoding(architecture, half or torch.float32, config.text_encoder_quantization))
+    before = encoding(architecture, half or torch.float32, config.text_encoder_quantization)
+    estimates = []
+    for processes in shared_by:
+        estimator.shared_by = processes
+        found = estimator.estimate(
+            config.calls(drawing),
+            config.evaluation_calls(drawing) if evaluates else [],
+            config.updates_on_rollout,
+            config.latents_kept * config.images_per_device,
+            config.first_calls(drawing),
+        )
+        estimates.append(found.after(before))
+    return estimates
 
 
 def memory_of(device: torch.device) -> int | None:
@@ -76,7 +102,7 @@ def memory_of(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
 
 
-def warn_of_memory(available: int, config: Any, model: str, *of_run: Any, evaluates: bool) -> None:
+def warn_of_memory(available: int, config: Any, model: str, *of_run: Any, evaluates: bool, shared_by: int = 1) -> None:
     """Log a warning where a run will need more than there is; nothing where its architecture is not known.
 
     Args:
@@ -85,9 +111,10 @@ def warn_of_memory(available: int, config: Any, model: str, *of_run: Any, evalua
         model: A Hub id or folder.
         *of_run: The further arguments of `estimate_run`.
         evaluates: Whether there are held-out prompts.
+        shared_by: The processes over which FSDP2 spreads the network.
     """
     try:
-        found = estimate_run(config, model, *of_run, evaluates=evaluates)
+        found = estimate_run(config, model, *of_run, evaluates=evaluates, shared_by=shared_by)
     except Exception as error:  # an estimate must not stop a run, whatever model it is asked for
         logger.info("No estimate of the memory: %s", error)
         return

@@ -23,11 +23,17 @@ def is_sharded(network: nn.Module) -> bool:
     return isinstance(network, FSDPModule)
 
 
-def refuse_other_sharding(compile_blocks: bool) -> None:
+def asks_for_sharding() -> bool:
+    """Whether the launcher wants the network spread over the processes."""
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def refuse_other_sharding(compile_blocks: bool, quantization: str | None = None) -> None:
     """Check that the launcher wants the network whole, or sharded in the one way that works here.
 
     Args:
         compile_blocks: The setting of the run, which goes with a whole network alone.
+        quantization: That of the run; torchao's weights cannot be split.
 
     Raises:
         ValueError: For DeepSpeed, FSDP1, and what FSDP2 cannot do here, with what to take instead.
@@ -37,7 +43,7 @@ def refuse_other_sharding(compile_blocks: bool) -> None:
             "DeepSpeed is not supported: take `--accelerate_config fsdp2`, which shards the network as ZeRO-3 does, "
             "or 'ddp', which keeps it whole."
         )
-    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    if not asks_for_sharding():
         return
     plugin, state = FullyShardedDataParallelPlugin(), PartialState()
     if plugin.fsdp_version != 2:
@@ -71,6 +77,11 @@ def refuse_other_sharding(compile_blocks: bool) -> None:
         raise ValueError(
             "`compile_blocks` is True, but the blocks are sharded, and what gathers their weights before each call is "
             "no part of a graph: leave it out, or take `--accelerate_config ddp`."
+        )
+    if quantization in ("int8", "float8"):
+        raise ValueError(
+            f"`quantization` is {quantization!r}, but FSDP2 cannot split the weights of torchao: take 'nf4', whose "
+            "weights stay whole on every process, or take `--accelerate_config ddp`."
         )
     if state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
         raise ValueError(

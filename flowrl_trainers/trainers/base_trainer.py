@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import broadcast
+from accelerate.utils import AutocastKwargs, broadcast
 from datasets import Dataset
 from diffusers import DiffusionPipeline, ModelMixin
 from peft import LoraConfig
@@ -53,7 +53,7 @@ from ..sampling.prompt_groups import Example, PromptDataset, PromptGroupSampler
 from ..sampling.prompt_sources import PromptSource
 from ..sampling.reward_watch import RewardWatch, share_without_spread
 from ..sampling.scoring import Scorer, call_rewards, decoded, seen_images
-from ..sampling.sharding import refuse_other_sharding
+from ..sampling.sharding import asks_for_sharding, refuse_other_sharding
 from .adapters import prepare_adapter
 from .attention import attention_by, check_attention_backend
 from .base_config import FlowRLConfig
@@ -145,7 +145,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         args = args or self.config_class(output_dir=self._name.lower().replace(" ", "-"))
         check_args(args, self.config_class)
         check_weights(model, args)
-        refuse_other_sharding(args.compile_blocks)
+        refuse_other_sharding(args.compile_blocks, args.quantization)
         if args.should_save:
             writable_folder(str(args.output_dir))
         train_dataset = check_dataset(train_dataset, "train_dataset", args)
@@ -177,7 +177,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         if isinstance(model, (str, Path)) and memory is not None and args.process_index == 0:
             names = ([reward.name for reward in rewards] for rewards in (self.rewards, self.eval_rewards))
             of_run = (pipeline_settings(args), peft_config, *names)
-            warn_of_memory(memory, args, str(model), *of_run, evaluates=eval_dataset is not None)
+            shared_by = args.world_size if asks_for_sharding() else 1
+            warn_of_memory(memory, args, str(model), *of_run, evaluates=eval_dataset is not None, shared_by=shared_by)
         self.flow = _flow_pipeline(model, args)
         check_networks(self.flow)
         self._given: PipelineState | None = PipelineState(self.flow)
@@ -302,6 +303,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             self.model.attach_head(name, self.same_on_all_processes(network.to(args.device)))
         if self.is_fsdp_enabled:
             self.model.shard(self.accelerator)
+            # Autocast would keep what it casts of trained weights, whole, until a call ends.
+            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self.average.start(self.trained_parameters())
         self.settings = run_settings(
             args,
@@ -988,7 +991,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             self.run_folder.write_card(self.output_dir, self._card_facts())
 
     def _card_facts(self) -> CardFacts:
-        args, lora, quantised = self.args, self.peft_config, is_quantized(self.flow.transformer)
+        args, lora = self.args, self.peft_config
         adapter = {} if lora is None else {"LoRA rank, alpha": f"{lora.r}, {lora.lora_alpha}"}
         steps = args.eval_num_inference_steps or args.num_inference_steps
         sampling: dict[str, Any] = {
@@ -1013,7 +1016,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             | ({"rollouts": "with the adapter merged"} if args.merge_adapter else {})
             | ({"attention": args.attention_backend} if args.attention_backend else {})
             | ({"decoder": args.decoder_dtype} if args.decoder_dtype != "float32" else {})
-            | ({"base model in training": f"quantised ({args.quantization or 'by the user'})"} if quantised else {})
+            | self._card_memory()
             | self.card_settings(),
             repository=self.hub_model_id,
             prompt=self.flow.example_prompt,
@@ -1021,6 +1024,21 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             **sampling,
             **told,
         )
+
+    def _card_memory(self) -> dict[str, str]:
+        """How the run fitted into memory, where it did not take the defaults."""
+        args, quantised = self.args, is_quantized(self.flow.transformer)
+        bits, gib = args.text_encoder_quantization, args.embedding_memory_gib
+        said = {
+            "precision": "bfloat16" if args.bf16 else "float16, losses scaled" if args.fp16 else None,
+            "base model in training": f"quantised ({args.quantization or 'by the user'})" if quantised else None,
+            "text encoders": f"quantised ({bits})" if bits else None,
+            "frozen copy": "in the precision of the loaded model" if args.frozen_copy == "as_loaded" else None,
+            "embeddings": None if gib is None else f"{gib:g} GiB in memory",
+            "network and rewards": "on the device in turn" if args.offload_between_phases else None,
+            "network": f"shared by {args.world_size} processes (FSDP2)" if self.model.is_sharded else None,
+        }
+        return {name: text for name, text in said.items() if text is not None}
 
     @cached_property
     def _base_licence(self) -> dict[str, str]:

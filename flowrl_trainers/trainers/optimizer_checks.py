@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers.utils import is_bitsandbytes_available
 
+from ..sampling.sharding import asks_for_sharding
 from .suggestions import did_you_mean
 
 # What `optim_args` may hold for an optimizer, as transformers reads it.
@@ -37,9 +38,9 @@ def check_optimizer(config: Any) -> None:
     """Refuse an optimizer that does not work here, and settings that the optimizer does not read.
 
     Raises:
-        ValueError: For an `optim` that is unknown, needs more than gradients or is not installed, for an `optim_args`
-            that is not written `name=value,name=value` or that the optimizer does not read, and for `adam_beta1`,
-            `adam_beta2` or `adam_epsilon` beside an optimizer that has none.
+        ValueError: For an `optim` that is unknown, needs more than gradients, is not installed or cannot be sharded,
+            for an `optim_args` that is not written `name=value,name=value` or that the optimizer does not read, and
+            for `adam_beta1`, `adam_beta2` or `adam_epsilon` beside an optimizer that has none.
     """
     optim = str(getattr(config.optim, "value", config.optim))
     if optim not in OF_TORCH | OF_BITSANDBYTES:
@@ -49,6 +50,11 @@ def check_optimizer(config: Any) -> None:
         )
     if optim in OF_BITSANDBYTES and not is_bitsandbytes_available():
         raise ValueError(f"`optim` is {optim!r}, which needs bitsandbytes: install it, or take 'adamw_torch'.")
+    if optim in OF_BITSANDBYTES and asks_for_sharding():
+        raise ValueError(
+            f"`optim` is {optim!r}, but bitsandbytes cannot step weights that FSDP2 has split: take 'adamw_torch', of "
+            "whose state each process holds its share, or `--accelerate_config ddp`."
+        )
     readable = (OF_TORCH | OF_BITSANDBYTES)[optim]
     for part in (config.optim_args or "").replace(" ", "").split(",") if config.optim_args else ():
         name, equals, value = part.partition("=")
