@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install test test-slow test-arithmetic lint format types docs demo table bench clean
+.PHONY: install test test-slow test-arithmetic lint format types docs demo converge table bench clean
 
 install: $(INSTALLED)
 
@@ -47,6 +47,14 @@ docs: install
 
 demo: install
 	$(BIN)/flowrl demo
+
+# Whether every trainer still learns on the embedded pipeline as in recorded demos, a few minutes each:
+# `make converge TRAINERS=ac_flow` for one of them.
+TRAINERS ?= adjoint_matching vgg_flow ac_flow diffusion_nft tafs_grpo
+converge: install
+	set -e; for trainer in $(TRAINERS); do \
+		$(BIN)/flowrl demo --trainer $$trainer --check --output_dir flowrl-demo/$$trainer --disable_tqdm true; \
+	done
 
 # The table of the embedded base model: guidance scales and samplers.
 table: install
