@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install test test-slow test-arithmetic lint format types docs demo converge table bench clean
+.PHONY: install test test-slow test-arithmetic lint format types docs demo converge table bench study study-quick clean
 
 install: $(INSTALLED)
 
@@ -64,5 +64,14 @@ table: install
 bench: install
 	$(BIN)/python benchmarks/overhead.py --out docs/tables/overhead.md --json benchmarks/results/overhead.json
 
+# All methods compared, about eleven hours of two cores; stopped, it goes on where it was. `STUDY='--only AC-Flow --seeds 0'`
+# runs a part; `--plan` says what is missing.
+study: install
+	$(BIN)/python benchmarks/study.py $(STUDY)
+
+# One method of each trainer, in minutes, into study-quick/.
+study-quick: install
+	$(BIN)/python benchmarks/study.py --quick --folder study-quick/runs --results study-quick/study.json --page study-quick/study.md
+
 clean:
-	rm -rf .venv build dist site flowrl-demo
+	rm -rf .venv build dist site flowrl-demo study-quick
