@@ -144,7 +144,7 @@ class Length:
 GRID_LENGTH = Length(seconds=90, updates=MOST_UPDATES, evaluations=1, prompts=64, pictures=4)
 LENGTH = Length(seconds=90, updates=MOST_UPDATES, evaluations=3, prompts=64, pictures=4)
 LONG_LENGTH = Length(None, updates=LONG_UPDATES, evaluations=10, prompts=64, pictures=4, images=LONG_IMAGES)
-QUICK_LENGTH = Length(seconds=20, updates=MOST_UPDATES, evaluations=2, prompts=16, pictures=2)
+QUICK_LENGTH = Length(seconds=20, updates=MOST_UPDATES, evaluations=2, prompts=16, pictures=2, images=32)
 QUICK = ("adjoint matching, K = 3", "VGG-Flow", "AC-Flow", "DiffusionNFT", "TAFS-GRPO, mixed")
 
 

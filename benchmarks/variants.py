@@ -110,7 +110,9 @@ def main() -> None:
 
 
 def spread(values: list[float], form: str) -> str:
-    """Mean and range of values in a format such as '.2f'."""
+    """Mean and range of values in a format such as '.2f'; one value by itself."""
+    if len(values) == 1:
+        return f"{values[0]:{form}}"
     return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
