@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install test test-slow test-arithmetic lint format types docs demo table bench clean
+.PHONY: install test test-slow test-arithmetic lint format types docs demo converge table bench study study-quick clean
 
 install: $(INSTALLED)
 
@@ -48,6 +48,14 @@ docs: install
 demo: install
 	$(BIN)/flowrl demo
 
+# Whether every trainer still learns on the embedded pipeline as in recorded demos, a few minutes each:
+# `make converge TRAINERS=ac_flow` for one of them.
+TRAINERS ?= adjoint_matching vgg_flow ac_flow diffusion_nft tafs_grpo
+converge: install
+	set -e; for trainer in $(TRAINERS); do \
+		$(BIN)/flowrl demo --trainer $$trainer --check --output_dir flowrl-demo/$$trainer --disable_tqdm true; \
+	done
+
 # The table of the embedded base model: guidance scales and samplers.
 table: install
 	$(BIN)/python benchmarks/base_table.py --out docs/tables/base_model.md --sheet docs/images/base_grid.png
@@ -56,5 +64,14 @@ table: install
 bench: install
 	$(BIN)/python benchmarks/overhead.py --out docs/tables/overhead.md --json benchmarks/results/overhead.json
 
+# All methods compared, about eleven hours of two cores; stopped, it goes on where it was. `STUDY='--only AC-Flow --seeds 0'`
+# runs a part; `--plan` says what is missing.
+study: install
+	$(BIN)/python benchmarks/study.py $(STUDY)
+
+# One method of each trainer, in minutes, into study-quick/.
+study-quick: install
+	$(BIN)/python benchmarks/study.py --quick --folder study-quick/runs --results study-quick/study.json --page study-quick/study.md
+
 clean:
-	rm -rf .venv build dist site flowrl-demo
+	rm -rf .venv build dist site flowrl-demo study-quick

@@ -8,15 +8,13 @@ repeated. With `--equal_time` every variant trains for as many seconds as the fi
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 from typing import Any
 
 import torch
+from demo_runs import run_demo
 from tqdm import tqdm
 
 # The settings in which each variant differs from the method's demo.
@@ -51,16 +49,10 @@ def run(method: str, changes: dict[str, Any], seed: int, updates: int, folder: P
     settings = changes | {
         "seed": seed,
         "max_steps": updates,
-        "output_dir": str(folder),
         "reward_funcs": "checker",
         "eval_reward_funcs": "shapes",
     }
-    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    command, done = ["demo", "--trainer", method, *flags, "--disable_tqdm", "true"], folder / "variant.json"
-    if not done.exists() or json.loads(done.read_text()) != command:
-        subprocess.run([sys.executable, "-m", "flowrl_trainers.cli", *command], check=True, stdout=subprocess.DEVNULL)
-        done.write_text(json.dumps(command))
-    return json.loads((folder / "metrics.json").read_text())
+    return run_demo(method, settings, folder)
 
 
 def main() -> None:
@@ -103,12 +95,12 @@ def main() -> None:
     ]
     for label, rows in reports.items():
         figures = [
-            _spread([100 * r["tuned"]["checker_accuracy"] for r in rows], ".1f"),
-            _spread([100 * (r["tuned"]["checker_accuracy"] - r["base"]["checker_accuracy"]) for r in rows], "+.1f"),
-            _spread([r["tuned"]["reward/shapes"] for r in rows], ".3f"),
-            _spread([r["tuned"]["diversity"] / r["base"]["diversity"] for r in rows], ".2f"),
+            spread([100 * r["tuned"]["checker_accuracy"] for r in rows], ".1f"),
+            spread([100 * (r["tuned"]["checker_accuracy"] - r["base"]["checker_accuracy"]) for r in rows], "+.1f"),
+            spread([r["tuned"]["reward/shapes"] for r in rows], ".3f"),
+            spread([r["tuned"]["diversity"] / r["base"]["diversity"] for r in rows], ".2f"),
             str(updates[label]),
-            _spread([r["seconds"]["training"] for r in rows], ".0f"),
+            spread([r["seconds"]["training"] for r in rows], ".0f"),
         ]
         lines.append(f"| {label} | " + " | ".join(figures) + " |")
     lines += ["", f"Mean and range over {args.seeds} seeds; reward: the checker; on a CPU, torch {torch.__version__}."]
@@ -117,7 +109,10 @@ def main() -> None:
         args.out.write_text("\n".join(lines) + "\n")
 
 
-def _spread(values: list[float], form: str) -> str:
+def spread(values: list[float], form: str) -> str:
+    """Mean and range of values in a format such as '.2f'; one value by itself."""
+    if len(values) == 1:
+        return f"{values[0]:{form}}"
     return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 

@@ -28,7 +28,8 @@ commands:
                      reward
   tafs_grpo          tune a pipeline as a few-step generator by policy gradients on its sampler's draws, for any reward
   demo               tune the embedded pipeline, print base and tuned on held-out prompts, and write the adapter and
-                     pictures; `--trainer METHOD` takes another of the five methods than `adjoint_matching`
+                     pictures; `--trainer METHOD` takes another of the five methods than `adjoint_matching`;
+                     `--check` fails where the checker's accuracy rises by less or more than in recorded demos
   estimate           say what a run will need before it starts, without its weights: calls, operations, memory by
                      phase; `flowrl estimate METHOD --config run.yaml`
   evaluate           measure adapters beside their base model, same prompts and seeds; writes a table and a picture

@@ -10,6 +10,7 @@ from ..run_folder.text_files import write_json
 from ..shapes import prompts
 from ..trainers import FlowRLTrainer
 from .arguments import TRAINERS, parse
+from .convergence import FREE, Rise, judge, recorded_rises, refuse_other_settings
 from .run import make_trainer
 
 SHARED = {
@@ -79,11 +80,14 @@ SHOWN = 8
 
 
 def demo(arguments: list[str]) -> None:
-    """Tune, evaluate with and without the adapter, and write the files.
+    """Tune, evaluate with and without the adapter, and write the files; with `--check`, judge how much was learned.
 
-    Raises `ValueError` if an argument is unknown or wrong.
+    Raises `ValueError` if an argument is unknown or wrong, and `RuntimeError` if a check fails.
     """
     method, arguments = _take_method(arguments)
+    check, arguments = "--check" in arguments, [part for part in arguments if part != "--check"]
+    if check:
+        refuse_other_settings(arguments)
     args, config = parse("demo", TRAINERS[method].config_class, arguments, SHARED | METHODS[method])
     trainer = make_trainer(method, args, config)
     held_out = list(prompts("held_out")["prompt"])
@@ -100,6 +104,19 @@ def demo(arguments: list[str]) -> None:
         print("\nseconds: " + ", ".join(f"{phase} {value:.0f}" for phase, value in trainer.seconds.items()))
         print(f"Adapter, card and pictures are in {folder}/: look at README.md and before_after.png.")
     trainer.save_model()
+    if check and trainer.is_world_process_zero():
+        print(judge(method, rise_of(trainer.rows), recorded_rises(method, checked_settings(method))))
+
+
+def checked_settings(method: str) -> dict[str, Any]:
+    """The settings of a method's demo on which what it learns depends."""
+    return {name: value for name, value in (SHARED | METHODS[method]).items() if name not in FREE}
+
+
+def rise_of(rows: dict[str, dict[str, float]]) -> Rise:
+    """What a demo did to the checker's accuracy, by its rows of base and tuned model."""
+    pictures = PICTURES_PER_PROMPT * len(prompts("held_out"))
+    return Rise(rows["base"]["checker_accuracy"], rows["tuned"]["checker_accuracy"], pictures)
 
 
 def _take_method(arguments: list[str]) -> tuple[str, list[str]]:

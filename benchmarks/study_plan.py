@@ -1,0 +1,228 @@
+"""What the study runs: methods, settings, seeds, how long each run is, and in which order.
+
+One table (`METHODS`) names the methods by their changes to a demo of `flowrl demo`; `plan` makes runs of it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from variants import VARIANTS
+
+from flowrl_trainers.cli.demo import METHODS as DEMOS
+from flowrl_trainers.cli.demo import SHARED
+
+REWARDS = {"differentiable": "shapes", "black box": "checker"}
+"""The reward of each setting. The other one only judges."""
+BOTH, BLACK_BOX, DIFFERENTIABLE = ("differentiable", "black box"), ("black box",), ("differentiable",)
+
+SEEDS = (0, 1, 2)
+GRID_SEED = 100  # not among the seeds: what is chosen on it is not chosen on them
+GRID = (0.5, 1.0, 2.0)  # times the learning rate of the demo: every method's tuning budget
+LONG_UPDATES = 400
+LONG_IMAGES = 64  # of an update: half of the demos', so that 400 updates fit
+MOST_UPDATES = 1000  # of a run that ends by its time
+
+SET_UP = 20.0  # seconds of a run before its first update, imports included
+SECONDS_PER_PICTURE = 0.04  # of an evaluation in 20 steps: 39 s for the 1024 pictures of a demo, see docs/index.md
+SECONDS_PER_LONG_UPDATE = 1.4  # half of AC-Flow's 134 s for 50 updates of 128 pictures, see docs/tables/ac_flow.md
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the study.
+
+    Attributes:
+        demo: The demo from which its settings come.
+        changes: Those in which it differs.
+        settings: The settings, keys of `REWARDS`, in which it runs.
+        steps: Of the sampler that judges all rows of its table.
+    """
+
+    demo: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    settings: tuple[str, ...] = BOTH
+    steps: int = 20
+
+
+# The last steps alone, as the trainer's defaults have it; the demo controls all of them.
+WINDOW = {"adjoint_steps": 3, "adjoint_clip_quantile": None}
+DRAFT = {"adjoint": "full", "loss_type": "hamiltonian", "control_cost_weight": 0.0, "reward_scale": 1.0}
+# The recipes of docs/ac_flow.md, with the pictures and the learning rate of the embedded model.
+NO_CRITIC = {"critic": "none", "critic_warmup_max_steps": 0}
+UNSET = {"weighting": None, "normalize_weights": None, "wasserstein_coefficient": None}  # of the demo of AC-Flow
+RAM = NO_CRITIC | UNSET | {
+    "target": "fixed", "reward_multiplier": 100.0, "reward_std": "raw", "reward_clip": None, "advantage_clip": None,
+    "rollout_policy": "old", "old_policy_decay": 0.9, "old_policy_ramp": 0.01, "timestep_sampling": "noisy",
+    "loss_guidance": False,
+}  # fmt: skip
+AWM = NO_CRITIC | UNSET | {
+    "weighting": "linear", "temperature": 5.0, "advantage_clip": 5.0, "normalize_weights": False,
+    "loss_weighting": "huber", "wasserstein_coefficient": 0.001, "old_policy_coefficient": 1.0,
+    "old_policy_decay": 0.3, "old_policy_ramp": 0.001, "reward_std": "raw", "timestep_sampling": "steps",
+    "loss_guidance": False,
+}  # fmt: skip
+# The rewards of shapes lie between 0 and 1, so that a temperature of 1 would hardly tell them apart: our choice.
+ORW = NO_CRITIC | {
+    "reward_shaping": "none", "advantage_clip": None, "weighting": "exponential", "normalize_weights": False,
+    "temperature": 0.2, "wasserstein_coefficient": 0.3,
+}  # fmt: skip
+FEW = {"num_inference_steps": 4}
+
+METHODS: dict[str, Method] = {
+    "adjoint matching, K = 1": Method("adjoint_matching", WINDOW | {"adjoint_steps": 1}, DIFFERENTIABLE),
+    "adjoint matching, K = 3": Method("adjoint_matching", WINDOW, DIFFERENTIABLE),
+    "adjoint matching, all steps": Method("adjoint_matching", {}, DIFFERENTIABLE),
+    "adjoint matching, K = 3, order 4": Method(
+        "adjoint_matching", WINDOW | {"control_cost_order": "4"}, DIFFERENTIABLE
+    ),
+    "adjoint matching, K = 3, order 2+4": Method(
+        "adjoint_matching", WINDOW | {"control_cost_order": "2+4"}, DIFFERENTIABLE
+    ),
+    "adjoint matching, memoryless": Method(
+        "adjoint_matching", {"dynamics": "memoryless", "adjoint_clip_quantile": None}, DIFFERENTIABLE
+    ),
+    "VGG-Flow": Method("vgg_flow", {}, DIFFERENTIABLE),
+    "VGG-Flow, no value network": Method("vgg_flow", {"value_network": "none"}, DIFFERENTIABLE),
+    "DRaFT-3": Method("adjoint_matching", WINDOW | DRAFT, DIFFERENTIABLE),
+    "AC-Flow": Method("ac_flow"),
+    "RAM": Method("ac_flow", RAM),
+    "AWM": Method("ac_flow", AWM),
+    "DiffusionNFT": Method("diffusion_nft"),
+    "ORW-CFM-W2": Method("ac_flow", ORW),
+    "TAFS-GRPO, final": Method("tafs_grpo", {"credit_rule": "final"}),
+    "TAFS-GRPO, level": Method("tafs_grpo", {"credit_rule": "level"}),
+    "TAFS-GRPO, mixed": Method("tafs_grpo"),
+    "Flow-GRPO": Method("tafs_grpo", VARIANTS["tafs_grpo"]["Flow-GRPO"]),
+    "DiffusionNFT, 4 steps": Method("diffusion_nft", FEW, BLACK_BOX, steps=4),
+    "AWM, 4 steps": Method("ac_flow", AWM | FEW | {"timestep_bins": 4}, BLACK_BOX, steps=4),
+}
+
+SIGNED, POSITIVE = "AC-Flow", "AC-Flow, exponential"
+EXPONENTIAL = {"weighting": "exponential", "normalize_weights": True}
+WITHOUT = {label: changes for label, changes in VARIANTS["ac_flow"].items() if changes}
+LONG: dict[str, Method] = {label: METHODS[label] for label in ("AC-Flow", "RAM", "DiffusionNFT", "Flow-GRPO")}
+LONG["TAFS-GRPO"] = METHODS["TAFS-GRPO, mixed"]
+ABLATIONS: dict[str, Method] = {
+    **{f"{SIGNED}, {label}": Method("ac_flow", changes) for label, changes in WITHOUT.items()},
+    POSITIVE: Method("ac_flow", EXPONENTIAL),
+    **{
+        f"{POSITIVE}, {label}": Method("ac_flow", EXPONENTIAL | changes)
+        for label, changes in WITHOUT.items()
+        if "wasserstein_coefficient" not in changes
+    },
+    f"{POSITIVE}, no anchor": Method("ac_flow", EXPONENTIAL | {"wasserstein_coefficient": 0.0}),
+}
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run is, and how often and on what it is judged.
+
+    Attributes:
+        seconds: Of training, without evaluations; None for a run that ends by its updates.
+        updates: At most.
+        evaluations: Evenly spaced, the last one at the end.
+        prompts: Held-out ones, with `pictures` of each.
+        pictures: Of each prompt, at least 2, so that there is diversity.
+        images: Of an update; None for those of the demo.
+    """
+
+    seconds: float | None
+    updates: int
+    evaluations: int
+    prompts: int
+    pictures: int
+    images: int | None = None
+
+    @property
+    def pictures_drawn(self) -> int:
+        """By all evaluations, with those of the base model."""
+        return (self.evaluations + 1) * self.prompts * self.pictures
+
+
+GRID_LENGTH = Length(seconds=90, updates=MOST_UPDATES, evaluations=1, prompts=64, pictures=4)
+LENGTH = Length(seconds=90, updates=MOST_UPDATES, evaluations=3, prompts=64, pictures=4)
+LONG_LENGTH = Length(None, updates=LONG_UPDATES, evaluations=10, prompts=64, pictures=4, images=LONG_IMAGES)
+QUICK_LENGTH = Length(seconds=20, updates=MOST_UPDATES, evaluations=2, prompts=16, pictures=2, images=32)
+QUICK = ("adjoint matching, K = 3", "VGG-Flow", "AC-Flow", "DiffusionNFT", "TAFS-GRPO, mixed")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the study.
+
+    Attributes:
+        stage: "grid", "main", "long" or "ablation".
+        setting: A key of `REWARDS`.
+        label: Of the method.
+        seed: Of the run.
+        length: How long it is.
+        method: What runs.
+        factor: On the learning rate of the demo; None where the grid decides.
+    """
+
+    stage: str
+    setting: str
+    label: str
+    seed: int
+    length: Length
+    method: Method
+    factor: float | None = None
+
+    @property
+    def name(self) -> str:
+        """By which it is known in the results file."""
+        grid = f"/rate x {self.factor:g}" if self.stage == "grid" else ""
+        return f"{self.stage}/{self.setting}/{self.label}{grid}/seed {self.seed}"
+
+    @property
+    def estimated_seconds(self) -> float:
+        """What it will take on two cores."""
+        long = self.length.updates * SECONDS_PER_LONG_UPDATE
+        training = long if self.length.seconds is None else self.length.seconds
+        return SET_UP + training + SECONDS_PER_PICTURE * self.length.pictures_drawn
+
+    def settings(self, factor: float) -> dict[str, Any]:
+        """All that `flowrl` is told.
+
+        Args:
+            factor: On the learning rate.
+        """
+        reward = REWARDS[self.setting]
+        judges = [name for name in REWARDS.values() if name != reward]
+        found = SHARED | DEMOS[self.method.demo] | dict(self.method.changes)
+        found |= {
+            "seed": self.seed,
+            "max_steps": self.length.updates,
+            "learning_rate": factor * found["learning_rate"],
+        }
+        found |= {"reward_funcs": [reward], "eval_reward_funcs": judges, "logging_steps": 1, "log_images": 0}
+        if self.method.demo != "tafs_grpo":  # which judges by its own sampler, with the ODE of 20 steps beside it
+            found["eval_num_inference_steps"] = self.method.steps
+        if self.length.images is not None:
+            found["per_device_train_batch_size"] = self.length.images
+        return found
+
+
+def plan(quick: bool = False) -> list[Run]:
+    """All runs in their order: method by method the grid and the seeds, then the long runs.
+
+    Args:
+        quick: One seed of one method of each trainer, without a grid.
+    """
+    if quick:
+        return [
+            Run("quick", setting, label, SEEDS[0], QUICK_LENGTH, METHODS[label], 1.0)
+            for label in QUICK
+            for setting in METHODS[label].settings
+        ]
+    runs = []
+    for label, method in METHODS.items():
+        for setting in method.settings:
+            runs += [Run("grid", setting, label, GRID_SEED, GRID_LENGTH, method, factor) for factor in GRID]
+            runs += [Run("main", setting, label, seed, LENGTH, method) for seed in SEEDS]
+    for seed in SEEDS:
+        runs += [Run("long", "black box", label, seed, LONG_LENGTH, method, 1.0) for label, method in LONG.items()]
+    runs += [Run("ablation", "black box", label, SEEDS[0], LONG_LENGTH, m, 1.0) for label, m in ABLATIONS.items()]
+    return runs

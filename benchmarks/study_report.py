@@ -1,0 +1,349 @@
+"""Writes the page of the study from its results file alone: tables, plots and the grid of pictures.
+
+python benchmarks/study_report.py
+"""
+
+import argparse
+import base64
+import io
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+from study_measures import AXES, KEPT_DIVERSITY, LOST_POINTS, Record, at, equal_budget, matched_diversity, measured
+from study_plan import (
+    ABLATIONS,
+    GRID,
+    GRID_SEED,
+    LENGTH,
+    LONG,
+    LONG_IMAGES,
+    LONG_UPDATES,
+    METHODS,
+    QUICK_LENGTH,
+    REWARDS,
+    SEEDS,
+    plan,
+)
+from variants import spread
+
+ROOT = Path(__file__).parent.parent
+NOT_RUN = "not run"
+UNITS = {"seconds": "seconds of training", "reward_calls": "scored pictures", "updates": "updates"}
+
+RIVALS = ("DRaFT-3", "Flow-GRPO")
+MATCHED = ("adjoint matching, K = 3", "VGG-Flow", "AC-Flow", "TAFS-GRPO, mixed")
+
+COLUMNS: dict[str, tuple[str, str]] = {
+    "checker_accuracy": ("checker accuracy, %", ".1f"),
+    "shapes_reward": ("shapes reward", ".3f"),
+    "kept_diversity": ("diversity, share of base", ".2f"),
+    "velocity_distance": ("velocity distance", ".3f"),
+    "over_optimisation": ("over-optimisation, points", "+.1f"),
+}
+OF_RUN: dict[str, tuple[str, str]] = {
+    "feature_distance": ("feature distance", ".3f"),
+    "seconds_per_update": ("s per update", ".2f"),
+    "peak_mib": ("peak MiB", ".0f"),
+}
+
+HEAD = """# The study: which method, when
+
+All methods on the [embedded model](shapes.md), as `make study` runs them. One script writes this page from
+`benchmarks/results/study.json`; a run that is not in that file is marked "{not_run}" here.
+
+**{done} of {planned} runs have been run{when}.**
+
+A toy of 3.5 million parameters decides defaults of numerics and speed, and not of taste: the [recipes of the
+papers](papers.md) stay as they are.
+
+## How it is measured
+
+- **Two settings.** Differentiable: the reward is the shapes reward, and the checker judges. Black box: the
+  reward is the checker, and the shapes reward judges.
+- **Seeds** {seeds}. Every table has the mean over them, and the range in brackets. Rows are drawn by the ODE in
+  20 steps, on {pictures} pictures of {prompts} held-out prompts, the base model's with the same seeds.
+- **The same tuning budget for every method**: its demo's learning rate times {grid}, on seed {grid_seed}, which
+  is not among the three. The highest checker accuracy at the end wins. All else is the demo's, or the recipe of
+  the method's page.
+- **Equal budgets.** Runs train for {seconds:.0f} seconds by the clock of a machine with nothing else to do,
+  evaluations not counted. At equal time, reward calls
+  (scored pictures) or updates means: at the most that every run of the table has spent, on straight lines
+  between evaluations.
+- **Diversity** is the mean distance between right pictures of a prompt; **velocity distance** is relative to
+  the base velocity; **feature distance** is between tuned and base picture of the same prompt and seed, in the
+  space of the shapes reward, at the end of the run.
+- **Over-optimisation** is the training reward since the evaluation before, less the held-out checker accuracy,
+  in points. It compares methods within one setting, and says nothing by itself.
+- **At matched checker accuracy**: the highest that both runs of a seed reached, where each first reached it; the
+  difference is in shares of the base model's diversity.
+- **Collapse** was defined before the long runs: the first evaluation at which diversity is below {kept:g} of
+  the base model's, or checker accuracy is {lost:g} points below its best in the run so far. A run ends there.
+"""
+
+
+PUBLISHED = """## With published weights
+
+`python benchmarks/published.py` tunes a published model for a task that others report, and puts it beside their
+numbers, the guidance regime stated.
+
+--8<-- "docs/tables/published.md"
+"""
+
+
+def page(records: dict[str, Record], quick: bool = False) -> str:
+    """The text of the page.
+
+    Args:
+        records: By the names of their runs.
+        quick: Whether they are those of the quick study.
+    """
+    runs, done = plan(quick), [r for r in records.values() if "error" not in r]
+    length = QUICK_LENGTH if quick else LENGTH
+    dates = sorted(r["date"] for r in done)
+    where = sorted({f"{r['machine']}, torch {r['torch']}" for r in done})
+    lines = [
+        HEAD.format(
+            not_run=NOT_RUN, done=len(done), planned=len(runs),
+            when=f", between {dates[0]} and {dates[-1]}, on: {'; '.join(where)}" if done else "",
+            seeds=", ".join(map(str, SEEDS)), pictures=length.prompts * length.pictures, prompts=length.prompts,
+            grid=", ".join(f"{factor:g}" for factor in GRID), grid_seed=GRID_SEED, seconds=length.seconds,
+            kept=KEPT_DIVERSITY, lost=LOST_POINTS,
+        )
+    ]  # fmt: skip
+    if quick:
+        lines += ["**This is the quick study**: seed 0 alone, at the demo's learning rate, 32 pictures an update.", ""]
+    main = [r for r in done if r["stage"] in ("main", "quick")]
+    for setting, reward in REWARDS.items():
+        of_setting = [r for r in main if r["setting"] == setting]
+        lines += [f"## {setting.capitalize()}: the reward is `{reward}`", ""]
+        for axis in AXES:
+            lines += _equal(of_setting, setting, axis, 20)
+        lines += _matched(of_setting, setting) + _images(of_setting, setting)
+        if setting == "black box":
+            lines += [
+                "### In four steps",
+                "",
+                "Rows are drawn in 4 steps, TAFS-GRPO's by the sampler that it trains.",
+                "",
+            ]
+            lines += _equal(of_setting, setting, "seconds", 4)
+    lines += _long([r for r in done if r["stage"] in ("long", "ablation")])
+    if not quick:
+        lines.append(PUBLISHED)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _labels(setting: str, steps: int) -> list[str]:
+    """The methods of a table, those of TAFS-GRPO in both."""
+    return [
+        label
+        for label, m in METHODS.items()
+        if setting in m.settings and (m.steps == steps or (steps == 4 and label.startswith("TAFS")))
+    ]
+
+
+def _equal(records: list[Record], setting: str, axis: str, steps: int) -> list[str]:
+    """A table at an equal budget; the budget is that of the methods in it."""
+    labels = _labels(setting, steps)
+    shown = [r for r in records if r["label"] in labels]
+    budget = equal_budget(shown, axis) if shown else None
+    of_run = OF_RUN if axis == "seconds" else {}
+    title = f"At equal {UNITS[axis]}" + (f" ({budget:.0f})" if budget is not None else "")
+    names = [title for title, _ in (COLUMNS | of_run).values()]
+    lines = [f"| {title} | runs | " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) + 1)]
+    for label, of_base in _bases(shown, steps).items():
+        rows = [measured(r, None, steps) for r in of_base]
+        lines.append(_row(label, rows, len(of_run)) if rows else _empty(label, names))
+    for label in labels:
+        found = [r for r in shown if r["label"] == label]
+        if not found or budget is None:
+            lines.append(_empty(label, names))
+            continue
+        values = [at(r, axis, budget, steps) | {name: r[name] for name in of_run} for r in found]
+        lines.append(_row(label, values, len(of_run)))
+    return [*lines, ""]
+
+
+def _bases(records: list[Record], steps: int) -> dict[str, list[Record]]:
+    """The runs that say what the base model does; by the sampler of TAFS-GRPO apart, where that is judged."""
+    if steps == 20:
+        return {"base": records}
+    renoising = [r for r in records if METHODS[r["label"]].demo == "tafs_grpo"]
+    return {"base": [r for r in records if r not in renoising], "base, by the sampler of TAFS-GRPO": renoising}
+
+
+def _row(label: str, values: list[dict[str, float]], of_run: int) -> str:
+    columns = COLUMNS | (OF_RUN if of_run else {})
+    cells = []
+    for name, (_, form) in columns.items():
+        present = [v[name] for v in values if name in v]
+        cells.append(spread(present, form) if present else "")
+    return f"| {label} | {len(values)} | " + " | ".join(cells) + " |"
+
+
+def _empty(label: str, names: list[str]) -> str:
+    return f"| {label} | {NOT_RUN} | " + " | ".join([""] * len(names)) + " |"
+
+
+def _matched(records: list[Record], setting: str) -> list[str]:
+    """How much more diversity a method keeps than a rival at the same checker accuracy, seed by seed."""
+    rivals = [label for label in RIVALS if setting in METHODS[label].settings]
+    by_run = {(r["label"], r["seed"]): r for r in records}
+    lines = ["| Diversity at matched checker accuracy less that of | " + " | ".join(rivals) + " |"]
+    lines.append("|---|" + "---:|" * len(rivals))
+    for label in (label for label in MATCHED if setting in METHODS[label].settings):
+        cells = []
+        for rival in rivals:
+            pairs = [(by_run[label, s], by_run[rival, s]) for s in SEEDS if {(label, s), (rival, s)} <= by_run.keys()]
+            found = [d for pair in pairs if (d := matched_diversity(*pair)) is not None]
+            cells.append(spread(found, "+.3f") if found else NOT_RUN if not pairs else "never above the base")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _images(records: list[Record], setting: str) -> list[str]:
+    if not records:
+        return []
+    name, texts = setting.replace(" ", "_"), {
+        "pareto": "Checker accuracy at the end of every run, against kept diversity and against velocity distance",
+        "curves": "Checker accuracy against seconds of training and against scored pictures, every run",
+        "grid": f"The same prompts and seeds: {'; '.join(records[0]['prompts'])}",
+    }  # fmt: skip
+    return [part for kind, text in texts.items() for part in (f"![{text}](images/study_{name}_{kind}.png)", "")]
+
+
+def _long(records: list[Record]) -> list[str]:
+    """The long runs and the ablations of AC-Flow, with what its critic explains of the reward's variance."""
+    lines = [
+        "## Long runs: what is stable",
+        "",
+        f"Black box, {LONG_UPDATES} updates of {LONG_IMAGES} pictures or until collapse; the demo's learning rate.",
+        "",
+        "| method | runs | collapsed, at update | best checker accuracy, % | last | kept diversity, last "
+        "| explained variance of the critic, last quarter |",
+        "|---|---:|---|---:|---:|---:|---:|",
+    ]
+    for label in [*LONG, *ABLATIONS]:
+        found = [r for r in records if r["label"] == label]
+        if not found:
+            lines.append(f"| {label} | {NOT_RUN} | | | | | |")
+            continue
+        ends = [f"{r['collapse']['updates']} ({r['collapse']['reason']})" for r in found if r["collapse"]]
+        values = [[measured(r, point, 20) for point in r["points"]] for r in found]
+        best = spread([max(v["checker_accuracy"] for v in each) for each in values], ".1f")
+        last = spread([each[-1]["checker_accuracy"] for each in values], ".1f")
+        kept = spread([each[-1].get("kept_diversity", 0.0) for each in values], ".2f")
+        explained = [e for r in found if (e := _explained(r)) is not None]
+        lines.append(
+            f"| {label} | {len(found)} | {', '.join(ends) or 'none'} | {best} | {last} | {kept} "
+            f"| {spread(explained, '.2f') if explained else ''} |"
+        )
+    return [*lines, ""]
+
+
+def _explained(record: Record) -> float | None:
+    """The mean over levels and over the last quarter of the run; None without a critic."""
+    rows = record["explained_variance"]
+    late = rows[-max(1, len(rows) // 4) :]
+    values = [v for row in late for name, v in row.items() if name != "updates"]
+    return statistics.mean(values) if values else None
+
+
+# ---- pictures -----------------------------------------------------------------------------------------------------
+
+
+def draw(records: dict[str, Record], folder: Path) -> None:
+    """Draw plots and grids of all settings that have runs into a folder."""
+    main = [r for r in records.values() if "error" not in r and r["stage"] in ("main", "quick")]
+    for setting in REWARDS:
+        found = [r for r in main if r["setting"] == setting]
+        if found:
+            name = f"study_{setting.replace(' ', '_')}"
+            _pareto(found, folder / f"{name}_pareto.png")
+            _curves(found, folder / f"{name}_curves.png")
+            _grid(found, folder / f"{name}_grid.png")
+
+
+def _two_plots(records: list[Record], file: Path, axes: list[str], draw_run: Callable[..., None]) -> None:
+    """Two plots of checker accuracy side by side, a colour for each method."""
+    labels = list(dict.fromkeys(r["label"] for r in records))
+    colours = dict(zip(labels, matplotlib.colormaps["tab20"](np.linspace(0, 1, len(labels))), strict=True))
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    for plot, axis in zip(figure.subplots(1, 2, sharey=True), axes, strict=True):
+        named: set[str] = set()
+        for record in records:
+            label = record["label"]
+            draw_run(plot, axis, record, color=colours[label], label=None if label in named else label)
+            named.add(label)
+        plot.set_xlabel((COLUMNS.get(axis) or (UNITS.get(axis),))[0])
+    figure.axes[0].set_ylabel(COLUMNS["checker_accuracy"][0])
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+    figure.savefig(file, dpi=90)
+
+
+def _pareto(records: list[Record], file: Path) -> None:
+    def end(plot: Axes, axis: str, record: Record, **style: object) -> None:
+        last = measured(record, record["points"][-1], METHODS[record["label"]].steps)
+        if axis in last:
+            plot.plot(last[axis], last["checker_accuracy"], "o", **style)
+
+    _two_plots(records, file, ["kept_diversity", "velocity_distance"], end)
+
+
+def _curves(records: list[Record], file: Path) -> None:
+    def curve(plot: Axes, axis: str, record: Record, **style: object) -> None:
+        points = [None, *record["points"]]
+        accuracy = [measured(record, point, METHODS[record["label"]].steps)["checker_accuracy"] for point in points]
+        plot.plot([0.0 if point is None else point[axis] for point in points], accuracy, "-", **style)
+
+    _two_plots(records, file, ["seconds", "reward_calls"], curve)
+
+
+def _grid(records: list[Record], file: Path) -> None:
+    """A row of pictures for the base model and for each method, of its first seed."""
+    first: dict[str, Record] = {}
+    for record in sorted(records, key=lambda r: r["seed"]):
+        first.setdefault(record["label"], record)
+    rows = {"base": records[0]["pictures"]["base"]} | {label: r["pictures"]["tuned"] for label, r in first.items()}
+    strips = {label: Image.open(io.BytesIO(base64.b64decode(strip))) for label, strip in rows.items()}
+    figure = Figure(figsize=(7, 1.2 * len(strips)), layout="constrained")
+    for plot, (label, strip) in zip(np.atleast_1d(figure.subplots(len(strips), 1)), strips.items(), strict=True):
+        plot.imshow(strip, interpolation="nearest")
+        plot.set_title(label, fontsize=8, loc="left")
+        plot.axis("off")
+    figure.savefig(file, dpi=90)
+
+
+def write_page(results: Path, file: Path, quick: bool = False) -> None:
+    """Write the page, and its pictures into `images/` beside it.
+
+    Args:
+        results: The results file.
+        file: The page.
+        quick: Whether the results are those of the quick study.
+    """
+    records = json.loads(results.read_text(encoding="utf-8"))["runs"]
+    (file.parent / "images").mkdir(parents=True, exist_ok=True)
+    draw(records, file.parent / "images")
+    file.write_text(page(records, quick), encoding="utf-8")
+
+
+def main() -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "study.json")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "study.md")
+    parser.add_argument("--quick", action="store_true", help="The results are those of the quick study.")
+    args = parser.parse_args()
+    write_page(args.results, args.page, quick=args.quick)
+
+
+if __name__ == "__main__":
+    main()

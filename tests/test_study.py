@@ -1,0 +1,193 @@
+"""`benchmarks/study.py`: what collapse is, equal budgets, a run that is made once, and a page that says what was run."""
+
+import json
+import re
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+PAGE = BENCHMARKS.parent / "docs" / "study.md"
+RESULTS = BENCHMARKS / "results" / "study.json"
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def point(updates: int, accuracy: float, diversity: float | None = 0.2) -> dict:
+    """An evaluation of a run with a base of 40 % and a diversity of 0.2, two seconds and ten scored pictures an update."""
+    tuned = {"checker_accuracy": accuracy, "reward/shapes": accuracy, "velocity_distance": accuracy / 10}
+    tuned |= {} if diversity is None else {"diversity": diversity}
+    rows = {"base": {"checker_accuracy": 0.4, "reward/shapes": 0.4, "diversity": 0.2}, "tuned": tuned}
+    spent = {"updates": updates, "seconds": 2.0 * updates, "reward_calls": 10.0 * updates}
+    return spent | {"training_reward": 0.9, "rows": rows}
+
+
+@pytest.mark.parametrize(
+    ("points", "found"),
+    [
+        ([point(1, 0.5), point(2, 0.41)], None),  # nine points below its best
+        ([point(1, 0.5), point(2, 0.40)], {"updates": 2, "reason": "accuracy"}),
+        ([point(1, 0.3)], {"updates": 1, "reason": "accuracy"}),  # the base model's was the best
+        ([point(1, 0.5, 0.1), point(2, 0.5, 0.099)], {"updates": 2, "reason": "diversity"}),  # below half, not at it
+        ([point(1, 0.5, None)], {"updates": 1, "reason": "diversity"}),
+    ],
+    ids=["near", "accuracy", "below the base", "diversity", "no right pictures"],
+)
+def test_collapse_is_half_the_diversity_or_ten_points(points, found):
+    from study_measures import collapse
+
+    assert collapse(points) == found
+
+
+def test_an_equal_budget_is_read_between_two_evaluations():
+    """40 % at 0, 50 % at 20 seconds, 70 % at 40: 60 % at 30 seconds, which are 15 updates and 150 scored pictures."""
+    from study_measures import at, equal_budget
+
+    record = {"points": [point(10, 0.5), point(20, 0.7, 0.1)]}
+    for axis, budget in (("seconds", 30.0), ("updates", 15), ("reward_calls", 150.0)):
+        found = at(record, axis, budget, 20)
+        assert found["checker_accuracy"] == pytest.approx(60)
+        assert found["kept_diversity"] == pytest.approx(0.75)
+    assert at(record, "seconds", 10.0, 20)["checker_accuracy"] == pytest.approx(45)
+    assert equal_budget([record, {"points": [point(15, 0.5)]}], "updates") == 15
+    with pytest.raises(ValueError, match=r"^`budget` \(41\) must be at most the seconds of the run \(40\.0\)"):
+        at(record, "seconds", 41, 20)
+
+
+def test_diversity_is_compared_where_both_runs_first_were_as_good():
+    """60 %: halfway from 50 to 70 % of the first run (0.2 to 0.1 of a base of 0.2), and the rival's only point."""
+    from study_measures import matched_diversity
+
+    record = {"points": [point(10, 0.5), point(20, 0.7, 0.1), point(30, 0.6, 0.01)]}
+    assert matched_diversity(record, {"points": [point(10, 0.6, 0.12)]}) == pytest.approx(0.75 - 0.6)
+    assert matched_diversity(record, {"points": [point(10, 0.3)]}) is None
+
+
+def test_few_step_samplers_are_judged_as_they_draw():
+    """TAFS-GRPO's rows by the ODE where others are drawn in 20 steps, by its own sampler among those of 4."""
+    from study_measures import measured
+
+    record = {"points": [point(10, 0.5)]}
+    rows = record["points"][0]["rows"]
+    rows |= {"tuned_ode": rows["tuned"] | {"checker_accuracy": 0.6}, "base_ode": rows["base"]}
+    assert measured(record, record["points"][0], 20)["checker_accuracy"] == pytest.approx(60)
+    assert measured(record, record["points"][0], 4)["checker_accuracy"] == pytest.approx(50)
+
+
+def test_the_plan_fits_twelve_hours_and_every_setting_is_accepted(tmp_path):
+    from study_plan import METHODS, SEEDS, plan
+
+    from flowrl_trainers.cli.arguments import TRAINERS, parse
+
+    runs = plan()
+    assert len({run.name for run in runs}) == len(runs)
+    assert sum(run.estimated_seconds for run in runs) <= 12 * 3600
+    for label, method in METHODS.items():
+        seeds = [run.seed for run in runs if (run.stage, run.label) == ("main", label)]
+        assert sorted(seeds) == sorted(SEEDS * len(method.settings))
+    for run in [*{(r.setting, r.label): r for r in runs}.values(), *plan(quick=True)]:
+        settings = run.settings(2.0) | {"output_dir": str(tmp_path)}
+        _, config = parse("demo", TRAINERS[run.method.demo].config_class, [], settings)
+        assert config.learning_rate == pytest.approx(2e-3)
+
+
+def test_seeds_wait_for_the_grid_and_take_what_it_chose(tmp_path):
+    """And what is in the results file is not run again, unless its settings changed."""
+    from study import study
+    from study_plan import plan
+
+    runs = [
+        run for run in plan() if (run.setting, run.label) == ("black box", "AWM") and run.stage in ("grid", "main")
+    ]
+    grid, seeds = runs[:3], runs[3:]
+    made = []
+
+    def measure(run, factor):
+        made.append((run.seed, factor))
+        settings = json.loads(json.dumps(run.settings(factor)))
+        return {"factor": factor, "settings": settings, "points": [point(10, 0.6 if factor == 2 else 0.5)]}
+
+    file = tmp_path / "results" / "study.json"
+    assert study(seeds, runs, file, measure) == {}
+    study(grid, runs, file, measure)
+    study(runs, runs, file, measure)
+    assert made == [(100, 0.5), (100, 1.0), (100, 2.0), (0, 2.0), (1, 2.0), (2, 2.0)]
+    records = json.loads(file.read_text())["runs"]
+    records[seeds[1].name]["settings"]["learning_rate"] = 1
+    file.write_text(json.dumps({"runs": records}))
+    study(runs, runs, file, measure)
+    assert made[6:] == [(1, 2.0)]
+
+
+def tables(text: str) -> dict[str, dict[str, list[str]]]:
+    """The rows of each table of a page, by the first cell of its head and of the row."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        head, _, *rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in block.splitlines()]
+        found.setdefault(head[0], {}).update({row[0]: row[1:] for row in rows})
+    return found
+
+
+def test_the_smallest_study_is_run_and_its_page_has_its_numbers(tmp_path):
+    """One update of four pictures for one trainer of each kind of reward; the page is read back and compared."""
+    import study_report
+    from study import study
+    from study_plan import Length, plan
+    from study_run import measure
+
+    short = {"num_inference_steps": 2, "adjoint_steps": 2}, {
+        "num_inference_steps": 2, "timestep_bins": 2, "num_generations": 2,
+    }  # fmt: skip
+    runs = []
+    for run in plan(quick=True):
+        changes = {"adjoint matching, K = 3": short[0], "DiffusionNFT": short[1]}.get(run.label)
+        if changes is None or (run.label == "DiffusionNFT" and run.setting != "black box"):
+            continue
+        method = replace(run.method, changes=dict(run.method.changes) | changes, steps=2)
+        runs.append(replace(run, method=method, length=Length(None, 1, 1, prompts=4, pictures=2, images=4)))
+    assert len(runs) == 2
+    file = tmp_path / "study.json"
+    study(runs, runs, file, lambda run, factor: measure(run, factor, tmp_path / run.label))
+
+    study_report.write_page(file, tmp_path / "study.md", quick=True)
+    page, records = (tmp_path / "study.md").read_text(), json.loads(file.read_text())["runs"]
+    assert "2 of 8 runs have been run" in page
+    found = tables(page)
+    for record in records.values():
+        (last,) = record["points"]
+        assert (last["updates"], last["reward_calls"]) == (1, 4)
+        row = found[f"At equal seconds of training ({last['seconds']:.0f})"][record["label"]]
+        assert row[0] == "1"
+        accuracy, shapes = last["rows"]["tuned"]["checker_accuracy"], last["rows"]["tuned"]["reward/shapes"]
+        assert row[1] == f"{100 * accuracy:.1f}"
+        assert row[2] == f"{shapes:.3f}"
+        assert row[4] == f"{last['rows']['tuned']['velocity_distance']:.3f}"
+        assert row[5] == f"{100 * (last['training_reward'] - accuracy):+.1f}"
+        assert row[6] == f"{record['feature_distance']:.3f}"
+    assert found["method"]["RAM"][0] == "not run"
+    for setting in ("differentiable", "black_box"):
+        for kind in ("pareto", "curves", "grid"):
+            assert (tmp_path / "images" / f"study_{setting}_{kind}.png").stat().st_size > 2000
+
+
+def test_the_page_in_the_docs_is_that_of_the_results_file():
+    """Text and pictures follow from the file; each mean of the tables at equal time is computed here again."""
+    from study_measures import at, equal_budget
+    from study_plan import METHODS
+    from study_report import page
+
+    records = json.loads(RESULTS.read_text())["runs"]
+    assert page(records) == PAGE.read_text()
+    main = [r for r in records.values() if "error" not in r and r["stage"] == "main"]
+    for setting in {r["setting"] for r in main}:
+        shown = [r for r in main if r["setting"] == setting and METHODS[r["label"]].steps == 20]
+        budget = equal_budget(shown, "seconds")
+        for label in {r["label"] for r in shown}:
+            each = [at(r, "seconds", budget, 20)["checker_accuracy"] for r in shown if r["label"] == label]
+            row = tables(PAGE.read_text())[f"At equal seconds of training ({budget:.0f})"][label]
+            assert re.match(rf"{statistics.mean(each):.1f}( \(|$)", row[1])
