@@ -42,8 +42,8 @@ class Reward(ABC):
     sees: Sees = "images"
 
     @abstractmethod
-    def __call__(self, /, images: Tensor, prompts: list[str], **columns: Any) -> Scores | Awaitable[Scores]:
-        """Return one score per image; the class docstring names the arguments."""
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Scores | Awaitable[Scores]:
+        """Return one score per image: `__call__(self, /, images, prompts, **columns)`, or with `latents`."""
 
     def to(self, device: torch.device) -> None:
         """Move the networks and tensors of the reward to a device; by default there are none."""
