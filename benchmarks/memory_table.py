@@ -1,12 +1,18 @@
 """What `flowrl estimate` says that training takes of each GPU: five models, three ways to train, one to eight GPUs.
 
     python benchmarks/memory_table.py --out docs/tables/memory.md
+    python benchmarks/memory_table.py --recipes examples/recipes --out docs/tables/recipes.md
+
+The second estimates the files of a folder, each as the command in its first line starts it.
 
 Nothing is loaded, and no GPU is needed: these are estimates, of AC-Flow with a PickScore, at 512 pixels, one picture
 at a time, with activation checkpointing, in bfloat16. Half an hour on a busy core.
 """
 
 import argparse
+import io
+import json
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +21,7 @@ from peft import LoraConfig
 from tqdm import tqdm
 
 from flowrl_trainers import ACFlowConfig
+from flowrl_trainers.cli import main as main_of_flowrl
 from flowrl_trainers.cli.estimate import read_anywhere
 from flowrl_trainers.cost.estimate import ENCODE, Estimate
 from flowrl_trainers.cost.run import estimates_of_run
@@ -39,8 +46,12 @@ def main() -> None:
     """Print the table in Markdown, and write it to `--out` after every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS, help="Names that `flowrl estimate` knows.")
+    parser.add_argument("--recipes", type=Path, default=None, help="A folder of YAML files to estimate instead.")
     parser.add_argument("--out", type=Path, default=None, help="A Markdown file to write.")
     args = parser.parse_args()
+    if args.recipes is not None:
+        write_recipes(sorted(args.recipes.glob("*.yaml")), args.out)
+        return
     lines = [
         "| model | trained | text encoders, before | 1 GPU | 2, FSDP2 | 8, FSDP2 | measured |",
         "|---|---|---:|---:|---:|---:|---|",
@@ -82,6 +93,24 @@ def row(model: str, way: str, found: list[Estimate]) -> str:
     peaks = [max(cost.peak for name, cost in one.phases.items() if name != ENCODE) / 2**30 for one in found]
     cells = [model.split("/")[-1], way, *(f"{gib:.1f}" for gib in (encoding, *peaks)), "not measured"]
     return f"| {' | '.join(cells)} |"
+
+
+def write_recipes(files: list[Path], out: Path | None) -> None:
+    """Print what the command in the first line of each file needs, and write it to `out` after every row."""
+    lines = ["| file | GPUs | GiB of each | in the phase |", "|---|---|---:|---|"]
+    for file in tqdm(files, unit="file"):
+        command = file.read_text(encoding="utf-8").splitlines()[0].removeprefix("# flowrl ").split()
+        printed = io.StringIO()
+        with redirect_stdout(printed):
+            if main_of_flowrl(["estimate", *command, "--json"]) != 0:
+                raise SystemExit(f"{file} cannot be estimated.")
+        found = json.loads(printed.getvalue())
+        processes = command[command.index("--num_processes") + 1] if "--num_processes" in command else "1"
+        gpus = f"{processes} of {file.name.split('_')[0]} GB"
+        lines.append(f"| `{file.as_posix()}` | {gpus} | {found['peak_gib']:.1f} | {found['peak_phase']} |")
+        if out is not None:
+            out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Every YAML file of `examples/configs/`, started by its script of `examples/scripts/`, with tiny random weights in
-place of the published ones.
+"""Every YAML file of `examples/configs/` and `examples/recipes/`, started by its script of `examples/scripts/`, with
+tiny random weights in place of the published ones.
 """
 
 import re
 import runpy
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from .tiny_families import tiny
 from .tiny_sit import CLASSES, original_checkpoint, tiny_sit
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-CONFIGS, SCRIPTS = EXAMPLES / "configs", EXAMPLES / "scripts"
+CONFIGS, RECIPES, SCRIPTS = EXAMPLES / "configs", EXAMPLES / "recipes", EXAMPLES / "scripts"
 HEADER = re.compile(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$")  # as PEP 723 reads it
 SMALL = [
     "--max_steps", "1", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1",
@@ -41,6 +43,13 @@ FAST = {  # every trainer, every family
     ("ac_flow", "sit_xl_2"), ("tafs_grpo", "stable_diffusion_3_5_medium"),
     ("diffusion_nft", "sit_xl_2"),
 }  # fmt: skip
+
+RECIPES_OF: dict[str, tuple[str, Callable[[], Any], list[str]]] = {  # the method, tiny weights, and their settings
+    "16_gb_stable_diffusion_3_5_medium": ("ac_flow", tiny_sd3, FAMILIES["stable_diffusion_3_5_medium"]),
+    "24_gb_flux_1_dev": ("ac_flow", lambda: tiny("flux"), [*PICTURE, "64"]),
+    "48_gb_qwen_image": ("diffusion_nft", lambda: tiny("qwen image"), [*PICTURE, "64"]),
+    "80_gb_flux_2_dev": ("diffusion_nft", lambda: tiny("flux 2"), [*PICTURE, "64"]),
+}
 
 
 def names_of_classes() -> list[str]:
@@ -118,6 +127,36 @@ def test_a_reward_in_the_script_is_named_by_main(tmp_path, start):
             "--guidance_scale", "1", "--max_sequence_length", "8", *SMALL,
         )  # fmt: skip
     assert "__main__.brightness" in (tmp_path / "out" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n.startswith("16") else pytest.mark.slow) for n in RECIPES_OF]
+)
+def test_a_recipe_trains_with_tiny_weights_of_its_family(tmp_path, start, name):
+    """But in 8 bits where it asks for 4, which a GPU alone has."""
+    method, make, settings = RECIPES_OF[name]
+    make().save_pretrained(tmp_path / "model")
+    file = RECIPES / f"{name}.yaml"
+    written = yaml.safe_load(file.read_text())
+    bits = [f"--{setting}=int8" for setting, value in written.items() if value == "nf4"]
+    start(
+        method, "--config", file, "--model", tmp_path / "model", "--output_dir", tmp_path / "out", *SMALL, *bits,
+        *settings,
+    )  # fmt: skip
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
+    rows = yaml.safe_load((tmp_path / "out" / "metrics.json").read_text())
+    assert {f"reward/{reward}" for reward in written["reward_funcs"] + written["eval_reward_funcs"]} <= set(
+        rows["base"]
+    )
+
+
+def test_recipes_say_what_they_are_for_and_that_no_gpu_has_run_them():
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == set(RECIPES_OF)
+    for name, (method, _, _) in RECIPES_OF.items():
+        first, second = (RECIPES / f"{name}.yaml").read_text().splitlines()[:2]
+        assert first.startswith(f"# flowrl {method} --config examples/recipes/{name}.yaml")
+        assert f"of {name.split('_')[0]} GB" in second
+        assert second.endswith("written from `flowrl estimate`, not run on a GPU.")
 
 
 def test_there_is_a_config_for_every_trainer_and_family():
