@@ -20,6 +20,7 @@ from study_measures import AXES, KEPT_DIVERSITY, LOST_POINTS, Record, at, equal_
 from study_plan import (
     ABLATIONS,
     GRID,
+    GRID_LENGTH,
     GRID_SEED,
     LENGTH,
     LONG,
@@ -70,8 +71,8 @@ papers](papers.md) stay as they are.
 - **Seeds** {seeds}. Every table has the mean over them, and the range in brackets. Rows are drawn by the ODE in
   20 steps, on {pictures} pictures of {prompts} held-out prompts, the base model's with the same seeds.
 - **The same tuning budget for every method**: its demo's learning rate times {grid}, on seed {grid_seed}, which
-  is not among the three. The highest checker accuracy at the end wins. All else is the demo's, or the recipe of
-  the method's page.
+  is not among the three, {grid_seconds:.0f} seconds each. The highest checker accuracy at the end wins. All else is
+  the demo's, or the recipe of the method's page; AC-Flow has the critic that scores clean estimates.
 - **Equal budgets.** Runs train for {seconds:.0f} seconds by the clock of a machine with nothing else to do,
   evaluations not counted. At equal time, reward calls
   (scored pictures) or updates means: at the most that every run of the table has spent, on straight lines
@@ -113,10 +114,13 @@ def page(records: dict[str, Record], quick: bool = False) -> str:
             not_run=NOT_RUN, done=len(done), planned=len(runs),
             when=f", between {dates[0]} and {dates[-1]}, on: {'; '.join(where)}" if done else "",
             seeds=", ".join(map(str, SEEDS)), pictures=length.prompts * length.pictures, prompts=length.prompts,
-            grid=", ".join(f"{factor:g}" for factor in GRID), grid_seed=GRID_SEED, seconds=length.seconds,
+            grid=", ".join(f"{factor:g}" for factor in GRID), grid_seed=GRID_SEED,
+            grid_seconds=GRID_LENGTH.seconds, seconds=length.seconds,
             kept=KEPT_DIVERSITY, lost=LOST_POINTS,
         )
     ]  # fmt: skip
+    failed = {name: r["error"] for name, r in records.items() if "error" in r}
+    lines += [f"**{name} failed**: {error}\n" for name, error in failed.items()]
     if quick:
         lines += ["**This is the quick study**: seed 0 alone, at the demo's learning rate, 32 pictures an update.", ""]
     main = [r for r in done if r["stage"] in ("main", "quick")]
@@ -224,10 +228,11 @@ def _long(records: list[Record]) -> list[str]:
     lines = [
         "## Long runs: what is stable",
         "",
-        f"Black box, {LONG_UPDATES} updates of {LONG_IMAGES} pictures or until collapse; the demo's learning rate.",
+        f"Black box, {LONG_UPDATES} updates of {LONG_IMAGES} pictures or until collapse; the demo's learning rate. "
+        "Collapse is judged by the sampler that a method trains, the rows here are drawn by the ODE.",
         "",
         "| method | runs | collapsed, at update | best checker accuracy, % | last | kept diversity, last "
-        "| explained variance of the critic, last quarter |",
+        "| explained variance of the critic by level, last quarter |",
         "|---|---:|---|---:|---:|---:|---:|",
     ]
     for label in [*LONG, *ABLATIONS]:
@@ -240,20 +245,18 @@ def _long(records: list[Record]) -> list[str]:
         best = spread([max(v["checker_accuracy"] for v in each) for each in values], ".1f")
         last = spread([each[-1]["checker_accuracy"] for each in values], ".1f")
         kept = spread([each[-1].get("kept_diversity", 0.0) for each in values], ".2f")
-        explained = [e for r in found if (e := _explained(r)) is not None]
         lines.append(
             f"| {label} | {len(found)} | {', '.join(ends) or 'none'} | {best} | {last} | {kept} "
-            f"| {spread(explained, '.2f') if explained else ''} |"
+            f"| {_explained(found)} |"
         )
     return [*lines, ""]
 
 
-def _explained(record: Record) -> float | None:
-    """The mean over levels and over the last quarter of the run; None without a critic."""
-    rows = record["explained_variance"]
-    late = rows[-max(1, len(rows) // 4) :]
-    values = [v for row in late for name, v in row.items() if name != "updates"]
-    return statistics.mean(values) if values else None
+def _explained(records: list[Record]) -> str:
+    """The mean over the last quarter of every run, level by level from the cleanest; empty without a critic."""
+    late = [row for r in records for row in r["explained_variance"][-max(1, len(r["explained_variance"]) // 4) :]]
+    levels = sorted({name for row in late for name in row if name != "updates"})
+    return " / ".join(f"{statistics.mean(row[name] for row in late if name in row):.2f}" for name in levels)
 
 
 # ---- pictures -----------------------------------------------------------------------------------------------------

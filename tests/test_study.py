@@ -175,6 +175,23 @@ def test_the_smallest_study_is_run_and_its_page_has_its_numbers(tmp_path):
             assert (tmp_path / "images" / f"study_{setting}_{kind}.png").stat().st_size > 2000
 
 
+def test_a_long_run_and_a_failed_one_stand_on_the_page():
+    """Three evaluations, the last one ten points below the best; two levels of a critic, of which the last rows count."""
+    from study_measures import collapse
+    from study_report import page
+
+    points = [point(40, 0.5), point(80, 0.7), point(120, 0.6)]
+    explained = [{"updates": n, "critic/a_0": 0.1 * n, "critic/a_1": -0.1 * n} for n in range(1, 9)]
+    facts = {"setting": "black box", "date": "2026-11-29", "machine": "m", "torch": "2"}
+    long = facts | {"stage": "long", "label": "RAM", "seed": 0, "points": points, "explained_variance": explained}
+    long["collapse"] = collapse(points)
+    failed = facts | {"stage": "main", "label": "AWM", "seed": 1, "error": "ValueError: no"}
+    text = page({"long/RAM": long, "main/AWM": failed})
+    assert tables(text)["method"]["RAM"] == ["1", "120 (accuracy)", "70.0", "60.0", "1.00", "0.75 / -0.75"]
+    assert "**main/AWM failed**: ValueError: no" in text
+    assert "**1 of 200 runs have been run, between 2026-11-29 and 2026-11-29, on: m, torch 2.**" in text
+
+
 def test_the_page_in_the_docs_is_that_of_the_results_file():
     """Text and pictures follow from the file; each mean of the tables at equal time is computed here again."""
     from study_measures import at, equal_budget
