@@ -4,7 +4,6 @@ import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -25,6 +24,7 @@ from .helpers import TRAINERS, adjoint_matching_config, architecture_of, make_tr
 from .runs import assert_same
 from .tiny import tiny_sd3
 
+VALUE_NETWORK, SMALL = "flowrl_trainers.networks.value_network", (32, 32)  # the default is 20 MB large
 HELD_OUT = Dataset.from_dict({"prompt": ["a red circle", "a blue square", "a green cross"]})
 # Each rollout is used twice, so that the checkpoint after the first update lies in the middle of it. With an epsilon
 # far above the gradients, Adam's step is proportional to its mean gradient, and rounding stays rounding.
@@ -37,9 +37,7 @@ SETTINGS: dict[str, Any] = {
 
 def trained(name: str, folder: Path, resume: Path | None = None, **settings: Any) -> FlowRLTrainer:
     """A trainer that has trained, evaluated and saved; `found` has what it drew and found on this process."""
-    network = import_module("flowrl_trainers.networks.value_network")
-    with patch.object(network, "WIDTHS", (32, 32)):  # the default is 20 MB large
-        t = make_trainer(name, folder, **SETTINGS | settings)
+    t = make_trainer(name, folder, **SETTINGS | settings)
     rollouts: list[Any] = []
     prepare = t.prepare
 
@@ -70,6 +68,7 @@ def trained(name: str, folder: Path, resume: Path | None = None, **settings: Any
 def share(name: str, folder: Path, lora: bool) -> None:
     """On each of two processes: a run, and another that goes on from the first checkpoint of it."""
     torch.set_num_threads(1)
+    import_module(VALUE_NETWORK).WIDTHS = SMALL
     pretend_gpus()
     settings = {"lora": lora, "use_cpu": False, "gradient_accumulation_steps": 2}
     t = trained(name, folder / "two", **settings)
@@ -97,8 +96,9 @@ SHARED = [
 
 
 @pytest.mark.parametrize(("name", "lora"), SHARED)
-def test_two_processes_share_one_network(tmp_path, name, lora):
+def test_two_processes_share_one_network(tmp_path, monkeypatch, name, lora):
     """Rollouts to the last bit, updates within the rounding of sums, the resumed run to the last bit."""
+    monkeypatch.setattr(import_module(VALUE_NETWORK), "WIDTHS", SMALL)
     for process in on_two_processes(share, name, tmp_path, lora, **ENVIRONMENT):
         assert process.returncode == 0, process.stderr
     trained(name, tmp_path / "one", lora=lora, gradient_accumulation_steps=4)
