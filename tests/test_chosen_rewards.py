@@ -59,6 +59,17 @@ def test_a_reward_is_shown_the_pictures_that_name_it():
     assert chosen_by(rewards, None) is rewards
 
 
+def test_an_error_names_the_prompts_that_the_reward_was_shown():
+    async def failing(images, prompts, **columns):
+        raise KeyError("gone")
+
+    asked = examples(["a", "b"], tasks=[["failing"], ["redness"]])
+    rewards = chosen_by(as_rewards([failing, redness]), "tasks")
+    with pytest.raises(KeyError) as found:
+        call_rewards(rewards, noise(2), asked, **NOTHING, log_extra=lambda name, values: None)
+    assert found.value.__notes__ == ["Reward 'failing' failed on the prompts ['a']."]
+
+
 def test_a_gradient_comes_from_the_chosen_rewards_alone():
     """Each picture's gradient is that of its own reward; of a picture without one, zero."""
     flow = FlowPipeline.from_pipeline(tiny_sd3())

@@ -37,6 +37,24 @@ def graphs(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["ACFlowTrainer", "AdjointMatchingTrainer"])
+def test_merged_adapters_are_compiled_too(tmp_path, graphs, trainer):
+    """Rollouts and, for the memoryless sampler, the base model inside of them."""
+    memoryless = {"dynamics": "memoryless", "adjoint_steps": 3, "reward_scale": 10.0}
+    settings = {"critic": "none"} if trainer == "ACFlowTrainer" else memoryless
+    settings |= {"max_steps": 3, "learning_rate": 0.05, "merge_adapter": True}
+    plain = make_trainer(trainer, tmp_path / "plain", **settings)
+    plain.train()
+    t = make_trainer(trainer, tmp_path / "compiled", compile_blocks=True, **settings)
+    calls = list[int]()
+    t.flow.transformer.register_forward_hook(lambda module, inputs, output: calls.append(2))  # blocks
+    t.train()
+    assert graphs["called"] == sum(calls) > 0
+    for name, value in plain.model.trained_tensors().items():
+        torch.testing.assert_close(t.model.trained_tensors()[name], value, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_run_is_compiled_in_every_call_learns_the_same_and_gives_the_pipeline_back(tmp_path, graphs, trainer):
     """Probe, rollout, vector-Jacobian product, base velocities and update, which take more graphs than torch allows by

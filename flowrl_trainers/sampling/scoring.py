@@ -100,7 +100,9 @@ def ask_rewards(
     waiting = {i: result for i, result in enumerate(results) if inspect.isawaitable(result)}
     answers = None
     if waiting:
-        named = [_answer(rewards[i], result, prompts, context) for i, result in waiting.items()]
+        named = [
+            _answer(rewards[i], result, [prompts[row] for row in chosen[i]], context) for i, result in waiting.items()
+        ]
         answers = asyncio.run_coroutine_threadsafe(_together(named, device, torch.is_grad_enabled()), _event_loop())
 
     def scores() -> Tensor:
