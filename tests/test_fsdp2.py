@@ -235,7 +235,9 @@ REFUSED = {
     ),
     "fsdp1": ({"FSDP_VERSION": "1", "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"}, "set `fsdp_version: 2` in the"),
     "int8": ({}, "`quantization` is 'int8', but FSDP2 cannot split the weights of torchao: take 'nf4', whose weights"),
-    "compiled": ({}, "`compile_blocks` is True, but the blocks are sharded"),
+    "compile_blocks": ({}, "`compile_blocks` is True, but the blocks are sharded"),
+    "merge_adapter": ({}, "`merge_adapter` is True, but the weights are spread over the processes"),
+    "cache_base_pictures": ({}, "`cache_base_pictures` is True, but all processes must call a sharded network"),
     "cpu": ({}, "there are 1 process(es) on 'cpu', where accelerate would leave the network whole in silence"),
     "loading": ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "`fsdp_cpu_ram_efficient_loading` of the accelerate file"),
     "offload": ({"FSDP_OFFLOAD_PARAMS": "true"}, "`fsdp_offload_params` of the accelerate file is true"),
@@ -253,7 +255,12 @@ def test_other_ways_to_shard_are_refused(monkeypatch, what):
     for name, value in (ENVIRONMENT | variables).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        refuse_other_sharding(compile_blocks=what == "compiled", quantization="int8" if what == "int8" else None)
+        refuse_other_sharding(
+            compile_blocks=what == "compile_blocks",
+            merge_adapter=what == "merge_adapter",
+            cache_base_pictures=what == "cache_base_pictures",
+            quantization="int8" if what == "int8" else None,
+        )
 
 
 def test_optimizers_that_cannot_step_a_part_of_a_weight_are_refused(tmp_path, monkeypatch):

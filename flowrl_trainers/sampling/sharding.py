@@ -28,11 +28,15 @@ def asks_for_sharding() -> bool:
     return parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
-def refuse_other_sharding(compile_blocks: bool, quantization: str | None = None) -> None:
+def refuse_other_sharding(
+    *, compile_blocks: bool, merge_adapter: bool, cache_base_pictures: bool, quantization: str | None
+) -> None:
     """Check that the launcher wants the network whole, or sharded in the one way that works here.
 
     Args:
         compile_blocks: The setting of the run, which goes with a whole network alone.
+        merge_adapter: Likewise.
+        cache_base_pictures: Likewise.
         quantization: That of the run; torchao's weights cannot be split.
 
     Raises:
@@ -73,11 +77,23 @@ def refuse_other_sharding(compile_blocks: bool, quantization: str | None = None)
             "`fsdp_reshard_after_forward` of the accelerate file is false, which keeps the network whole between "
             "calls, with weights that may have changed since: set it to true."
         )
-    if compile_blocks:
-        raise ValueError(
-            "`compile_blocks` is True, but the blocks are sharded, and what gathers their weights before each call is "
-            "no part of a graph: leave it out, or take `--accelerate_config ddp`."
-        )
+    needs_whole = {
+        "compile_blocks": (
+            compile_blocks,
+            "the blocks are sharded, and what gathers their weights before each call is no part of a graph",
+        ),
+        "merge_adapter": (
+            merge_adapter,
+            "the weights are spread over the processes, and nothing can be added to them",
+        ),
+        "cache_base_pictures": (
+            cache_base_pictures,
+            "all processes must call a sharded network together, and one that finds its file would not",
+        ),
+    }
+    for name, (is_set, reason) in needs_whole.items():
+        if is_set:
+            raise ValueError(f"`{name}` is True, but {reason}: leave it out, or take `--accelerate_config ddp`.")
     if quantization in ("int8", "float8"):
         raise ValueError(
             f"`quantization` is {quantization!r}, but FSDP2 cannot split the weights of torchao: take 'nf4', whose "

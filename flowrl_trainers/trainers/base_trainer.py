@@ -145,7 +145,12 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         args = args or self.config_class(output_dir=self._name.lower().replace(" ", "-"))
         check_args(args, self.config_class)
         check_weights(model, args)
-        refuse_other_sharding(args.compile_blocks, args.quantization)
+        refuse_other_sharding(
+            compile_blocks=args.compile_blocks,
+            merge_adapter=args.merge_adapter,
+            cache_base_pictures=args.cache_base_pictures,
+            quantization=args.quantization,
+        )
         if args.should_save:
             writable_folder(str(args.output_dir))
         train_dataset = check_dataset(train_dataset, "train_dataset", args)
@@ -317,8 +322,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         if args.compile_blocks:
             self.model.compile_blocks()
         if args.merge_adapter:
-            has_adapter = self.peft_config is not None
-            check_mergeable(self.flow.transformer, has_adapter=has_adapter, sharded=self.is_fsdp_enabled)
+            check_mergeable(self.flow.transformer, has_adapter=self.peft_config is not None)
         if args.attention_backend is not None:
             dtype = next(self.flow.transformer.parameters()).dtype
             half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else dtype

@@ -71,14 +71,13 @@ def _refuse_compiled(transformer: nn.Module) -> None:
         )
 
 
-def check_mergeable(transformer: nn.Module, *, has_adapter: bool, sharded: bool) -> None:
-    """Raises `ValueError` for a network without an adapter, or whose weights are spread, quantised or too coarse."""
+def check_mergeable(transformer: nn.Module, *, has_adapter: bool) -> None:
+    """Raises `ValueError` for a network without an adapter, or whose weights are quantised or too coarse."""
     if not has_adapter:
         raise ValueError("`merge_adapter` is True, but no adapter is trained: leave it out, or pass `peft_config`.")
-    if sharded or is_quantized(transformer):
-        state = "spread over the processes" if sharded else "quantised"
+    if is_quantized(transformer):
         raise ValueError(
-            f"`merge_adapter` is True, but the weights are {state}, and cannot be added to: leave it out."
+            "`merge_adapter` is True, but the weights are quantised, and nothing can be added to them: leave it out."
         )
     layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
     dtypes = {parameter.dtype for layer in layers for parameter in layer.get_base_layer().parameters(recurse=False)}
