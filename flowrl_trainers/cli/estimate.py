@@ -5,7 +5,7 @@ from typing import Any
 
 from ..cost.estimate import Estimate
 from ..cost.rewards import is_counted
-from ..cost.run import estimate_run as cost_of_run
+from ..cost.run import estimates_of_run
 from ..cost.table import table
 from ..trainers import FlowRLConfig
 from ..trainers.base_trainer import pipeline_settings
@@ -94,7 +94,7 @@ def estimate_run(
     lora = make_lora_config(
         run.lora_r, run.lora_alpha, run.lora_dropout, run.lora_target_modules, lora_fields(run.lora_config or {})
     )
-    found = cost_of_run(
+    (found,) = estimates_of_run(
         config,
         run.model,
         pipeline_settings(config),
@@ -102,7 +102,7 @@ def estimate_run(
         run.reward_funcs,
         run.eval_reward_funcs,
         evaluates=run.eval_split is not None or run.eval_dataset is not None,
-        shared_by=shared_by,
+        shared_by=[shared_by],
     )
     not_counted = [name for name in (*run.reward_funcs, *run.eval_reward_funcs) if not is_counted(name)]
     return found, not_counted

@@ -20,24 +20,6 @@ logger = logging.getLogger(__name__)
 GIB = 2**30
 
 
-def estimate_run(
-    config: Any,
-    model: str,
-    settings: dict[str, Any],
-    lora: LoraConfig | None,
-    rewards: list[str],
-    judges: list[str],
-    *,
-    evaluates: bool,
-    shared_by: int = 1,
-) -> Estimate:
-    """Calls, operations and memory by phase, of one process; arguments as in `estimates_of_run`."""
-    (found,) = estimates_of_run(
-        config, model, settings, lora, rewards, judges, evaluates=evaluates, shared_by=[shared_by]
-    )
-    return found
-
-
 def estimates_of_run(
     config: Any,
     model: str,
@@ -109,12 +91,12 @@ def warn_of_memory(available: int, config: Any, model: str, *of_run: Any, evalua
         available: Bytes.
         config: That of a trainer.
         model: A Hub id or folder.
-        *of_run: The further arguments of `estimate_run`.
+        *of_run: The further arguments of `estimates_of_run`.
         evaluates: Whether there are held-out prompts.
         shared_by: The processes over which FSDP2 spreads the network.
     """
     try:
-        found = estimate_run(config, model, *of_run, evaluates=evaluates, shared_by=shared_by)
+        (found,) = estimates_of_run(config, model, *of_run, evaluates=evaluates, shared_by=[shared_by])
     except Exception as error:  # an estimate must not stop a run, whatever model it is asked for
         logger.info("No estimate of the memory: %s", error)
         return
