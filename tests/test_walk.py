@@ -163,6 +163,8 @@ def test_a_value_is_refused_or_can_mean_something(tmp_path, trainer, examples):
             return
         assert not (isinstance(value, float) and not math.isfinite(value)), f"{name} takes {value!r}"
         said = str(rules(config_class)[name])
+        if isinstance(value, str) and said.startswith("list[float]") and math.isfinite(float(value)):
+            return  # YAML reads 1e-2 as a string
         for kind, words in {str: ("str", "Literal", "enum", "Strategy"), list: ("list",), dict: ("dict",)}.items():
             if isinstance(value, kind):
                 assert any(word in said for word in (*words, "Any")), f"{name} ({said}) takes {value!r}"

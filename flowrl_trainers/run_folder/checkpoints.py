@@ -34,7 +34,8 @@ def write_manifest(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_dir():
             _sync(path)
-    unfinished.write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
+    # No line ending, without which it would be as good: so that every lost byte shows.
+    unfinished.write_text(json.dumps({"files": files}, indent=2), encoding="utf-8")
     _sync(unfinished)
     _sync(folder)
     unfinished.replace(manifest)
