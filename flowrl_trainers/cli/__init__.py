@@ -5,7 +5,7 @@ import traceback
 from importlib.metadata import version
 from pathlib import Path
 
-from ..trainers.suggestions import did_you_mean
+from ..suggestions import did_you_mean
 
 METHODS = ("adjoint_matching", "vgg_flow", "ac_flow", "diffusion_nft", "tafs_grpo")
 COMMANDS = (

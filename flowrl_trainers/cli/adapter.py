@@ -6,8 +6,8 @@ from typing import Any, get_type_hints
 from peft import LoraConfig
 
 from ..run_folder.settings import FLAGS, KEPT, is_pattern
+from ..suggestions import did_you_mean
 from ..trainers.config_checks import complaint, fits
-from ..trainers.suggestions import did_you_mean
 
 
 def lora_fields(value: Any) -> dict[str, Any]:

@@ -24,8 +24,9 @@ from ..sampling.prompt_sources import is_prompt_file
 from ..sampling.reward_trial import Trial, try_reward
 from ..trainers.input_checks import check_columns, check_dataset
 from .evaluate import CONTEXT, DTYPES, ready_to_draw
+from .named_reward import named_reward
 from .reward_report import report_of
-from .run import EMBEDDED, load_model, load_prompts, named_reward
+from .run import EMBEDDED, load_model, load_prompts
 
 WRITTEN = "check.md, check.json and pictures.png"
 MEGABYTE = 10**6

@@ -24,8 +24,9 @@ from ..trainers.base_trainer import PIPELINE_SETTINGS
 from ..trainers.input_checks import check_columns, check_dataset
 from .arguments import beside
 from .evaluate_arguments import EvaluateArguments
+from .named_reward import named_reward
 from .parser import SettingsParser, config_file
-from .run import load_model, load_prompts, named_reward
+from .run import load_model, load_prompts
 
 SHOWN = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import yaml
 from trl import TrlParser
 
-from ..trainers.suggestions import did_you_mean
+from ..suggestions import did_you_mean
 
 READ_BEFORE = ("config", "accelerate_config", "num_processes", "trainer")
 """Flags that `flowrl` takes off the arguments itself."""

@@ -1,7 +1,5 @@
 """`flowrl METHOD`: one run from the command line."""
 
-import sys
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -10,7 +8,7 @@ from datasets.exceptions import DatasetsError
 from diffusers import DiffusionPipeline
 
 from ..pipelines import families
-from ..rewards.named import RewardLike, refuse_unknown_names
+from ..rewards.named import refuse_unknown_names
 from ..run_folder.card import SHAPES
 from ..run_folder.earlier_run import models_of_a_run, refuse_earlier_run
 from ..sampling.prompt_sources import is_prompt_file, read_prompt_file, refuse_blank_prompts
@@ -18,6 +16,7 @@ from ..shapes import load_pipeline, prompts
 from ..trainers import FlowRLConfig, FlowRLTrainer
 from .adapter import lora_fields, make_lora_config
 from .arguments import TRAINERS, RunArguments, parse
+from .named_reward import named_reward
 
 EMBEDDED = ("shapes", SHAPES)
 
@@ -93,18 +92,6 @@ def _held_out(args: RunArguments) -> Dataset | None:
 def load_model(name: str, dtype: torch.dtype) -> DiffusionPipeline:
     """The pipeline of a Hub id or folder, or the embedded one. Raises `ValueError` if there is no pipeline."""
     return load_pipeline() if name in EMBEDDED else families.load(name, families.Loading(dtype), {})
-
-
-def named_reward(name: str) -> RewardLike:
-    """The function that a dotted name such as `module.function` names; any other name unchanged."""
-    if "." not in name:
-        return name
-    module, function = name.rsplit(".", 1)
-    sys.path.insert(0, "")
-    try:
-        return getattr(import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"The reward {name!r} cannot be imported ({error}): name it as 'module.function'.") from error
 
 
 def load_prompts(name: str, config: str | None, split: str, column: str) -> Dataset:

@@ -20,8 +20,8 @@ from ..run_folder.text_files import write_json, write_text
 from ..sampling.scoring import call_rewards
 from ..trainers.input_checks import check_columns
 from .evaluate import CONTEXT
+from .named_reward import named_reward
 from .picture_files import NamedPicture, find_pictures
-from .run import named_reward
 
 WRITTEN = "table.md, table.json, histogram.png and pictures.png"
 

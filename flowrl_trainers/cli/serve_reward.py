@@ -10,7 +10,7 @@ import torch
 from ..rewards import as_rewards
 from ..rewards.bearer import TOKEN_VARIABLE, checked_token
 from ..rewards.named import refuse_all_but_pictures
-from .run import named_reward
+from .named_reward import named_reward
 
 KEEP_ALIVE = 5  # seconds that a connection may idle
 MAX_CONNECTIONS = 64  # uvicorn answers 503 to further ones, and RemoteReward tries again

@@ -7,7 +7,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend, dispatch_attention_fn
 from torch import nn
 
-from .suggestions import did_you_mean
+from ..suggestions import did_you_mean
 
 BACKENDS = [backend.value for backend in AttentionBackendName]
 HEAD = 64  # channels of a head of the trial, which all kernels take

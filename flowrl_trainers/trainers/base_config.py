@@ -11,10 +11,10 @@ from transformers.integrations import get_available_reporting_integrations
 
 from ..cost import Call, Drawing, Kind, Phase
 from ..pipelines.quantization import Quantization
+from ..suggestions import did_you_mean
 from .attention import check_backend_name
 from .config_checks import Range, check_fields, refuse_unsupported, shown
 from .optimizer_checks import check_optimizer
-from .suggestions import did_you_mean
 
 
 @dataclass
@@ -330,8 +330,8 @@ class FlowRLConfig(TrainingArguments):
             )
         if self.eval_strategy == "no" and self.eval_steps:
             raise ValueError(
-                f"`eval_steps` is {self.eval_steps:g}, but `eval_strategy` is 'no', so that nothing would be evaluated: "
-                "set `eval_strategy` to 'steps', or leave `eval_steps` out."
+                f"`eval_steps` is {self.eval_steps:g}, but `eval_strategy` is 'no', so that nothing would be "
+                "evaluated: set `eval_strategy` to 'steps', or leave `eval_steps` out."
             )
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             raise ValueError(

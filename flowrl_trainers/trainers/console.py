@@ -18,7 +18,6 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.utils import is_in_notebook
-from trl import RichProgressCallback
 
 from ..rewards import CheckerReward
 from ..run_folder import RunFolder
@@ -29,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 Rows = dict[str, dict[str, float]]
 
-OTHERS = (PrinterCallback, ProgressCallback, RichProgressCallback)  # a user's own takes the place of ours
+DEFAULTS = (PrinterCallback, ProgressCallback)  # one of which Trainer adds
 LONGEST_NAME = 60
 BAR = "{n_fmt}/{total_fmt} {bar:5} {desc}"
 
@@ -48,9 +47,14 @@ def take_place_of_default(trainer: Trainer, console: TrainerCallback, given: lis
         given: The user's callbacks.
     """
     handler = trainer.callback_handler
-    handler.remove_callback([callback for callback in handler.callbacks if isinstance(callback, OTHERS)][-1])
-    if not any(isinstance(callback, OTHERS) or callback in OTHERS for callback in given):
-        handler.add_callback(console)
+    handler.remove_callback([callback for callback in handler.callbacks if isinstance(callback, DEFAULTS)][-1])
+    if given:
+        from trl import RichProgressCallback  # takes seconds, and a user who gives one has imported it
+
+        others = (*DEFAULTS, RichProgressCallback)
+        if any(isinstance(callback, others) or callback in others for callback in given):
+            return
+    handler.add_callback(console)
 
 
 class LogFile(TrainerCallback):

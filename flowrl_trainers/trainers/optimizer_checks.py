@@ -5,7 +5,7 @@ from typing import Any
 from transformers.utils import is_bitsandbytes_available
 
 from ..sampling.sharding import asks_for_sharding
-from .suggestions import did_you_mean
+from ..suggestions import did_you_mean
 
 # What `optim_args` may hold for an optimizer, as transformers reads it.
 _ADEMAMIX = ("beta1", "beta2", "beta3", "alpha", "eps", "t_alpha", "t_beta3")

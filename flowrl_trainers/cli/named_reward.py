@@ -1,0 +1,18 @@
+"""`named_reward`: the reward that a command names, one of the library's or a function of the user's."""
+
+import sys
+from importlib import import_module
+
+from ..rewards.named import RewardLike
+
+
+def named_reward(name: str) -> RewardLike:
+    """The function that a dotted name such as `module.function` names; any other name unchanged."""
+    if "." not in name:
+        return name
+    module, function = name.rsplit(".", 1)
+    sys.path.insert(0, "")
+    try:
+        return getattr(import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"The reward {name!r} cannot be imported ({error}): name it as 'module.function'.") from error
