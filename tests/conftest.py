@@ -7,6 +7,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ.get("FLOWRL_TEST_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import json
+from importlib import import_module
 from itertools import pairwise
 
 import pytest
@@ -37,6 +38,18 @@ def pytest_collection_modifyitems(items):
 def _threads():
     # Two threads of two jobs on two cores wait for each other: ten times slower.
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture
+def default_value_network():
+    """Asked for by tests of the value network's own size."""
+
+
+@pytest.fixture(autouse=True)
+def _small_value_network(request, monkeypatch):
+    """VGG-Flow's default one is 20 MB large, five times the tiny pipelines: its tests would take thrice as long."""
+    if "default_value_network" not in request.fixturenames:
+        monkeypatch.setattr(import_module("flowrl_trainers.networks.value_network"), "WIDTHS", (32, 32))
 
 
 @pytest.fixture(scope="session")

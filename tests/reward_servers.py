@@ -30,10 +30,7 @@ ROOT = Path(__file__).parent.parent
 
 
 # What the server's own process imports. The first prompt says what is wanted.
-SERVED = '''
-import os, signal
-from pathlib import Path
-
+SERVED = """
 def redness(images, prompts, **columns):
     red, green, blue = images.unbind(dim=1)
     return (red - (green + blue) / 2).mean(dim=(1, 2))
@@ -61,18 +58,7 @@ def by_prompt(images, prompts, trainer_state, log_metric, log_extra, **columns):
         case "later":
             return later()
     return redness(images, prompts)
-
-calls = 0
-
-def dies_once(images, prompts, **columns):
-    """Redness; the third call of the first process never returns."""
-    global calls
-    calls += 1
-    if calls == 3 and not Path("died").exists():
-        Path("died").touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return redness(images, prompts)
-'''
+"""
 
 
 # Ends with its standard input, that is with the tests, however those end.
@@ -119,11 +105,11 @@ def stop(process: subprocess.Popen) -> None:
 
 
 @contextmanager
-def serving(reward, limits: Limits = Limits()):  # noqa: B008
-    """The address of a reward on a uvicorn of this process."""
+def serving(reward, limits: Limits = Limits(), port: int = 0):  # noqa: B008
+    """The address of a reward on a uvicorn of this process; port 0 is any free one."""
     app = reward_app(reward, limits, torch.device("cpu"))
     uvicorn_server = uvicorn.Server(
-        uvicorn.Config(app, port=0, log_level="error", http=TimedConnection, ws="none", timeout_keep_alive=60)
+        uvicorn.Config(app, port=port, log_level="error", http=TimedConnection, ws="none", timeout_keep_alive=60)
     )
     thread = threading.Thread(target=uvicorn_server.run, daemon=True)
     thread.start()

@@ -1,6 +1,5 @@
 """The calls that a method's configuration states are those that real updates make."""
 
-import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -171,9 +170,6 @@ def test_calls_made_are_the_calls_stated(tmp_path, monkeypatch, option):
     """Over two rollouts with all updates on them, the probe before, and what the first rollout alone needs."""
     name, settings, together = OPTIONS[option]
     monkeypatch.setattr(scoring, "MEGAPIXEL", (together or 1000) * 32**2)
-    monkeypatch.setattr(
-        sys.modules["flowrl_trainers.networks.value_network"], "WIDTHS", (32, 32)
-    )  # the calls are the same, and take a tenth of the time
     observer = Observer()
     updates = settings.get("steps_per_generation", 2) // 2 * settings.get("num_iterations", 1)
     t = make_trainer(name, tmp_path, reward=observer.reward, **(ROLLOUT | settings), max_steps=ROLLOUTS * updates)

@@ -9,7 +9,9 @@ import signal
 import socket
 import threading
 import time
+from contextlib import suppress
 from itertools import count
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from flowrl_trainers.rewards import FunctionReward, RemoteReward
 
 from . import forked
 from .helpers import make_trainer, redness
-from .reward_servers import fake, noise, scores_of, serving, start, stop, wait_for
+from .reward_servers import fake, noise, scores_of, serving
 from .runs import free_port
 
 TOKEN = "a-token.of+24/characters"
@@ -109,60 +111,69 @@ def rewards_of(folder: Path, address: str | list[str], batch_size: int = 16) -> 
     return [(row["step"], row["reward/remote"]) for row in t.state.log_history if "reward/remote" in row]
 
 
+def serve_redness(port: int, fatal_call: int | None) -> None:
+    """A server of redness that SIGKILL ends in one of its calls, or None of them."""
+    calls = count(1)
+
+    def judge(images, prompts, **columns):
+        if next(calls) == fatal_call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return redness(images, prompts)
+
+    with serving(FunctionReward(judge), port=port):
+        time.sleep(600)
+
+
+def start_serving(port: int, fatal_call: int | None) -> BaseProcess:
+    process = forked.FORKS.Process(target=serve_redness, args=(port, fatal_call), daemon=True)
+    process.start()
+    return process
+
+
+def wait_until_served(process: BaseProcess, port: int) -> str:
+    """The address, once somebody listens there."""
+    while process.is_alive():
+        with suppress(OSError):
+            socket.create_connection(("127.0.0.1", port)).close()
+            return f"http://127.0.0.1:{port}"
+        time.sleep(0.05)
+    raise AssertionError("the server ended by itself")
+
+
 def test_a_server_killed_under_a_request_and_restarted_costs_no_step(tmp_path):
     """The probe is its first call, the first update its second; SIGKILL comes in the third. Compared with a run that
     nobody disturbed.
     """
-    port, processes = free_port(), []
-    processes.append(start(tmp_path, "served.dies_once", port))
+    port = free_port()
+    processes = [start_serving(port, 3)]
 
     def restart() -> None:
-        processes[0].wait()
-        processes.append(start(tmp_path, "served.dies_once", port))
+        processes[0].join()
+        processes.append(start_serving(port, None))
 
     supervisor = threading.Thread(target=restart, daemon=True)
     try:
-        wait_for(processes[0], f"http://127.0.0.1:{port}")
+        address = wait_until_served(processes[0], port)
         supervisor.start()
-        disturbed = rewards_of(tmp_path / "disturbed", f"http://127.0.0.1:{port}")
-        assert processes[0].returncode == -signal.SIGKILL
-        assert processes[1].poll() is None
-        undisturbed = rewards_of(tmp_path / "undisturbed", f"http://127.0.0.1:{port}")
+        disturbed = rewards_of(tmp_path / "disturbed", address)
+        assert processes[0].exitcode == -signal.SIGKILL
+        assert processes[1].is_alive()
+        undisturbed = rewards_of(tmp_path / "undisturbed", address)
     finally:
-        for process in processes:
-            stop(process)
+        processes[0].kill()
         supervisor.join()
-        for process in processes[1:]:  # one that was started after the first was stopped
-            stop(process)
+        processes[-1].kill()
     assert [step for step, _ in undisturbed] == [1, 2, 3, 4]
     assert disturbed == undisturbed
 
 
-def serve_and_die(folder: Path) -> None:
-    """A server of redness that SIGKILL ends in its third call; its address is written to a file."""
-    calls = count(1)
-
-    def judge(images, prompts, **columns):
-        if next(calls) == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return redness(images, prompts)
-
-    with serving(FunctionReward(judge)) as address:
-        (folder / "part").write_text(address)
-        (folder / "part").rename(folder / "address")
-        time.sleep(600)
-
-
 def test_one_of_two_servers_is_killed_and_costs_no_step(tmp_path):
     """Each has two of four pictures at a time; nobody starts the first again."""
-    killed = forked.FORKS.Process(target=serve_and_die, args=(tmp_path,), daemon=True)
-    killed.start()
+    port = free_port()
+    killed = start_serving(port, 3)
     try:
         with serving(FunctionReward(redness)) as other:
-            while not (tmp_path / "address").exists():
-                assert killed.is_alive()
-                time.sleep(0.05)
-            address = (tmp_path / "address").read_text()
+            address = wait_until_served(killed, port)
             disturbed = rewards_of(tmp_path / "disturbed", [address, other], batch_size=2)
             killed.join(10)
             assert killed.exitcode == -signal.SIGKILL

@@ -18,7 +18,7 @@ def drawn(asked: list[str], seed: int = 0) -> torch.Tensor:
 def asked() -> list[str]:
     rng = np.random.default_rng(1)
     captions = all_prompts()
-    return [captions[rng.integers(25) if i % 3 == 0 else rng.integers(25, len(captions))] for i in range(2000)]
+    return [captions[rng.integers(25) if i % 3 == 0 else rng.integers(25, len(captions))] for i in range(1200)]
 
 
 def test_checker_is_right_on_drawn_pictures(asked):
@@ -26,10 +26,11 @@ def test_checker_is_right_on_drawn_pictures(asked):
 
 
 def test_checker_accepts_no_other_prompt(asked):
-    """Each picture is shown with three other prompts: a random one, one with another colour, one with another
+    """Every third picture is shown with three other prompts: a random one, one with another colour, one with another
     shape.
     """
     rng = np.random.default_rng(2)
+    asked = asked[::2]
     pictures, captions = drawn(asked), all_prompts()
     wrong, images = [], []
     for picture, prompt in zip(pictures, asked, strict=True):
@@ -43,7 +44,7 @@ def test_checker_accepts_no_other_prompt(asked):
             if sorted(parse(other)) != sorted(parse(prompt)):
                 wrong.append(other)
                 images.append(picture)
-    assert len(wrong) > 5900
+    assert len(wrong) > 1750
     assert np.mean(check(torch.stack(images), wrong)) <= 0.001
 
 

@@ -1,5 +1,5 @@
-"""Two processes make the same groups, rollouts and update as one. For every trainer; those of the first are started
-by `accelerate launch` itself.
+"""Two processes make the same groups, rollouts and update as one. For every trainer; among the slow tests also where
+`accelerate launch` starts them itself, as `tests/test_cli.py` and `tests/test_signals.py` have it among the others.
 """
 
 import pytest
@@ -20,19 +20,23 @@ CONFIG = {
 COMPARED = ["ACFlowTrainer", "DiffusionNFTTrainer", "TAFSGRPOTrainer"]
 
 
-@pytest.mark.parametrize(("trainer", "form"), FORMS, ids=FORM_NAMES)
-def test_two_processes_equal_one(tmp_path, trainer, form):
+@pytest.mark.parametrize(
+    ("trainer", "form", "launched"),
+    [
+        *((*form, False) for form in FORMS),
+        pytest.param("AdjointMatchingTrainer", {}, True, marks=pytest.mark.slow),
+    ],
+    ids=[*FORM_NAMES, "launched"],
+)
+def test_two_processes_equal_one(tmp_path, trainer, form, launched):
     # Dropout draws from a generator of the process, so it is off here.
     compared = {"groupwise": True, "num_generations": 4} if trainer in COMPARED else {}
     same = CONFIG | form | compared | {"lora_dropout": 0.0}
     one = run(tmp_path / "one", trainer, same | {"gradient_accumulation_steps": 4})
     assert one.returncode == 0, one.stderr
     changed = same | {"gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
-    if trainer == "AdjointMatchingTrainer":
-        two = [launch(tmp_path / "two", trainer, changed, 2)]
-    else:
-        two = fork_two(tmp_path / "two", trainer, changed)
-    for process in two:
+    two = tmp_path / "two"
+    for process in [launch(two, trainer, changed, 2)] if launched else fork_two(two, trainer, changed):
         assert process.returncode == 0, process.stderr
     results = [torch.load(tmp_path / name / "result.pt") for name in ("one", "two")]
     assert [r["world_size"] for r in results] == [1, 2]

@@ -297,7 +297,7 @@ def test_a_value_network_of_ones_own(tmp_path, tiny_pipeline):
 
 
 @pytest.mark.parametrize(("shape", "levels"), [((4, 4, 4), 1), ((8, 8, 8), 2), ((16, 12, 20), 2), ((16, 128, 128), 4)])
-def test_the_network_follows_the_latent_and_starts_from_almost_zero(shape, levels):
+def test_the_network_follows_the_latent_and_starts_from_almost_zero(shape, levels, default_value_network):
     network = value_network(torch.Size(shape), 12)
     assert len(network.unet.down_blocks) == levels
     if shape[1] <= 20:
