@@ -64,8 +64,8 @@ table: install
 bench: install
 	$(BIN)/python benchmarks/overhead.py --out docs/tables/overhead.md --json benchmarks/results/overhead.json
 
-# All methods compared, about eleven hours of two cores; stopped, it goes on where it was. `STUDY='--only AC-Flow --seeds 0'`
-# runs a part; `--plan` says what is missing.
+# All methods compared, in about a day of one core; stopped, it goes on where it was. `STUDY='--only AC-Flow --seeds 0'`
+# runs a part, `--jobs 2` two runs at a time; `--plan` says what is missing.
 study: install
 	$(BIN)/python benchmarks/study.py $(STUDY)
 

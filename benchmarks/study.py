@@ -1,7 +1,7 @@
 """The study: all methods on the embedded model, at equal time, reward calls and updates; then the page is written.
 
     python benchmarks/study.py --plan              # what it would run, and for how long
-    python benchmarks/study.py                     # all that is missing in the results file
+    python benchmarks/study.py --jobs 2            # all that is missing in the results file, a core for each run
     python benchmarks/study.py --only AC-Flow RAM --stages grid main --seeds 0
     python benchmarks/study.py --quick --results quick.json --page quick.md
 
@@ -11,14 +11,16 @@ is run again. The methods, and how long each run is, stand in `study_plan.py`.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from study_measures import Record, best_factor
-from study_plan import GRID, Run, plan
+from study_plan import GRID, STAGES, Run, plan
 from study_report import write_page
 from tqdm import tqdm
 
@@ -26,6 +28,7 @@ from flowrl_trainers.run_folder.text_files import write_json
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "study.json", ROOT / "docs" / "study.md"
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # so that seconds of the processor are comparable
 Measure = Callable[[Run, float], Record]
 
 
@@ -57,7 +60,7 @@ def is_done(run: Run, records: dict[str, Record], runs: list[Run]) -> bool:
     return record["settings"] == json.loads(json.dumps(run.settings(factor)))
 
 
-def study(asked: list[Run], runs: list[Run], results: Path, measure: Measure) -> dict[str, Record]:
+def study(asked: list[Run], runs: list[Run], results: Path, measure: Measure, jobs: int = 1) -> dict[str, Record]:
     """Run what is missing, write the results file after each, and return all records.
 
     Args:
@@ -65,18 +68,33 @@ def study(asked: list[Run], runs: list[Run], results: Path, measure: Measure) ->
         runs: The whole plan.
         results: The results file.
         measure: Makes the record of a run with a factor on its learning rate.
+        jobs: The runs at the same time.
     """
     results.parent.mkdir(parents=True, exist_ok=True)
-    records = read(results)
-    bar = tqdm(asked)
-    for run in bar:
-        bar.set_description(run.name)
-        factor = factor_of(run, records, runs)
-        if factor is None:
-            tqdm.write(f"{run.name} waits for the grid of its method.")
-        elif not is_done(run, records, runs):
-            records[run.name] = measure(run, factor)
-            write_json(results, {"runs": records})
+    records, waiting = read(results), list(asked)
+    running: dict[Future[Record], Run] = {}
+    bar, pool = tqdm(total=len(asked)), ThreadPoolExecutor(jobs)
+    try:
+        while True:
+            for run, factor in [(r, f) for r in waiting if (f := factor_of(r, records, runs)) is not None]:
+                waiting.remove(run)
+                if is_done(run, records, runs):
+                    bar.update()
+                else:
+                    running[pool.submit(measure, run, factor)] = run
+            if not running:
+                break
+            for ended in wait(running, return_when=FIRST_COMPLETED).done:
+                run = running.pop(ended)
+                records[run.name] = ended.result()
+                write_json(results, {"runs": records})
+                bar.set_description(run.name)
+                bar.update()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        bar.close()
+    for run in waiting:
+        print(f"{run.name} waits for the grid of its method.")
     return records
 
 
@@ -92,7 +110,7 @@ def measured_apart(folder: Path, quick: bool) -> Measure:
         place = folder / run.name
         script = [sys.executable, str(Path(__file__).with_name("study_run.py")), run.name, str(factor), str(place)]
         done = subprocess.run(
-            script + ["--quick"] * quick, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            script + ["--quick"] * quick, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ONE_THREAD
         )
         if done.returncode:
             error = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
@@ -104,7 +122,7 @@ def measured_apart(folder: Path, quick: bool) -> Measure:
 
 
 def plan_table(asked: list[Run], runs: list[Run], records: dict[str, Record]) -> str:
-    """How many runs of each stage there are, how many are done, and for how long the others will take on two cores.
+    """How many runs of each stage there are, how many are done, and how long the others will take one core.
 
     Arguments as in `study`, with what has been run.
     """
@@ -113,7 +131,9 @@ def plan_table(asked: list[Run], runs: list[Run], records: dict[str, Record]) ->
     for stage, of_stage in (parts | {"together": asked}).items():
         left = [run for run in of_stage if not is_done(run, records, runs)]
         minutes = sum(run.estimated_seconds for run in left) / 60
-        lines.append(f"{stage}: {len(of_stage)} runs, {len(of_stage) - len(left)} done, about {minutes:.0f} min left")
+        lines.append(
+            f"{stage}: {len(of_stage)} runs, {len(of_stage) - len(left)} done, about {minutes:.0f} core-minutes left"
+        )
     return "\n".join(lines)
 
 
@@ -123,8 +143,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--plan", action="store_true", help="Say what would run, and stop.")
     found.add_argument("--quick", action="store_true", help="Minutes: one seed of one method of each trainer.")
     found.add_argument("--only", nargs="+", help="The methods, by their names in the table. Default: all.")
-    found.add_argument("--stages", nargs="+", help="Of grid, main, long, ablation. Default: all.")
+    found.add_argument("--stages", nargs="+", help=f"Of {', '.join(STAGES)}. Default: all.")
     found.add_argument("--seeds", type=int, nargs="+", help="Of the runs behind the grid. Default: all.")
+    found.add_argument("--jobs", type=int, default=1, help="The runs at the same time, a core for each.")
     found.add_argument("--folder", type=Path, default=Path("study"), help="The folder of the runs.")
     found.add_argument("--results", type=Path, default=RESULTS, help="The results file.")
     found.add_argument("--page", type=Path, default=PAGE, help="The page, with its pictures in `images/` beside it.")
@@ -152,7 +173,7 @@ def main() -> None:
     print(plan_table(asked, runs, read(args.results)), flush=True)
     if args.plan:
         return
-    study(asked, runs, args.results, measured_apart(args.folder, args.quick))
+    study(asked, runs, args.results, measured_apart(args.folder, args.quick), args.jobs)
     write_page(args.results, args.page, quick=args.quick)
 
 

@@ -19,13 +19,17 @@ BOTH, BLACK_BOX, DIFFERENTIABLE = ("differentiable", "black box"), ("black box",
 SEEDS = (0, 1, 2)
 GRID_SEED = 100  # not among the seeds: what is chosen on it is not chosen on them
 GRID = (0.5, 1.0, 2.0)  # times the learning rate of the demo: every method's tuning budget
+STAGES = ("grid", "main", "calls", "critic", "long", "ablation")
+CALLS = 8000  # scored pictures of a run of the stage "calls"
+CALLS_IMAGES = 128  # of an update
 LONG_UPDATES = 400
 LONG_IMAGES = 64  # of an update: half of the demos', so that 400 updates fit
 MOST_UPDATES = 1000  # of a run that ends by its time
 
-SET_UP = 20.0  # seconds of a run before its first update, imports included
-SECONDS_PER_PICTURE = 0.04  # of an evaluation in 20 steps: 39 s for the 1024 pictures of a demo, see docs/index.md
-SECONDS_PER_LONG_UPDATE = 1.4  # half of AC-Flow's 134 s for 50 updates of 128 pictures, see docs/tables/ac_flow.md
+# Seconds of one core, by which runs are planned.
+SET_UP = 20.0  # of a run before its first update, imports included
+SECONDS_PER_PICTURE = 0.06  # of an evaluation in 20 steps
+SECONDS_PER_IMAGE = 0.05  # of an update of the stages that end by their updates
 # Beside 8 passes of the rollout, 4 of the base and 4 to weights, which count three times, a critic of the network's
 # size takes 8 and, in four updates on four levels, 16 to weights.
 BACKBONE_CALLS = (24 + 8 + 3 * 16) / 24
@@ -128,6 +132,25 @@ ABLATIONS: dict[str, Method] = {
     }.items()
 }
 
+# At equal scored pictures, at the demo's learning rate. The critic that scores clean estimates would spend five times
+# as many, so AC-Flow stands here with its default one.
+SCORED: dict[str, Method] = {
+    "AC-Flow, linear": Method("ac_flow"),
+    "RAM": METHODS["RAM"],
+    "AWM": METHODS["AWM"],
+    "DiffusionNFT": METHODS["DiffusionNFT"],
+    "Flow-GRPO": METHODS["Flow-GRPO"],
+}
+# Where E[u|z] is not the old policy's velocity, which is what a critic is for; judged as it is drawn.
+SHIFTED = {"guidance 2": {"guidance_scale": 2.0}, "4 steps": FEW}
+CRITICS: dict[str, Method] = {
+    f"RAM, {how}, {label}": Method(
+        "ac_flow", RAM | changes | critic, BLACK_BOX, changes.get("num_inference_steps", 20)
+    )
+    for how, changes in SHIFTED.items()
+    for label, critic in (("no critic", {}), ("critic", CRITIC))
+}
+
 
 @dataclass(frozen=True)
 class Length:
@@ -155,9 +178,10 @@ class Length:
         return (self.evaluations + 1) * self.prompts * self.pictures
 
 
-GRID_LENGTH = Length(seconds=45, updates=MOST_UPDATES, evaluations=1, prompts=64, pictures=4)
-LENGTH = Length(seconds=80, updates=MOST_UPDATES, evaluations=3, prompts=64, pictures=4)
+GRID_LENGTH = Length(seconds=60, updates=MOST_UPDATES, evaluations=1, prompts=64, pictures=4)
+LENGTH = Length(seconds=120, updates=MOST_UPDATES, evaluations=3, prompts=64, pictures=4)
 LONG_LENGTH = Length(None, updates=LONG_UPDATES, evaluations=10, prompts=64, pictures=4, images=LONG_IMAGES)
+CALLS_LENGTH = Length(None, updates=CALLS // CALLS_IMAGES, evaluations=2, prompts=64, pictures=4, images=CALLS_IMAGES)
 QUICK_LENGTH = Length(seconds=20, updates=MOST_UPDATES, evaluations=2, prompts=16, pictures=2, images=32)
 QUICK = ("adjoint matching, K = 3", "VGG-Flow", "AC-Flow", "DiffusionNFT", "TAFS-GRPO, mixed")
 
@@ -167,7 +191,7 @@ class Run:
     """One run of the study.
 
     Attributes:
-        stage: "grid", "main", "long" or "ablation".
+        stage: One of `STAGES`; "quick" in the quick study.
         setting: A key of `REWARDS`.
         label: Of the method.
         seed: Of the run.
@@ -192,9 +216,9 @@ class Run:
 
     @property
     def estimated_seconds(self) -> float:
-        """What it will take on two cores."""
+        """What it will take one core."""
         calls = BACKBONE_CALLS if self.method.changes.get("critic") == "backbone" else 1.0
-        long = self.length.updates * SECONDS_PER_LONG_UPDATE * calls
+        long = self.length.updates * (self.length.images or 0) * SECONDS_PER_IMAGE * calls
         training = long if self.length.seconds is None else self.length.seconds
         return SET_UP + training + SECONDS_PER_PICTURE * self.length.pictures_drawn
 
@@ -237,6 +261,12 @@ def plan(quick: bool = False) -> list[Run]:
         for setting in method.settings:
             runs += [Run("grid", setting, label, GRID_SEED, GRID_LENGTH, method, factor) for factor in GRID]
             runs += [Run("main", setting, label, seed, LENGTH, method) for seed in SEEDS]
+    for stage, methods in (("calls", SCORED), ("critic", CRITICS)):
+        runs += [
+            Run(stage, "black box", label, seed, CALLS_LENGTH, method, 1.0)
+            for seed in SEEDS
+            for label, method in methods.items()
+        ]
     for seed in SEEDS:
         runs += [Run("long", "black box", label, seed, LONG_LENGTH, method, 1.0) for label, method in LONG.items()]
     runs += [Run("ablation", "black box", label, SEEDS[0], LONG_LENGTH, m, 1.0) for label, m in ABLATIONS.items()]

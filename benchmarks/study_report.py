@@ -8,7 +8,7 @@ import base64
 import io
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import matplotlib
@@ -19,6 +19,8 @@ from PIL import Image
 from study_measures import AXES, KEPT_DIVERSITY, LOST_POINTS, Record, at, equal_budget, matched_diversity, measured
 from study_plan import (
     ABLATIONS,
+    CALLS,
+    CRITICS,
     GRID,
     GRID_LENGTH,
     GRID_SEED,
@@ -29,7 +31,9 @@ from study_plan import (
     METHODS,
     QUICK_LENGTH,
     REWARDS,
+    SCORED,
     SEEDS,
+    Method,
     plan,
 )
 from variants import spread
@@ -47,6 +51,12 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "kept_diversity": ("diversity, share of base", ".2f"),
     "velocity_distance": ("velocity distance", ".3f"),
     "over_optimisation": ("over-optimisation, points", "+.1f"),
+}
+OF_END: dict[str, tuple[str, str]] = {
+    "rise": ("rise, points", "+.1f"),
+    "norm_ratio": ("length of the velocity beside the base's, longest quarter", ".3f"),
+    "reward_calls": ("scored pictures", ".0f"),
+    "seconds": ("seconds of one core", ".0f"),
 }
 OF_RUN: dict[str, tuple[str, str]] = {
     "feature_distance": ("feature distance", ".3f"),
@@ -71,11 +81,10 @@ papers](papers.md) stay as they are.
 - **Seeds** {seeds}. Every table has the mean over them, and the range in brackets. Rows are drawn by the ODE in
   20 steps, on {pictures} pictures of {prompts} held-out prompts, the base model's with the same seeds.
 - **The same tuning budget for every method**: its demo's learning rate times {grid}, on seed {grid_seed}, which
-  is not among the three, {grid_seconds:.0f} seconds each. The highest checker accuracy at the end wins. All else is
-  the demo's, or the recipe of the method's page; AC-Flow has the critic that scores clean estimates.
-- **Equal budgets.** Runs train for {seconds:.0f} seconds by the clock of a machine with nothing else to do,
-  evaluations not counted. At equal time, reward calls
-  (scored pictures) or updates means: at the most that every run of the table has spent, on straight lines
+  is not among the three, {grid_seconds:.0f} seconds of one core each. The highest checker accuracy at the end wins.
+  All else is the demo's, or the recipe of the method's page; AC-Flow has the critic that scores clean estimates.
+- **Equal budgets.** Runs train for {seconds:.0f} seconds of one core, evaluations not counted. At equal time, reward
+  calls (scored pictures) or updates means: at the most that every run of the table has spent, on straight lines
   between evaluations.
 - **Diversity** is the mean distance between right pictures of a prompt; **velocity distance** is relative to
   the base velocity; **feature distance** is between tuned and base picture of the same prompt and seed, in the
@@ -96,6 +105,14 @@ numbers, the guidance regime stated.
 
 --8<-- "docs/tables/published.md"
 """
+
+
+SCORED_TEXT = """The five methods for rewards without a gradient, at the learning rate of the demos, not tuned on
+a grid. 128 pictures an update; Flow-GRPO, too, is judged by the ODE in 20 steps."""
+CRITICS_TEXT = """A critic frees the fixed target of bias wherever the velocity of the old policy is not the mean of
+its own pictures' ([why](ac_flow.md)): where rollouts are guided and the loss is not, and in few steps. RAM with and
+without the critic that scores clean estimates, updates as above; pictures are judged with the guidance and the steps
+of the rollouts. The critic spends four more reward calls for each picture."""
 
 
 def page(records: dict[str, Record], quick: bool = False) -> str:
@@ -138,6 +155,8 @@ def page(records: dict[str, Record], quick: bool = False) -> str:
                 "",
             ]
             lines += _equal(of_setting, setting, "seconds", 4)
+    lines += _scored(done, "calls", SCORED, f"Black box: after {CALLS} scored pictures", SCORED_TEXT)
+    lines += _scored(done, "critic", CRITICS, "What a critic buys", CRITICS_TEXT)
     lines += _long([r for r in done if r["stage"] in ("long", "ablation")])
     if not quick:
         lines.append(PUBLISHED)
@@ -164,14 +183,14 @@ def _equal(records: list[Record], setting: str, axis: str, steps: int) -> list[s
     lines = [f"| {title} | runs | " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) + 1)]
     for label, of_base in _bases(shown, steps).items():
         rows = [measured(r, None, steps) for r in of_base]
-        lines.append(_row(label, rows, len(of_run)) if rows else _empty(label, names))
+        lines.append(_row(label, rows, of_run) if rows else _empty(label, names))
     for label in labels:
         found = [r for r in shown if r["label"] == label]
         if not found or budget is None:
             lines.append(_empty(label, names))
             continue
         values = [at(r, axis, budget, steps) | {name: r[name] for name in of_run} for r in found]
-        lines.append(_row(label, values, len(of_run)))
+        lines.append(_row(label, values, of_run))
     return [*lines, ""]
 
 
@@ -183,10 +202,9 @@ def _bases(records: list[Record], steps: int) -> dict[str, list[Record]]:
     return {"base": [r for r in records if r not in renoising], "base, by the sampler of TAFS-GRPO": renoising}
 
 
-def _row(label: str, values: list[dict[str, float]], of_run: int) -> str:
-    columns = COLUMNS | (OF_RUN if of_run else {})
+def _row(label: str, values: list[dict[str, float]], more: Mapping[str, tuple[str, str]]) -> str:
     cells = []
-    for name, (_, form) in columns.items():
+    for name, (_, form) in (COLUMNS | more).items():
         present = [v[name] for v in values if name in v]
         cells.append(spread(present, form) if present else "")
     return f"| {label} | {len(values)} | " + " | ".join(cells) + " |"
@@ -221,6 +239,37 @@ def _images(records: list[Record], setting: str) -> list[str]:
         "grid": f"The same prompts and seeds: {'; '.join(records[0]['prompts'])}",
     }  # fmt: skip
     return [part for kind, text in texts.items() for part in (f"![{text}](images/study_{name}_{kind}.png)", "")]
+
+
+def _scored(records: list[Record], stage: str, methods: Mapping[str, Method], title: str, text: str) -> list[str]:
+    """The methods of a stage at the end of their runs, under a row for each base that they start from."""
+    names = [title for title, _ in (COLUMNS | OF_END).values()]
+    lines = [f"## {title}", "", *text.splitlines(), ""]
+    lines += [f"| {stage} | runs | " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) + 1)]
+    base: list[dict[str, float]] = []
+    for label, method in methods.items():
+        found = [r for r in records if (r["stage"], r["label"]) == (stage, label)]
+        if not found:
+            lines.append(_empty(label, names))
+            continue
+        before, base = base, [measured(r, None, method.steps) for r in found]
+        if base != before:
+            lines.append(_row("base", base, OF_END))
+        lines.append(_row(label, [_at_end(r, method.steps) for r in found], OF_END))
+    return [*lines, ""]
+
+
+def _at_end(record: Record, steps: int) -> dict[str, float]:
+    """The values of a run's last evaluation, with those of `OF_END`."""
+    last = record["points"][-1]
+    found = measured(record, last, steps)
+    ratios = [value for name, value in last["rows"]["tuned"].items() if name.startswith("velocity_norm_ratio_")]
+    return found | {
+        "rise": found["checker_accuracy"] - measured(record, None, steps)["checker_accuracy"],
+        "norm_ratio": max(ratios),
+        "reward_calls": last["reward_calls"],
+        "seconds": last["seconds"],
+    }
 
 
 def _long(records: list[Record]) -> list[str]:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -41,6 +41,8 @@ COMPARED = 32  # prompts on which the distance of features is measured
 class Recorder(TrainerCallback):
     """Says when a run is evaluated and when it ends, and keeps what it found as points.
 
+    Seconds are of the processor: those of the clock would be longer beside another run.
+
     Args:
         trainer: The trainer.
         length: Of the run.
@@ -58,11 +60,11 @@ class Recorder(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """An update begins with its rollout."""
-        self.began = perf_counter()
+        self.began = process_time()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ask for an evaluation where one is due."""
-        self.each.append(perf_counter() - self.began)
+        self.each.append(process_time() - self.began)
         self.seconds += self.each[-1]
         spent = state.global_step / self.length.updates
         if self.length.seconds is not None:
@@ -147,8 +149,7 @@ def measure(run: Run, factor: float, folder: Path) -> Record:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "wall_seconds": perf_counter() - began,
         "seconds_per_update": statistics.median(recorder.each),
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        / (2**20 if sys.platform == "darwin" else 2**10),
+        "peak_mib": peak_mebibytes(),
         "points": recorder.points,
         "explained_variance": recorder.explained,
         "feature_distance": float(moved.mean()),
