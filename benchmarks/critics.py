@@ -4,9 +4,9 @@
 
 What could be explained: of each noised picture several continuations are drawn; the share of the within-prompt
 variance of their rewards that lies between states is the most that a critic can explain. What critics explain: each
-learns for as many seconds from pictures of the training prompts, noised afresh, as AC-Flow's does, and is judged on
-pictures of held-out prompts. 'reward of the estimate' learns one number per level: it is the reward of the clean
-estimate of one step, less the mean of its prompt, times what fits best.
+learns for as many seconds from pictures of the training prompts, noised afresh at any level, as AC-Flow's does, and is
+judged on pictures of held-out prompts at the same levels. 'reward of the estimate' learns one number for each quarter
+of the levels: it is the reward of the clean estimate of one step, less the mean of its prompt, times what fits best.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from flowrl_trainers.sampling.scoring import call_rewards, decoded
 from flowrl_trainers.shapes import load_pipeline, prompts
 
 LEVELS = (0.9, 0.75, 0.6, 0.45, 0.3)
-BINS = torch.linspace(0, 1, 5)  # of the levels that critics learn from, as AC-Flow's four
+BINS = torch.linspace(0, 1, 5)  # in each of which one number is fitted to estimates, as by AC-Flow
 STEPS, PER_PROMPT, BATCH, CONTINUATIONS = 8, 8, 64, 6
 Value = Callable[[Tensor, Tensor, list[int]], Tensor]
 """Maps states (B, ...), levels (B,) and the pictures' numbers to values (B,)."""
@@ -102,13 +102,12 @@ class World:
 
 
 def judged(value: Value, held_out: World) -> list[float]:
-    """The explained variance on held-out prompts in each bin of levels, from the cleanest."""
+    """The explained variance on held-out prompts at each of `LEVELS`."""
     found = []
-    for low, high in pairwise(BINS.tolist()):
+    for level in LEVELS:
         values, returns = [], []
         for part in torch.arange(len(held_out.texts)).split(256):
-            rows = part.tolist()
-            sigma = low + (high - low) * torch.rand(len(rows), generator=held_out.generator)
+            rows, sigma = part.tolist(), torch.full((len(part),), level)
             with torch.no_grad():
                 values.append(value(held_out.noised(rows, sigma), sigma, rows))
             returns.append(held_out.returns[rows])
@@ -176,20 +175,18 @@ def main() -> None:
     held_out = World(flow, judge, options.reward, torch.Generator().manual_seed(1))
     print(f"{len(train.texts)} and {len(held_out.texts)} pictures in {time.process_time() - start:.0f} s", flush=True)
 
-    lines = ["| sigma | " + " | ".join(f"{level:g}" for level in LEVELS) + " |", "|---|" + "---:|" * len(LEVELS)]
-    if options.explainable:
-        start = time.process_time()
-        shares = [held_out.explainable(level, options.explainable) for level in LEVELS]
-        lines.append("| could be explained | " + " | ".join(f"{share:.2f}" for share in shares) + " |")
-        print(*lines, f"in {time.process_time() - start:.0f} s", sep="\n", flush=True)
-    names = [f"sigma {low:g} to {high:g}" for low, high in pairwise(BINS.tolist())]
-    head = ["critic", "seconds", "updates", *names]
-    lines += ["", f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+    head = ["critic", "seconds", "updates", *(f"sigma {level:g}" for level in LEVELS)]
+    lines = [f"| {' | '.join(head)} |", "|---|" + "---:|" * (len(head) - 1)]
+
+    def write(name: str, seconds: str, updates: str, shares: list[float]) -> None:
+        lines.append(f"| {name} | {seconds} | {updates} | " + " | ".join(f"{share:.2f}" for share in shares) + " |")
+        print(lines[-1], flush=True)
 
     def report(name: str, seconds: float, updates: int, value: Value) -> None:
-        row = " | ".join(f"{share:.2f}" for share in judged(value, held_out))
-        lines.append(f"| {name} | {seconds:.0f} | {updates} | {row} |")
-        print(lines[-1], flush=True)
+        write(name, f"{seconds:.0f}", str(updates), judged(value, held_out))
+
+    if options.explainable:
+        write("*what could be explained*", "", "", [held_out.explainable(s, options.explainable) for s in LEVELS])
 
     start = time.process_time()
     fit = slopes(train)

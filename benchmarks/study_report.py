@@ -52,6 +52,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "velocity_distance": ("velocity distance", ".3f"),
     "over_optimisation": ("over-optimisation, points", "+.1f"),
 }
+HEADS = {"calls": "at the end, reward: the checker", "critic": "rollouts, and whether there is a critic"}
 OF_END: dict[str, tuple[str, str]] = {
     "rise": ("rise, points", "+.1f"),
     "norm_ratio": ("length of the velocity beside the base's, longest quarter", ".3f"),
@@ -242,10 +243,13 @@ def _images(records: list[Record], setting: str) -> list[str]:
 
 
 def _scored(records: list[Record], stage: str, methods: Mapping[str, Method], title: str, text: str) -> list[str]:
+    return [f"## {title}", "", *text.splitlines(), "", *table_at_end(records, stage, methods), ""]
+
+
+def table_at_end(records: list[Record], stage: str, methods: Mapping[str, Method]) -> list[str]:
     """The methods of a stage at the end of their runs, under a row for each base that they start from."""
     names = [title for title, _ in (COLUMNS | OF_END).values()]
-    lines = [f"## {title}", "", *text.splitlines(), ""]
-    lines += [f"| {stage} | runs | " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) + 1)]
+    lines = [f"| {HEADS[stage]} | runs | " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) + 1)]
     base: list[dict[str, float]] = []
     for label, method in methods.items():
         found = [r for r in records if (r["stage"], r["label"]) == (stage, label)]
@@ -253,10 +257,16 @@ def _scored(records: list[Record], stage: str, methods: Mapping[str, Method], ti
             lines.append(_empty(label, names))
             continue
         before, base = base, [measured(r, None, method.steps) for r in found]
-        if base != before:
+        if base[:1] != before[:1]:
             lines.append(_row("base", base, OF_END))
         lines.append(_row(label, [_at_end(r, method.steps) for r in found], OF_END))
-    return [*lines, ""]
+    return lines
+
+
+def black_box_table(records: dict[str, Record]) -> str:
+    """The methods for rewards without a gradient, with what the table is of."""
+    done = [r for r in records.values() if "error" not in r]
+    return "\n".join(table_at_end(done, "calls", SCORED)) + "\n"
 
 
 def _at_end(record: Record, steps: int) -> dict[str, float]:
@@ -374,7 +384,7 @@ def _grid(records: list[Record], file: Path) -> None:
 
 
 def write_page(results: Path, file: Path, quick: bool = False) -> None:
-    """Write the page, and its pictures into `images/` beside it.
+    """Write the page, its pictures into `images/` and a table into `tables/` beside it.
 
     Args:
         results: The results file.
@@ -382,9 +392,12 @@ def write_page(results: Path, file: Path, quick: bool = False) -> None:
         quick: Whether the results are those of the quick study.
     """
     records = json.loads(results.read_text(encoding="utf-8"))["runs"]
-    (file.parent / "images").mkdir(parents=True, exist_ok=True)
+    for folder in ("images", "tables"):
+        (file.parent / folder).mkdir(parents=True, exist_ok=True)
     draw(records, file.parent / "images")
     file.write_text(page(records, quick), encoding="utf-8")
+    if not quick:  # for the pages of the methods
+        (file.parent / "tables" / "black_box.md").write_text(black_box_table(records), encoding="utf-8")
 
 
 def main() -> None:

@@ -53,9 +53,9 @@ def test_critics_are_compared(run, tmp_path):
     few = "--prompts", "4", "--held_out", "4", "--explainable", "2", "--seconds", "1"
     run("critics", *few, "--out", str(tmp_path / "table.md"))
     table = (tmp_path / "table.md").read_text()
-    assert table.startswith("| sigma | 0.9 |")
-    assert [row.split("|")[1].strip() for row in table.splitlines()[6:]] == [
-        "reward of the estimate", "convolutional", "convolutional", "backbone", "backbone",
+    assert table.startswith("| critic | seconds | updates | sigma 0.9 |")
+    assert [row.split("|")[1].strip() for row in table.splitlines()[2:]] == [
+        "*what could be explained*", "reward of the estimate", "convolutional", "convolutional", "backbone", "backbone",
     ]  # fmt: skip
 
 

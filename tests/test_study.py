@@ -199,10 +199,11 @@ def test_the_page_in_the_docs_is_that_of_the_results_file():
     """Text and pictures follow from the file; each mean of the tables at equal time is computed here again."""
     from study_measures import at, equal_budget
     from study_plan import METHODS
-    from study_report import page
+    from study_report import black_box_table, page
 
     records = json.loads(RESULTS.read_text())["runs"]
     assert page(records) == PAGE.read_text()
+    assert black_box_table(records) == (PAGE.parent / "tables" / "black_box.md").read_text()
     main = [r for r in records.values() if "error" not in r and r["stage"] == "main"]
     for setting in {r["setting"] for r in main}:
         shown = [r for r in main if r["setting"] == setting and METHODS[r["label"]].steps == 20]
