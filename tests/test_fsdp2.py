@@ -1,5 +1,6 @@
 """A network that two processes share (FSDP2) draws, learns, saves and resumes as a whole one does."""
 
+import json
 import re
 from importlib import import_module
 from pathlib import Path
@@ -7,15 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from flowrl_trainers import AdjointMatchingTrainer, FlowRLTrainer
+from flowrl_trainers import AdjointMatchingTrainer, FlowPipeline, FlowRLTrainer
+from flowrl_trainers.cli import main
+from flowrl_trainers.cli.evaluate import evaluate
 from flowrl_trainers.cost.estimate import Estimator, share_of
 from flowrl_trainers.run_folder.checkpoints import fault
+from flowrl_trainers.sampling.flow_model import FlowModel
 from flowrl_trainers.sampling.sharding import own_part, own_parts, refuse_other_sharding, whole
 from flowrl_trainers.trainers.loss_scaling import LossScaler
 
@@ -224,6 +229,64 @@ def test_a_shared_network_learns_in_lower_precision(tmp_path, precision):
             assert two["scales"] == [2.0**17, 2.0**16]
             assert two["skipped"] == 1
             assert_same(two["after"], two["weights"])
+
+
+# ---- `flowrl evaluate` --------------------------------------------------------------------------------------------
+
+
+def measure_together(arguments: list[str], folder: Path) -> None:
+    """On each of two processes: the command, and how much of the network each of them holds."""
+    torch.set_num_threads(1)
+    pretend_gpus()
+    sharded = FlowModel.shard
+
+    def shard(model: FlowModel, accelerator: Accelerator) -> None:
+        sharded(model, accelerator)
+        parameters = list(model.parameters())
+        held = sum(own_part(p).numel() for p in parameters) / sum(p.numel() for p in parameters)
+        torch.save(held, folder / f"held_{accelerator.process_index}.pt")
+
+    FlowModel.shard = shard
+    evaluate(arguments)
+
+
+def test_evaluate_draws_with_a_network_that_processes_share(tmp_path):
+    """Pictures are those of one process to the last bit, where batches are of one size; means of their scores are sums
+    in another order, in float64. The base model is that without adapters, and of two each is measured by itself.
+    """
+    tiny_sd3().save_pretrained(tmp_path / "model")
+    for name, targets in (("first", ["attn.to_q"]), ("second", ["attn.to_q", "attn.to_v"])):
+        pipeline = tiny_sd3()
+        pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+        FlowPipeline.from_pipeline(pipeline).save_lora(tmp_path / name)
+    (tmp_path / "held_out.txt").write_text("\n".join(HELD_OUT["prompt"]))
+    base = ["--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "held_out.txt")]
+    base += ["--rewards", "tests.helpers.redness", "jpeg_compressibility", "--num_inference_steps", "3"]
+    base += ["--batch_size", "2", "--pictures_per_prompt", "2", "--max_sequence_length", "8", "--guidance_scale", "3"]
+    base += ["--height", "32", "--width", "32"]
+    found = {}
+    for number, adapters in enumerate((["first", "second"], ["second"])):
+        paths = [str(tmp_path / name) for name in adapters]
+        evaluate([*base, "--use_cpu", "--adapter", *paths, "--out", str(tmp_path / f"one_{number}")])
+        found[number] = json.loads((tmp_path / f"one_{number}" / "table.json").read_text())
+    assert found[1] == {label: found[0][label] for label in ("base", "second")}
+    assert len({row["reward/redness"] for row in found[0].values()}) == 3
+    together = [*base, "--adapter", str(tmp_path / "first"), str(tmp_path / "second"), "--out", str(tmp_path / "two")]
+    for process in on_two_processes(measure_together, together, tmp_path, **ENVIRONMENT):
+        assert process.returncode == 0, process.stderr
+    for label, row in json.loads((tmp_path / "two" / "table.json").read_text()).items():
+        assert row == pytest.approx(found[0][label], rel=1e-12)
+    sheets = [(tmp_path / folder / "pictures.png").read_bytes() for folder in ("one_0", "two")]
+    assert sheets[0] == sheets[1]
+    for rank in (0, 1):
+        assert torch.load(tmp_path / f"held_{rank}.pt") == pytest.approx(0.5, abs=0.02)
+
+
+def test_evaluate_refuses_other_sharding_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    assert main(["evaluate", "--model", "no/model", "--adapter", "none", "--rewards", "no_reward", "--use_cpu"]) == 2
+    assert REFUSED["cpu"][1] in capsys.readouterr().err
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
