@@ -324,6 +324,11 @@ class FlowRLConfig(TrainingArguments):
         if self.max_steps == 0:
             raise ValueError("`max_steps` (0) must be at least 1, or -1 to train for `num_train_epochs`.")
         if self.eval_strategy == "steps" and not self.eval_steps:
+        if self.merge_adapter and self.quantization is not None:
+            raise ValueError(
+                f"`merge_adapter` is True with `quantization` ({self.quantization!r}), and nothing can be added to "
+                "quantised weights: leave one of them out."
+            )
             raise ValueError(
                 f"`eval_strategy` is 'steps', but `eval_steps` is {self.eval_steps}: say after how many updates to "
                 "evaluate."

@@ -54,7 +54,7 @@ from ..sampling.prompt_sources import PromptSource
 from ..sampling.reward_watch import RewardWatch, share_without_spread
 from ..sampling.scoring import Scorer, call_rewards, decoded, seen_images
 from ..sampling.sharding import asks_for_sharding, refuse_other_sharding
-from .adapters import prepare_adapter
+from .adapters import check_lora_config, prepare_adapter
 from .attention import attention_by, check_attention_backend
 from .base_config import FlowRLConfig
 from .checkpointed_trainer import CheckpointedTrainer, TrainingState
@@ -67,6 +67,7 @@ from .input_checks import (
     check_dataset,
     check_rewards,
     check_weights,
+    check_trained_part,
     without_groups,
     writable_folder,
 )
@@ -146,6 +147,11 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         check_args(args, self.config_class)
         check_weights(model, args)
         refuse_other_sharding(
+        if peft_config is not None:
+            check_lora_config(peft_config)
+        if peft_config is not None or isinstance(model, (str, Path)):  # a loaded pipeline may carry an adapter
+            check_trained_part(args, has_adapter=peft_config is not None)
+        self.check_arguments(args, peft_config)
             compile_blocks=args.compile_blocks,
             merge_adapter=args.merge_adapter,
             cache_base_pictures=args.cache_base_pictures,
@@ -211,11 +217,9 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         )  # a LoRA starts from random numbers
         as_loaded = {name: parameter.dtype for name, parameter in self.flow.transformer.named_parameters()}
         self.peft_config = prepare_adapter(self.flow, peft_config)
-        if args.frozen_copy != "float32" and self.peft_config is not None:
-            raise ValueError(
-                f"`frozen_copy` ({args.frozen_copy!r}) has no effect with a LoRA, whose base model is the network "
-                "itself: leave it out."
-            )
+        check_trained_part(args, has_adapter=self.peft_config is not None)
+        if args.merge_adapter:
+            check_mergeable(self.flow.transformer)
 
         # The prompts, encoded before Trainer places the network: it and the text encoders need not fit together.
         self.sampler = PromptGroupSampler(
@@ -321,8 +325,6 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         self.set_up()
         if args.compile_blocks:
             self.model.compile_blocks()
-        if args.merge_adapter:
-            check_mergeable(self.flow.transformer, has_adapter=self.peft_config is not None)
         if args.attention_backend is not None:
             dtype = next(self.flow.transformer.parameters()).dtype
             half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else dtype
@@ -339,6 +341,15 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
 
         It is called with latents, sigma, prompt features and their mask.
         """
+    def check_arguments(self, args: FlowRLConfig, peft_config: LoraConfig | None) -> None:
+        """Refuse, before rewards and model are loaded, what the algorithm cannot train with; nothing by default.
+
+        Args:
+            args: The configuration.
+            peft_config: Of the LoRA to make.
+        """
+        return None
+
         return None
 
     def head_learning_rate(self) -> float:
