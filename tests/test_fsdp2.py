@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -9,23 +10,28 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from bitsandbytes.nn import Int8Params, Params4bit
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from flowrl_trainers import AdjointMatchingTrainer, FlowPipeline, FlowRLTrainer
 from flowrl_trainers.cli import main
 from flowrl_trainers.cli.evaluate import evaluate
 from flowrl_trainers.cost.estimate import Estimator, share_of
+from flowrl_trainers.pipelines.quantization import refuse_unsplittable
 from flowrl_trainers.run_folder.checkpoints import fault
+from flowrl_trainers.sampling.conditioning import ConditioningCache
 from flowrl_trainers.sampling.flow_model import FlowModel
 from flowrl_trainers.sampling.sharding import own_part, own_parts, refuse_other_sharding, whole
+from flowrl_trainers.trainers import base_trainer
 from flowrl_trainers.trainers.loss_scaling import LossScaler
 
 from .fsdp2 import ENVIRONMENT, on_two_processes, pretend_gpus
 from .helpers import TRAINERS, adjoint_matching_config, architecture_of, make_trainer, redness, update_rows
+from .quantized import quantize
 from .runs import assert_same
 from .tiny import tiny_sd3
 
@@ -331,6 +337,37 @@ def test_optimizers_that_cannot_step_a_part_of_a_weight_are_refused(tmp_path, mo
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="`optim` is 'adamw_8bit', but bitsandbytes cannot step weights that FSDP2"):
         adjoint_matching_config(tmp_path, optim="adamw_8bit")
+
+
+@pytest.mark.parametrize(("kind", "refused"), [
+    (None, None), ("nf4", None),
+    ("int8", r"`model` has quantised weights \(Int8Tensor\), which FSDP2 cannot split: quantise it by bitsandbytes to"),
+    ("float8", r"`model` has quantised weights \(Float8Tensor\), which FSDP2 cannot split: quantise it by bitsandbytes"),
+    ("bitsandbytes int8", r"`model` has quantised weights \(Int8Params\), which FSDP2 cannot split: quantise it by"),
+    ("stored as floats", "`model` has 4-bit weights that are stored as torch.bfloat16, which FSDP2 would split without"),
+])  # fmt: skip
+def test_quantised_weights_that_cannot_be_split_are_refused(kind, refused):
+    """Those in 4 bits can, as accelerate leaves them whole."""
+    network = nn.Sequential(nn.Linear(64, 64))
+    weight = network[0].weight.data.clone()
+    if kind == "bitsandbytes int8":
+        network[0].weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False).to("cpu")
+    elif kind == "stored as floats":
+        network[0].weight = Params4bit(weight, requires_grad=False, quant_storage=torch.bfloat16).to("cpu")
+    elif kind is not None:
+        quantize(network, kind)
+    with nullcontext() if refused is None else pytest.raises(ValueError, match=refused):
+        refuse_unsplittable(network)
+
+
+def test_a_pipeline_that_is_quantised_so_is_refused_before_work_starts(tmp_path, monkeypatch):
+    for name, value in (("asks_for_sharding", lambda: True), ("refuse_other_sharding", lambda **settings: None)):
+        monkeypatch.setattr(base_trainer, name, value)
+    monkeypatch.setattr(ConditioningCache, "encode", lambda *arguments: pytest.fail("prompts are encoded"))
+    pipeline = tiny_sd3()
+    quantize(pipeline.transformer, "int8")
+    with pytest.raises(ValueError, match="`model` has quantised weights"):
+        make_trainer("AdjointMatchingTrainer", tmp_path, pipeline)
 
 
 def test_they_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):

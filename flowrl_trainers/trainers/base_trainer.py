@@ -27,7 +27,7 @@ from ..cost.run import memory_of, warn_of_memory
 from ..flow import norm_ratios, root_mean_square
 from ..metrics import signs_of_over_optimisation
 from ..pipelines import Conditioning, FlowPipeline
-from ..pipelines.quantization import is_quantized
+from ..pipelines.quantization import is_quantized, refuse_unsplittable
 from ..rewards import Reward, as_rewards, chosen_by
 from ..rewards.named import RewardLike, refuse_groupwise
 from ..run_folder import CardFacts, RunFolder, before_after
@@ -196,6 +196,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         self._at_work = False
         try:
             self._build(args, train_dataset, eval_dataset, callbacks, optimizers, peft_config)
+        if asks_for_sharding():
+            refuse_unsplittable(self.flow.transformer)
         except BaseException:
             self._given.restore_without_adapter()
             raise
@@ -326,7 +328,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         if args.compile_blocks:
             self.model.compile_blocks()
         if args.attention_backend is not None:
-            dtype = next(self.flow.transformer.parameters()).dtype
+            dtype = next(p.dtype for p in self.flow.transformer.parameters() if p.is_floating_point())  # not 4 bits
             half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else dtype
             check_attention_backend(self.flow.transformer, args.attention_backend, half)
         if self.optimizer is not None:
