@@ -273,9 +273,14 @@ class FlowRLConfig(TrainingArguments):
         """The pictures of one batch of an evaluation."""
         steps, size = self.eval_num_inference_steps or self.num_inference_steps, self.per_device_eval_batch_size
         calls = drawing.velocity(Kind.FORWARD, size, steps, Phase.EVALUATION)
-        for call in drawing.scores(size, self.decode_batch_size or size):
+        for call in replace(drawing, decodes=True).scores(size, self.decode_batch_size or size):
             calls.append(replace(call, phase=Phase.EVALUATION))
         return calls
+
+    @property
+    def reward_decoder_name(self) -> str | None:
+        """The tiny autoencoder that takes the gradient of the reward, if any."""
+        return None
 
     @property
     def head_kind(self) -> Literal["value_network", "critic"] | None:
@@ -319,16 +324,16 @@ class FlowRLConfig(TrainingArguments):
                 f"`merge_adapter` is True with `{'bf16' if self.bf16 else 'fp16'}`, which would round small changes "
                 "of the weights away: leave one of them out."
             )
-        if self.attention_backend is not None:
-            check_backend_name(self.attention_backend)
-        if self.max_steps == 0:
-            raise ValueError("`max_steps` (0) must be at least 1, or -1 to train for `num_train_epochs`.")
-        if self.eval_strategy == "steps" and not self.eval_steps:
         if self.merge_adapter and self.quantization is not None:
             raise ValueError(
                 f"`merge_adapter` is True with `quantization` ({self.quantization!r}), and nothing can be added to "
                 "quantised weights: leave one of them out."
             )
+        if self.attention_backend is not None:
+            check_backend_name(self.attention_backend)
+        if self.max_steps == 0:
+            raise ValueError("`max_steps` (0) must be at least 1, or -1 to train for `num_train_epochs`.")
+        if self.eval_strategy == "steps" and not self.eval_steps:
             raise ValueError(
                 f"`eval_strategy` is 'steps', but `eval_steps` is {self.eval_steps}: say after how many updates to "
                 "evaluate."

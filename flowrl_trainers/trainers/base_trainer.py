@@ -23,6 +23,7 @@ from transformers import TrainerCallback, TrainerState, enable_full_determinism,
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
 from transformers.utils import is_in_notebook
 
+from ..cost.rewards import blank_reward
 from ..cost.run import memory_of, warn_of_memory
 from ..flow import norm_ratios, root_mean_square
 from ..metrics import signs_of_over_optimisation
@@ -66,8 +67,8 @@ from .input_checks import (
     check_columns,
     check_dataset,
     check_rewards,
-    check_weights,
     check_trained_part,
+    check_weights,
     without_groups,
     writable_folder,
 )
@@ -146,12 +147,12 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         args = args or self.config_class(output_dir=self._name.lower().replace(" ", "-"))
         check_args(args, self.config_class)
         check_weights(model, args)
-        refuse_other_sharding(
         if peft_config is not None:
             check_lora_config(peft_config)
         if peft_config is not None or isinstance(model, (str, Path)):  # a loaded pipeline may carry an adapter
             check_trained_part(args, has_adapter=peft_config is not None)
         self.check_arguments(args, peft_config)
+        refuse_other_sharding(
             compile_blocks=args.compile_blocks,
             merge_adapter=args.merge_adapter,
             cache_base_pictures=args.cache_base_pictures,
@@ -186,18 +187,21 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         # The model, and what is trained of it.
         memory = memory_of(args.device)
         if isinstance(model, (str, Path)) and memory is not None and args.process_index == 0:
-            names = ([reward.name for reward in rewards] for rewards in (self.rewards, self.eval_rewards))
-            of_run = (pipeline_settings(args), peft_config, *names)
+            blank = (
+                [blank_reward(reward.name, sees=reward.sees) for reward in rewards]
+                for rewards in (self.rewards, self.eval_rewards)
+            )
+            of_run = (pipeline_settings(args), peft_config, *blank)
             shared_by = args.world_size if asks_for_sharding() else 1
             warn_of_memory(memory, args, str(model), *of_run, evaluates=eval_dataset is not None, shared_by=shared_by)
         self.flow = _flow_pipeline(model, args)
         check_networks(self.flow)
+        if asks_for_sharding():
+            refuse_unsplittable(self.flow.transformer)
         self._given: PipelineState | None = PipelineState(self.flow)
         self._at_work = False
         try:
             self._build(args, train_dataset, eval_dataset, callbacks, optimizers, peft_config)
-        if asks_for_sharding():
-            refuse_unsplittable(self.flow.transformer)
         except BaseException:
             self._given.restore_without_adapter()
             raise
@@ -337,12 +341,6 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
 
     # ---- what an algorithm overrides -------------------------------------------------------------------------------
 
-    def make_head(self) -> tuple[str, nn.Module] | None:
-        """The network that is trained beside the transformer, and what its folder and metrics are called; none by
-        default.
-
-        It is called with latents, sigma, prompt features and their mask.
-        """
     def check_arguments(self, args: FlowRLConfig, peft_config: LoraConfig | None) -> None:
         """Refuse, before rewards and model are loaded, what the algorithm cannot train with; nothing by default.
 
@@ -352,6 +350,12 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         """
         return None
 
+    def make_head(self) -> tuple[str, nn.Module] | None:
+        """The network that is trained beside the transformer, and what its folder and metrics are called; none by
+        default.
+
+        It is called with latents, sigma, prompt features and their mask.
+        """
         return None
 
     def head_learning_rate(self) -> float:
