@@ -20,7 +20,7 @@ from flowrl_trainers.sampling.scoring import pictures_at_a_time
 from flowrl_trainers.trainers.reward_gradient_trainer import RewardGradientTrainer
 
 from .helpers import make_trainer, redness
-from .test_reward_decoder import tiny_autoencoder
+from .tiny import tiny_autoencoder
 
 ROLLOUTS = 2  # of each run
 ROLLOUT = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_generations": 2}

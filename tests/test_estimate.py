@@ -30,8 +30,7 @@ from flowrl_trainers.trainers import base_trainer
 
 from .helpers import architecture_of, redness
 from .quantized import quantize
-from .test_reward_decoder import tiny_autoencoder
-from .tiny import tiny_sd3
+from .tiny import tiny_autoencoder, tiny_sd3
 from .tiny_families import tiny
 
 PROMPT = "a red circle"

@@ -14,8 +14,7 @@ from flowrl_trainers.pipelines import families
 from flowrl_trainers.rewards import differentiable
 
 from .helpers import CAPTIONS, make_trainer, redness
-from .test_reward_decoder import tiny_autoencoder
-from .tiny import tiny_sd3
+from .tiny import tiny_autoencoder, tiny_sd3
 
 NO_LORA: dict[str, Any] = {"peft_config": None}
 SMALL_STEPS = (
