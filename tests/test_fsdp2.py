@@ -29,6 +29,7 @@ from flowrl_trainers.sampling.sharding import own_part, own_parts, refuse_other_
 from flowrl_trainers.trainers import base_trainer
 from flowrl_trainers.trainers.loss_scaling import LossScaler
 
+from .forked import flowrl
 from .fsdp2 import ENVIRONMENT, on_two_processes, pretend_gpus
 from .helpers import TRAINERS, adjoint_matching_config, architecture_of, make_trainer, redness, update_rows
 from .quantized import quantize
@@ -273,7 +274,8 @@ def test_evaluate_draws_with_a_network_that_processes_share(tmp_path):
     found = {}
     for number, adapters in enumerate((["first", "second"], ["second"])):
         paths = [str(tmp_path / name) for name in adapters]
-        evaluate([*base, "--use_cpu", "--adapter", *paths, "--out", str(tmp_path / f"one_{number}")])
+        done = flowrl(tmp_path, "evaluate", *base, "--use_cpu", "--adapter", *paths, "--out", f"one_{number}")
+        assert done.returncode == 0, done.stderr
         found[number] = json.loads((tmp_path / f"one_{number}" / "table.json").read_text())
     assert found[1] == {label: found[0][label] for label in ("base", "second")}
     assert len({row["reward/redness"] for row in found[0].values()}) == 3
