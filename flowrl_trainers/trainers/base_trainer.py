@@ -151,13 +151,13 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             check_lora_config(peft_config)
         if peft_config is not None or isinstance(model, (str, Path)):  # a loaded pipeline may carry an adapter
             check_trained_part(args, has_adapter=peft_config is not None)
-        self.check_arguments(args, peft_config)
         refuse_other_sharding(
             compile_blocks=args.compile_blocks,
             merge_adapter=args.merge_adapter,
             cache_base_pictures=args.cache_base_pictures,
             quantization=args.quantization,
         )
+        self.check_arguments(args, peft_config)
         if args.should_save:
             writable_folder(str(args.output_dir))
         train_dataset = check_dataset(train_dataset, "train_dataset", args)
