@@ -100,6 +100,34 @@ def refuse_unsplittable(network: nn.Module) -> None:
             )
 
 
+def refuse_other_precision(network: nn.Module, dtype: torch.dtype) -> None:
+    """Refuse to compile blocks whose 4-bit layers compute in another precision than their inputs have.
+
+    bitsandbytes converts a layer's bias in place then, and what it returns, which no compiled graph can do.
+
+    Args:
+        network: With layers of bitsandbytes or without.
+        dtype: The precision in which the run computes.
+
+    Raises:
+        ValueError: Naming both.
+    """
+    if not is_bitsandbytes_available():
+        return
+    from bitsandbytes.nn import Linear4bit
+
+    for layer in network.modules():
+        if isinstance(layer, Linear4bit):
+            bias = [] if layer.bias is None else [layer.bias.dtype]
+            others = {found for found in (layer.compute_dtype, *bias) if found not in (None, dtype)}
+            if others:
+                raise ValueError(
+                    f"`compile_blocks` is True, but 4-bit layers of `model` are in {min(others, key=str)} where the "
+                    f"run computes in {dtype}, which compiled blocks cannot convert: load it with that `torch_dtype` "
+                    "and `bnb_4bit_compute_dtype`, or leave `compile_blocks` out."
+                )
+
+
 def _is_in_four_bits(parameter: Tensor) -> bool:
     """Whether a parameter is one of bitsandbytes, in 4 bits."""
     if not is_bitsandbytes_available():

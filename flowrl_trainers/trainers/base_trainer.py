@@ -28,7 +28,7 @@ from ..cost.run import memory_of, warn_of_memory
 from ..flow import norm_ratios, root_mean_square
 from ..metrics import signs_of_over_optimisation
 from ..pipelines import Conditioning, FlowPipeline
-from ..pipelines.quantization import is_quantized, refuse_unsplittable
+from ..pipelines.quantization import is_quantized, refuse_other_precision, refuse_unsplittable
 from ..rewards import Reward, as_rewards, chosen_by
 from ..rewards.named import RewardLike, refuse_groupwise
 from ..run_folder import CardFacts, RunFolder, before_after
@@ -226,6 +226,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         check_trained_part(args, has_adapter=self.peft_config is not None)
         if args.merge_adapter:
             check_mergeable(self.flow.transformer)
+        if args.compile_blocks:
+            refuse_other_precision(self.flow.transformer, _computing_dtype(self.flow.transformer, args))
 
         # The prompts, encoded before Trainer places the network: it and the text encoders need not fit together.
         self.sampler = PromptGroupSampler(
@@ -332,9 +334,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         if args.compile_blocks:
             self.model.compile_blocks()
         if args.attention_backend is not None:
-            dtype = next(p.dtype for p in self.flow.transformer.parameters() if p.is_floating_point())  # not 4 bits
-            half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else dtype
-            check_attention_backend(self.flow.transformer, args.attention_backend, half)
+            dtype = _computing_dtype(self.flow.transformer, args)
+            check_attention_backend(self.flow.transformer, args.attention_backend, dtype)
         if self.optimizer is not None:
             self._check_optimizer(self.optimizer)
         self._working = PipelineState(self.flow)
@@ -1147,6 +1148,13 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
 def pipeline_settings(args: FlowRLConfig) -> dict[str, Any]:
     """Those settings of the pipeline that a configuration names."""
     return {name: getattr(args, name) for name in PIPELINE_SETTINGS if getattr(args, name) is not None}
+
+
+def _computing_dtype(transformer: nn.Module, args: FlowRLConfig) -> torch.dtype:
+    """The precision in which the network computes: that of the run, or of the weights that are not in 4 bits."""
+    if args.bf16 or args.fp16:
+        return torch.bfloat16 if args.bf16 else torch.float16
+    return next(p.dtype for p in transformer.parameters() if p.is_floating_point())
 
 
 def _flow_pipeline(model: str | Path | DiffusionPipeline | FlowPipeline, args: FlowRLConfig) -> FlowPipeline:
