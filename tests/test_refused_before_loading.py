@@ -130,6 +130,28 @@ def test_on_the_command_line(tmp_path, monkeypatch, capsys, loads, what):
     assert loads == []
 
 
+@pytest.mark.parametrize(
+    ("adapter", "sentence"),
+    [
+        (
+            "no/such/folder",
+            "The adapter 'no/such/folder' cannot be loaded: there is no such folder, and an id of the Hub",
+        ),
+        ("nowhere", "The adapter 'nowhere' cannot be loaded: there is no such folder"),
+        ("full", "The adapter 'full' cannot be loaded: the folder holds no weights of a LoRA; pass that of a run"),
+    ],
+)
+def test_an_adapter_that_is_none(tmp_path, capsys, loads, adapter, sentence):
+    (tmp_path / "full" / "transformer").mkdir(parents=True)
+    (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS))
+    command = ["--model", "a/model", "--rewards", "jpeg_compressibility", "--dataset", "prompts.txt", "--use_cpu"]
+    assert main(["evaluate", *command, "--adapter", adapter]) == 2
+    assert sentence in capsys.readouterr().err
+    assert loads == []
+    with pytest.raises(AssertionError, match="a model is loaded"):
+        main(["evaluate", *command, "--adapter", "user/name"])
+
+
 def test_where_nothing_is_wrong_the_model_is_loaded(tmp_path, loads):
     config = flowrl_trainers.ACFlowConfig(output_dir=str(tmp_path / "run"), **SHORT)
     with pytest.raises(AssertionError, match="a model is loaded"):

@@ -114,6 +114,8 @@ def _rows(
     Returns:
         By label, "base" first: the row, the scores (N,) of every reward, and some pictures.
     """
+    for adapter in args.adapter:
+        _refuse_no_adapter(adapter)
     pipeline = load_model(args.model, DTYPES[args.dtype])
     flow = FlowPipeline.from_pipeline(pipeline, **{name: getattr(args, name) for name in PIPELINE_SETTINGS})
     # All of them at the start: one that does not fit is found before hours of drawing, and none can be added to a
@@ -158,6 +160,21 @@ def ready_to_draw(flow: FlowPipeline, prompts: list[str], device: torch.device) 
     for module in flow.decoders():
         module.to(device).float()
     return cache
+
+
+def _refuse_no_adapter(source: str) -> None:
+    """Raises `ValueError`, before the model is loaded, for what is no Hub id and no folder or file with weights."""
+    path = Path(source)
+    if not path.exists() and source.count("/") != 1:
+        raise ValueError(
+            f"The adapter {source!r} cannot be loaded: there is no such folder, and an id of the Hub reads "
+            "'user/name'; name another."
+        )
+    if path.is_dir() and not any(file.suffix in (".safetensors", ".bin") for file in path.iterdir()):
+        raise ValueError(
+            f"The adapter {source!r} cannot be loaded: the folder holds no weights of a LoRA; pass that of a run "
+            "which trained one, or one of its checkpoints."
+        )
 
 
 def _load_adapter(pipeline: Any, source: str, number: int) -> str:
