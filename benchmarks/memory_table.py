@@ -24,6 +24,7 @@ from flowrl_trainers import ACFlowConfig
 from flowrl_trainers.cli import main as main_of_flowrl
 from flowrl_trainers.cli.estimate import read_anywhere
 from flowrl_trainers.cost.estimate import ENCODE, Estimate
+from flowrl_trainers.cost.rewards import blank_reward
 from flowrl_trainers.cost.run import estimates_of_run
 
 MODELS = [
@@ -84,7 +85,9 @@ def estimates(model: str, way: str) -> list[Estimate]:
         num_generations=8, activation_checkpointing=True, **settings, **WAYS[way],
     )  # fmt: skip
     lora = None if way == "all weights" else LoraConfig(r=RANK, lora_alpha=2 * RANK)
-    return estimates_of_run(config, model, settings, lora, ["pickscore"], [], evaluates=False, shared_by=GPUS)
+    return estimates_of_run(
+        config, model, settings, lora, [blank_reward("pickscore")], [], evaluates=False, shared_by=GPUS
+    )
 
 
 def row(model: str, way: str, found: list[Estimate]) -> str:

@@ -13,10 +13,13 @@ from flowrl_trainers.cost import Call, Drawing, Kind, Phase, counted
 from flowrl_trainers.cost.calls import parts
 from flowrl_trainers.networks import BackboneCritic
 from flowrl_trainers.rewards import FunctionReward
+from flowrl_trainers.rewards.base import Sees
 from flowrl_trainers.sampling import scoring
 from flowrl_trainers.sampling.scoring import pictures_at_a_time
+from flowrl_trainers.trainers.reward_gradient_trainer import RewardGradientTrainer
 
 from .helpers import make_trainer, redness
+from .tiny import tiny_autoencoder
 
 ROLLOUTS = 2  # of each run
 ROLLOUT = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_generations": 2}
@@ -101,20 +104,30 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], int | None]] = {
         {"steps_per_generation": 4, "num_iterations": 2, "num_generations": 4},
         None,
     ),
+    "latents": ("AdjointMatchingTrainer", {"sees": "latents"}, 1),
+    "latents, no value network": ("VGGFlowTrainer", {"sees": "latents", "value_network": "none"}, 1),
+    "latents, no gradient": ("TAFSGRPOTrainer", {"sees": "latents", "rollout_batch_size": 4}, 1),
+    "reward decoder": ("AdjointMatchingTrainer", {"reward_decoder": "tiny"}, 1),
+    "reward decoder, value network": ("VGGFlowTrainer", {"reward_decoder": "tiny", "timestep_bins": 1}, None),
 }
 
 
 class Observer:
     """Counts the calls of a trainer's networks and rewards, told apart by grad mode, adapter and what takes gradients."""
 
-    def __init__(self) -> None:
+    def __init__(self, sees: Sees) -> None:
         self.calls: Counter[tuple[Kind, int]] = Counter()
-        self.reward = FunctionReward(self._reward, differentiable=True, name="redness")
+        function = self._of_latents if sees == "latents" else self._reward
+        self.reward = FunctionReward(function, differentiable=True, name="redness", sees=sees)
 
     def _reward(self, images: torch.Tensor, prompts: list[str], **columns: Any) -> torch.Tensor:
         if not images.requires_grad:
             self.calls[Kind.REWARD, len(images)] += 1
         return redness(images, prompts)
+
+    def _of_latents(self, latents: torch.Tensor, prompts: list[str], **columns: Any) -> torch.Tensor:
+        self.calls[Kind.REWARD_GRADIENT if latents.requires_grad else Kind.REWARD, len(latents)] += 1
+        return latents.mean(dim=(1, 2, 3))
 
     def watch(self, t: FlowRLTrainer) -> None:
         layers = [m for m in t.model.transformer.modules() if isinstance(m, BaseTunerLayer)]
@@ -127,14 +140,19 @@ class Observer:
                 self._watch_network(network.backbone, lambda: not torch.is_grad_enabled())
             else:
                 network.register_forward_pre_hook(self._head)
-        vae = t.flow.pipeline.vae
-        decode = vae.decode
+        tiny = t.tiny_decoder if isinstance(t, RewardGradientTrainer) else None
+        if tiny is not None:
+            self._watch_decoder(tiny.autoencoder, Kind.REWARD_GRADIENT)
+        self._watch_decoder(t.flow.pipeline.vae, Kind.REWARD_GRADIENT if tiny is None else Kind.OWN_REWARD_GRADIENT)
+
+    def _watch_decoder(self, autoencoder: Any, with_gradient: Kind) -> None:
+        decode = autoencoder.decode
 
         def decoder(z: torch.Tensor, **settings: Any) -> Any:
-            self.calls[Kind.REWARD_GRADIENT if torch.is_grad_enabled() else Kind.DECODE, len(z)] += 1
+            self.calls[with_gradient if torch.is_grad_enabled() else Kind.DECODE, len(z)] += 1
             return decode(z, **settings)
 
-        vae.decode = decoder
+        autoencoder.decode = decoder
 
     def _head(self, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
         self.calls[Kind.HEAD_TRAIN if torch.is_grad_enabled() else Kind.HEAD, len(args[0])] += 1
@@ -160,7 +178,7 @@ def calls_of_the_probe(t: FlowRLTrainer, drawing: Drawing) -> list[Call]:
     calls = drawing.velocity(Kind.FORWARD, 2, steps, Phase.ROLLOUT)
     if t.needs_reward_gradient:
         return calls + drawing.reward_gradients(2, 1, t.args.decode_batch_size, t.args.per_device_train_batch_size)
-    decoded = parts(2, min(2, drawing.decoded_together))
+    decoded = parts(2, min(2, drawing.decoded_together)) if drawing.decodes else {}
     calls += [Call(Kind.DECODE, size, count, Phase.REWARD) for size, count in decoded.items()]
     return [*calls, Call(Kind.REWARD, 2, 1, Phase.REWARD)]
 
@@ -169,14 +187,19 @@ def calls_of_the_probe(t: FlowRLTrainer, drawing: Drawing) -> list[Call]:
 def test_calls_made_are_the_calls_stated(tmp_path, monkeypatch, option):
     """Over two rollouts with all updates on them, the probe before, and what the first rollout alone needs."""
     name, settings, together = OPTIONS[option]
+    settings, sees = {k: v for k, v in settings.items() if k != "sees"}, settings.get("sees", "images")
+    if "reward_decoder" in settings:
+        tiny_autoencoder().save_pretrained(tmp_path / "tiny")
+        settings["reward_decoder"] = str(tmp_path / "tiny")
     monkeypatch.setattr(scoring, "MEGAPIXEL", (together or 1000) * 32**2)
-    observer = Observer()
+    observer = Observer(sees)
     updates = settings.get("steps_per_generation", 2) // 2 * settings.get("num_iterations", 1)
     t = make_trainer(name, tmp_path, reward=observer.reward, **(ROLLOUT | settings), max_steps=ROLLOUTS * updates)
     assert t.args.updates_on_rollout == updates
     observer.watch(t)
     t.train()
-    drawing = Drawing(t.flow.guided, pictures_at_a_time(t.flow, 1000), t.flow.guidance_in_one_call)
+    together = pictures_at_a_time(t.flow, 1000)
+    drawing = Drawing(t.flow.guided, together, t.flow.guidance_in_one_call, decodes=sees == "images")
     stated = [*calls_of_the_probe(t, drawing), *t.args.first_calls(drawing), *ROLLOUTS * t.args.calls(drawing)]
     assert observer.calls == counted(stated)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 
@@ -20,14 +21,16 @@ from flowrl_trainers.cost.conditioning import blank_conditioning
 from flowrl_trainers.cost.estimate import Estimator, quantized_size
 from flowrl_trainers.cost.meter import metered
 from flowrl_trainers.cost.rewards import BlankReward, blank_reward
+from flowrl_trainers.cost.run import blank_reward_decoder
 from flowrl_trainers.pipelines import FlowPipeline
 from flowrl_trainers.pipelines.quantization import stored_tensors
+from flowrl_trainers.pipelines.tiny_decoder import TinyDecoder
 from flowrl_trainers.shapes import load_pipeline
 from flowrl_trainers.trainers import base_trainer
 
 from .helpers import architecture_of, redness
 from .quantized import quantize
-from .tiny import tiny_sd3
+from .tiny import tiny_autoencoder, tiny_sd3
 from .tiny_families import tiny
 
 PROMPT = "a red circle"
@@ -403,6 +406,73 @@ def test_a_run_that_will_not_fit_says_so_before_the_model_is_loaded(tmp_path, mo
     assert all(
         re.search(r"need 0\.\d GiB in the phase '.+', and the device has 0\.0; lower it by: `", text) for text in found
     )
+
+
+# ---- rewards of latents, and another decoder for gradients ----------------------------------------------------------
+
+
+def phases_of(capsys: Any, path: Path, *more: str) -> dict[str, Any]:
+    """What `flowrl estimate adjoint_matching --json` finds."""
+    size = ["--max_sequence_length", "8", "--height", "64", "--width", "64"]
+    assert main(["estimate", "adjoint_matching", "--config", str(path), "--json", *size, *more]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_run_whose_rewards_see_latents_is_estimated_without_a_decoder(tmp_path, capsys):
+    """Where one of two rewards sees pictures, and in an evaluation, the decoder stays."""
+    tiny_sd3().save_pretrained(tmp_path / "model")
+    rewards = ["judges.inner", "judges.outer"]
+    path = write_run(tmp_path, model=str(tmp_path / "model"), reward_funcs=rewards, bf16=False, eval_split="held_out")
+    mixed, latent = (phases_of(capsys, path, "--latent_rewards", *names) for names in (rewards[:1], rewards))
+    assert mixed["phases"]["decode and reward"]["tflop_per_update"] > 0
+    assert latent["phases"]["decode and reward"]["tflop_per_update"] == 0
+    assert latent["phases"]["decode and reward"]["gib"]["largest call"] < 1e-3
+    for phase in ("evaluation", "update"):
+        assert latent["phases"][phase] == mixed["phases"][phase]
+    command = ["estimate", "adjoint_matching", "--config", str(path), "--latent_rewards", "other"]
+    assert main(command) == 2
+    assert "`latent_rewards` names 'other', which is no reward of the run: name one of judges.inner" in (
+        capsys.readouterr().err
+    )
+
+
+def test_gradients_through_a_reward_decoder_are_those_of_its_size(tmp_path, capsys):
+    """Its bytes are as a CPU allocates them, within 5 %; the peak is that of the first rollout, which takes both."""
+    pipeline, settings = tiny_sd3(), {"max_sequence_length": 8, "height": 64, "width": 64}
+    pipeline.save_pretrained(tmp_path / "model")
+    tiny_autoencoder().save_pretrained(tmp_path / "tiny")
+    decode = TinyDecoder(tmp_path / "tiny")
+    flow = FlowPipeline.from_pipeline(pipeline, **settings)
+    latents = flow.initial_latents(4, torch.Generator().manual_seed(0))
+
+    def gradient() -> None:
+        x = latents.clone().requires_grad_()
+        torch.autograd.grad(decode(x).clone().flatten(1).mean(dim=1).sum(), x)
+
+    gradient()
+    with META:
+        blank = TinyDecoder(AutoencoderTiny.from_config(decode.autoencoder.config))
+    estimator = Estimator(
+        architecture_of(pipeline).flow(torch.float32, settings), [BlankReward("redness", None)],
+        LoraConfig(r=4, lora_alpha=4), reward_decoder=blank,
+    )  # fmt: skip
+    estimated = estimator.work(Call(Kind.REWARD_GRADIENT, 4, 1, Phase.REWARD))
+    assert estimated.peak == pytest.approx(allocated(gradient), rel=0.05)
+    assert estimator.resident()["reward decoder"] == sum(p.nbytes for p in decode.autoencoder.parameters())
+    own = estimator.work(Call(Kind.OWN_REWARD_GRADIENT, 8, 1, Phase.REWARD))
+    assert own.flop > 2 * 2 * estimated.flop
+
+    path = write_run(tmp_path, model=str(tmp_path / "model"), reward_funcs=["judges.outer"], bf16=False)
+    found = phases_of(capsys, path, "--reward_decoder", str(tmp_path / "tiny"))
+    phase = found["phases"]["decode and reward"]
+    assert phase["gib"]["largest call"] * 2**30 == own.peak
+    assert phase["largest_call"] == "own_decode_and_reward_gradient of 8"
+    assert phase["tflop_per_update"] == pytest.approx(2 * estimated.flop / 1e12)
+    assert found["calls"]["decode_and_reward_gradient"] == 1
+    assert found["calls_once"]["own_decode_and_reward_gradient"] == 1
+    # One that is not in the cache is taken to be of the usual size.
+    unknown = blank_reward_decoder("nobody/tiny", estimator.flow)
+    assert unknown.autoencoder.num_parameters() == AutoencoderTiny(latent_channels=4).num_parameters()
 
 
 # ---- fewer bits, and networks that take turns ------------------------------------------------------------------------

@@ -1,26 +1,38 @@
 """A network that two processes share (FSDP2) draws, learns, saves and resumes as a whole one does."""
 
+import json
 import re
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from bitsandbytes.nn import Int8Params, Params4bit
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from flowrl_trainers import AdjointMatchingTrainer, FlowRLTrainer
+from flowrl_trainers import AdjointMatchingTrainer, FlowPipeline, FlowRLTrainer
+from flowrl_trainers.cli import main
+from flowrl_trainers.cli.evaluate import evaluate
 from flowrl_trainers.cost.estimate import Estimator, share_of
+from flowrl_trainers.pipelines.quantization import refuse_unsplittable
 from flowrl_trainers.run_folder.checkpoints import fault
+from flowrl_trainers.sampling.conditioning import ConditioningCache
+from flowrl_trainers.sampling.flow_model import FlowModel
 from flowrl_trainers.sampling.sharding import own_part, own_parts, refuse_other_sharding, whole
+from flowrl_trainers.trainers import base_trainer
 from flowrl_trainers.trainers.loss_scaling import LossScaler
 
+from .forked import flowrl
 from .fsdp2 import ENVIRONMENT, on_two_processes, pretend_gpus
 from .helpers import TRAINERS, adjoint_matching_config, architecture_of, make_trainer, redness, update_rows
+from .quantized import quantize
 from .runs import assert_same
 from .tiny import tiny_sd3
 
@@ -226,6 +238,65 @@ def test_a_shared_network_learns_in_lower_precision(tmp_path, precision):
             assert_same(two["after"], two["weights"])
 
 
+# ---- `flowrl evaluate` --------------------------------------------------------------------------------------------
+
+
+def measure_together(arguments: list[str], folder: Path) -> None:
+    """On each of two processes: the command, and how much of the network each of them holds."""
+    torch.set_num_threads(1)
+    pretend_gpus()
+    sharded = FlowModel.shard
+
+    def shard(model: FlowModel, accelerator: Accelerator) -> None:
+        sharded(model, accelerator)
+        parameters = list(model.parameters())
+        held = sum(own_part(p).numel() for p in parameters) / sum(p.numel() for p in parameters)
+        torch.save(held, folder / f"held_{accelerator.process_index}.pt")
+
+    FlowModel.shard = shard
+    evaluate(arguments)
+
+
+def test_evaluate_draws_with_a_network_that_processes_share(tmp_path):
+    """Pictures are those of one process to the last bit, where batches are of one size; means of their scores are sums
+    in another order, in float64. The base model is that without adapters, and of two each is measured by itself.
+    """
+    tiny_sd3().save_pretrained(tmp_path / "model")
+    for name, targets in (("first", ["attn.to_q"]), ("second", ["attn.to_q", "attn.to_v"])):
+        pipeline = tiny_sd3()
+        pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+        FlowPipeline.from_pipeline(pipeline).save_lora(tmp_path / name)
+    (tmp_path / "held_out.txt").write_text("\n".join(HELD_OUT["prompt"]))
+    base = ["--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "held_out.txt")]
+    base += ["--rewards", "tests.helpers.redness", "jpeg_compressibility", "--num_inference_steps", "3"]
+    base += ["--batch_size", "2", "--pictures_per_prompt", "2", "--max_sequence_length", "8", "--guidance_scale", "3"]
+    base += ["--height", "32", "--width", "32"]
+    found = {}
+    for number, adapters in enumerate((["first", "second"], ["second"])):
+        paths = [str(tmp_path / name) for name in adapters]
+        done = flowrl(tmp_path, "evaluate", *base, "--use_cpu", "--adapter", *paths, "--out", f"one_{number}")
+        assert done.returncode == 0, done.stderr
+        found[number] = json.loads((tmp_path / f"one_{number}" / "table.json").read_text())
+    assert found[1] == {label: found[0][label] for label in ("base", "second")}
+    assert len({row["reward/redness"] for row in found[0].values()}) == 3
+    together = [*base, "--adapter", str(tmp_path / "first"), str(tmp_path / "second"), "--out", str(tmp_path / "two")]
+    for process in on_two_processes(measure_together, together, tmp_path, **ENVIRONMENT):
+        assert process.returncode == 0, process.stderr
+    for label, row in json.loads((tmp_path / "two" / "table.json").read_text()).items():
+        assert row == pytest.approx(found[0][label], rel=1e-12)
+    sheets = [(tmp_path / folder / "pictures.png").read_bytes() for folder in ("one_0", "two")]
+    assert sheets[0] == sheets[1]
+    for rank in (0, 1):
+        assert torch.load(tmp_path / f"held_{rank}.pt") == pytest.approx(0.5, abs=0.02)
+
+
+def test_evaluate_refuses_other_sharding_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    assert main(["evaluate", "--model", "no/model", "--adapter", "none", "--rewards", "no_reward", "--use_cpu"]) == 2
+    assert REFUSED["cpu"][1] in capsys.readouterr().err
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 REFUSED = {
@@ -268,6 +339,37 @@ def test_optimizers_that_cannot_step_a_part_of_a_weight_are_refused(tmp_path, mo
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="`optim` is 'adamw_8bit', but bitsandbytes cannot step weights that FSDP2"):
         adjoint_matching_config(tmp_path, optim="adamw_8bit")
+
+
+@pytest.mark.parametrize(("kind", "refused"), [
+    (None, None), ("nf4", None),
+    ("int8", r"`model` has quantised weights \(Int8Tensor\), which FSDP2 cannot split: quantise it by bitsandbytes to"),
+    ("float8", r"`model` has quantised weights \(Float8Tensor\), which FSDP2 cannot split: quantise it by bitsandbytes"),
+    ("bitsandbytes int8", r"`model` has quantised weights \(Int8Params\), which FSDP2 cannot split: quantise it by"),
+    ("stored as floats", "`model` has 4-bit weights that are stored as torch.bfloat16, which FSDP2 would split without"),
+])  # fmt: skip
+def test_quantised_weights_that_cannot_be_split_are_refused(kind, refused):
+    """Those in 4 bits can, as accelerate leaves them whole."""
+    network = nn.Sequential(nn.Linear(64, 64))
+    weight = network[0].weight.data.clone()
+    if kind == "bitsandbytes int8":
+        network[0].weight = Int8Params(weight, requires_grad=False, has_fp16_weights=False).to("cpu")
+    elif kind == "stored as floats":
+        network[0].weight = Params4bit(weight, requires_grad=False, quant_storage=torch.bfloat16).to("cpu")
+    elif kind is not None:
+        quantize(network, kind)
+    with nullcontext() if refused is None else pytest.raises(ValueError, match=refused):
+        refuse_unsplittable(network)
+
+
+def test_a_pipeline_that_is_quantised_so_is_refused_before_work_starts(tmp_path, monkeypatch):
+    for name, value in (("asks_for_sharding", lambda: True), ("refuse_other_sharding", lambda **settings: None)):
+        monkeypatch.setattr(base_trainer, name, value)
+    monkeypatch.setattr(ConditioningCache, "encode", lambda *arguments: pytest.fail("prompts are encoded"))
+    pipeline = tiny_sd3()
+    quantize(pipeline.transformer, "int8")
+    with pytest.raises(ValueError, match="`model` has quantised weights"):
+        make_trainer("AdjointMatchingTrainer", tmp_path, pipeline)
 
 
 def test_they_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):

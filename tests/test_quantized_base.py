@@ -2,11 +2,13 @@
 
 import itertools
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
@@ -206,6 +208,26 @@ def test_full_fine_tuning_of_a_quantised_base_is_refused(tmp_path, kind):
         ValueError, match=r"All weights would be trained, .* are quantised, .*: pass a `peft.LoraConfig"
     ):
         make_trainer("AdjointMatchingTrainer", tmp_path, pipeline, lora=False)
+
+
+@pytest.mark.parametrize(("run", "layers", "weights", "refused"), [
+    ("no", torch.float32, torch.float32, None), ("bf16", torch.bfloat16, torch.bfloat16, None),
+    ("bf16", torch.float32, torch.float32, "float32 where the run computes in torch.bfloat16, which compiled blocks"),
+    ("bf16", torch.float32, torch.bfloat16, "float32 where the run computes in torch.bfloat16"),
+    ("bf16", torch.bfloat16, torch.float32, "float32 where the run computes in torch.bfloat16"),
+    ("fp16", torch.bfloat16, torch.float16, "bfloat16 where the run computes in torch.float16"),
+])  # fmt: skip
+def test_four_bits_are_compiled_in_one_precision(tmp_path, run, layers, weights, refused):
+    """In which the layers compute and have their bias; bitsandbytes converts the bias in place else, and torch raises."""
+    pipeline = tiny_sd3()
+    pipeline.transformer.to(weights)
+    quantize(pipeline.transformer, "nf4")
+    for layer in pipeline.transformer.modules():
+        if isinstance(layer, Linear4bit):
+            layer.compute_dtype = layers
+    settings = {"compile_blocks": True} | ({} if run == "no" else {run: True})
+    with nullcontext() if refused is None else pytest.raises(ValueError, match=refused):
+        make_trainer("AdjointMatchingTrainer", tmp_path, pipeline, **settings)
 
 
 @pytest.mark.parametrize(("kind", "package"), [("nf4", "bitsandbytes"), ("int8", "torchao"), ("float8", "torchao")])

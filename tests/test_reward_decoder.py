@@ -2,22 +2,11 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny
 
 from flowrl_trainers import VGGFlowConfig, VGGFlowTrainer
 
 from .helpers import CAPTIONS, make_trainer, redness, update_rows
-from .tiny import tiny_sd3
-
-
-def tiny_autoencoder(latent_channels: int = 4, levels: int = 2, seed: int = 0) -> AutoencoderTiny:
-    """One that fits `tiny_sd3` by default: 4 channels, twice as many pixels as latents to a side."""
-    torch.manual_seed(seed)
-    widths, blocks = (8,) * levels, (1,) * levels
-    return AutoencoderTiny(
-        encoder_block_out_channels=widths, decoder_block_out_channels=widths, num_encoder_blocks=blocks,
-        num_decoder_blocks=blocks, latent_channels=latent_channels,
-    )  # fmt: skip
+from .tiny import tiny_autoencoder, tiny_sd3
 
 
 @pytest.fixture(scope="module")

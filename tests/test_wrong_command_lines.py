@@ -17,7 +17,7 @@ RUN = {
     "model": "no/such/folder", "dataset": "prompts.txt", "reward_funcs": ["jpeg_compressibility"],
     "output_dir": "out", "num_generations": 2, "per_device_train_batch_size": 2, "use_cpu": True,
 }  # fmt: skip
-EVALUATE = ["evaluate", "--model", "no/such/folder", "--adapter", "tuned", "--rewards", "jpeg_compressibility",
+EVALUATE = ["evaluate", "--model", "no/such/folder", "--adapter", "user/tuned", "--rewards", "jpeg_compressibility",
             "--dataset", "prompts.txt"]  # fmt: skip
 
 

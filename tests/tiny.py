@@ -1,7 +1,13 @@
 """Tiny random pipelines of the real architectures, built offline."""
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
 
 from flowrl_trainers.shapes.models import new_tokenizer
@@ -82,3 +88,13 @@ def tiny_sd3(**scheduler) -> StableDiffusion3Pipeline:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def tiny_autoencoder(latent_channels: int = 4, levels: int = 2, seed: int = 0) -> AutoencoderTiny:
+    """One that fits `tiny_sd3` by default: 4 channels, twice as many pixels as latents to a side."""
+    torch.manual_seed(seed)
+    widths, blocks = (8,) * levels, (1,) * levels
+    return AutoencoderTiny(
+        encoder_block_out_channels=widths, decoder_block_out_channels=widths, num_encoder_blocks=blocks,
+        num_decoder_blocks=blocks, latent_channels=latent_channels,
+    )  # fmt: skip

@@ -118,7 +118,7 @@ def _draw(args: argparse.Namespace, rows: Dataset, accelerator: Accelerator) -> 
         show_progress=sys.stderr.isatty(),
     )
     sampler = ode_sampler(flow.sigmas(args.num_inference_steps).to(accelerator.device))
-    model = FlowModel(flow, has_adapter=True).eval()  # or none, which is no adapter either
+    model = FlowModel(flow, has_adapter=True).eval().to(accelerator.device)  # or none, which is no adapter either
     parts = list(evaluator.drawn(model, rows, sampler, "base"))
     return [example for part, _ in parts for example in part], torch.cat([images for _, images in parts])
 

@@ -1,10 +1,11 @@
 """`flowrl estimate METHOD`."""
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 from ..cost.estimate import Estimate
-from ..cost.rewards import is_counted
+from ..cost.rewards import blank_reward, is_counted
 from ..cost.run import estimates_of_run
 from ..cost.table import table
 from ..trainers import FlowRLConfig
@@ -29,7 +30,7 @@ def estimate(arguments: list[str]) -> None:
         raise ValueError(f"`flowrl estimate` needs a method before its flags: one of {', '.join(TRAINERS)}.")
     asked, run, config = _parse(method, rest)
     shared_by = asked.num_processes if asked.accelerate_config == "fsdp2" else 1
-    found, not_counted = estimate_run(method, run, config, shared_by)
+    found, not_counted = estimate_run(method, run, config, shared_by, asked.latent_rewards)
     if asked.json:
         print(json.dumps(found.to_dict() | {"not_counted": not_counted}, indent=2))
     else:
@@ -81,7 +82,7 @@ def read_anywhere(config_class: type[FlowRLConfig], processes: int) -> type[Flow
 
 
 def estimate_run(
-    method: str, run: RunArguments, config: FlowRLConfig, shared_by: int = 1
+    method: str, run: RunArguments, config: FlowRLConfig, shared_by: int = 1, latent_rewards: Collection[str] = ()
 ) -> tuple[Estimate, list[str]]:
     """What a run costs one process, and the names of rewards whose cost is not known.
 
@@ -90,7 +91,22 @@ def estimate_run(
         run: The settings of the command line.
         config: Those of the trainer.
         shared_by: The processes over which FSDP2 spreads the network; 1 leaves it whole.
+        latent_rewards: The names of rewards that see latents.
+
+    Raises:
+        ValueError: For such a name that the run does not have.
     """
+    names = [*run.reward_funcs, *run.eval_reward_funcs]
+    for name in latent_rewards:
+        if name not in names:
+            raise ValueError(
+                f"`latent_rewards` names {name!r}, which is no reward of the run: name one of "
+                f"{', '.join(names) or 'those of `reward_funcs`'}."
+            )
+    rewards, judges = (
+        [blank_reward(name, sees="latents" if name in latent_rewards else "images") for name in listed]
+        for listed in (run.reward_funcs, run.eval_reward_funcs)
+    )
     lora = make_lora_config(
         run.lora_r, run.lora_alpha, run.lora_dropout, run.lora_target_modules, lora_fields(run.lora_config or {})
     )
@@ -99,10 +115,10 @@ def estimate_run(
         run.model,
         pipeline_settings(config),
         lora if run.lora_r else None,
-        run.reward_funcs,
-        run.eval_reward_funcs,
+        rewards,
+        judges,
         evaluates=run.eval_split is not None or run.eval_dataset is not None,
         shared_by=[shared_by],
     )
-    not_counted = [name for name in (*run.reward_funcs, *run.eval_reward_funcs) if not is_counted(name)]
+    not_counted = [name for name in names if not is_counted(name)]
     return found, not_counted

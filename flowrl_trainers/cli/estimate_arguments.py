@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from transformers.hf_argparser import HfArg
 
 from ..trainers.config_checks import Range, check_fields
+from .arguments import as_list
 
 
 @dataclass
@@ -23,9 +24,15 @@ class EstimateArguments:
         help="Whether each process has the network whole ('ddp'), or its share of it ('fsdp2', with `num_processes`); "
         "of a file of your own, what it resembles.",
     )
+    latent_rewards: list[str] = HfArg(
+        default_factory=list,
+        help="Those of the run's rewards that see latents, for which nothing is decoded; what you name as "
+        "'module.function' is not imported here. Default: none.",
+    )
     json: bool = HfArg(default=False, help="Whether to print JSON in place of a table.")
 
     def __post_init__(self) -> None:
+        self.latent_rewards = as_list(self.latent_rewards)
         check_fields(self)
         if self.accelerate_config == "fsdp2" and self.num_processes == 1:
             raise ValueError(

@@ -1,6 +1,8 @@
 """`flowrl evaluate`: adapters beside their base model, on the same prompts and seeds."""
 
 import sys
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from ..sampling.evaluator import Evaluator, ode_sampler
 from ..sampling.flow_model import FlowModel
 from ..sampling.pictures import Pictures
 from ..sampling.prompt_sources import is_prompt_file
+from ..sampling.sharding import asks_for_sharding, refuse_other_sharding
 from ..trainers.base_trainer import PIPELINE_SETTINGS
 from ..trainers.input_checks import check_columns, check_dataset
 from .arguments import beside
@@ -35,13 +38,15 @@ CONTEXT: dict[str, Any] = {
     "log_metric": lambda name, value: None,
     "log_extra": lambda name, values: None,
 }
-ADAPTER = "measured"  # not the row's label, which may hold a dot; an adapter's name may not
+ADAPTER = "measured_{}"  # by number: the row's label may hold a dot, and an adapter's name may not
 
 
 def evaluate(arguments: list[str]) -> None:
     """Draw, score, print the table and write the files. Raises `ValueError` if an argument is unknown or wrong."""
     args = _parse(arguments)
     labels = _labels(args.adapter)
+    PartialState(cpu=args.use_cpu)  # which finds the other processes
+    refuse_other_sharding()
     unknown = set(args.trained) - set(args.rewards)
     if unknown:
         raise ValueError(f"`trained` names {', '.join(sorted(unknown))}, which `rewards` does not: add it there.")
@@ -110,13 +115,20 @@ def _rows(
     Returns:
         By label, "base" first: the row, the scores (N,) of every reward, and some pictures.
     """
+    for adapter in args.adapter:
+        _refuse_no_adapter(adapter)
     pipeline = load_model(args.model, DTYPES[args.dtype])
     flow = FlowPipeline.from_pipeline(pipeline, **{name: getattr(args, name) for name in PIPELINE_SETTINGS})
-    for adapter in args.adapter:  # an adapter that does not fit is found before hours of drawing
-        _load_adapter(pipeline, adapter)
-        pipeline.delete_adapters(ADAPTER)
+    # All of them at the start: one that does not fit is found before hours of drawing, and none can be added to a
+    # network once it is shared.
+    names = [_load_adapter(pipeline, adapter, number) for number, adapter in enumerate(args.adapter)]
     accelerator = Accelerator(cpu=args.use_cpu)
     cache = ready_to_draw(flow, list(prompts["prompt"]), accelerator.device)
+    model = FlowModel(flow, has_adapter=True).requires_grad_(False).eval()
+    if asks_for_sharding():
+        model.shard(accelerator)
+    else:
+        model.to(accelerator.device)
     for reward in rewards:
         reward.to(accelerator.device)
     dataset = Dataset.from_list([row for _ in range(args.pictures_per_prompt) for row in prompts])
@@ -131,40 +143,57 @@ def _rows(
         show_progress=sys.stderr.isatty(),
     )
     sampler = ode_sampler(flow.sigmas(args.num_inference_steps).to(accelerator.device))
-    model = FlowModel(flow, has_adapter=True).eval()  # or none, which is no adapter either
+    transformer: Any = flow.transformer  # a `PeftAdapterMixin`
     rows, scores, pictures = {}, {}, {}
-    for label, source in [("base", None), *zip(labels, args.adapter, strict=True)]:
-        if source is not None:
-            _load_adapter(pipeline, source)
-        rows[label], scores[label] = evaluator.row(model, dataset, sampler, label, CONTEXT)
-        pictures[label] = evaluator.pictures(model, dataset, sampler, SHOWN, CONTEXT)
-        if source is not None:
-            pipeline.delete_adapters(ADAPTER)
+    for label, name in [("base", None), *zip(labels, names, strict=True)]:
+        if name is not None:
+            transformer.set_adapter(name)
+        with model.reference() if name is None else nullcontext():
+            rows[label], scores[label] = evaluator.row(model, dataset, sampler, label, CONTEXT)
+            pictures[label] = evaluator.pictures(model, dataset, sampler, SHOWN, CONTEXT)
     return rows, scores, pictures
 
 
 def ready_to_draw(flow: FlowPipeline, prompts: list[str], device: torch.device) -> ConditioningCache:
-    """Encode prompts, and move transformer and decoders to the device; the decoders compute in float32."""
+    """Encode prompts, and move the decoders to the device, where they compute in float32."""
     cache = ConditioningCache(flow)
     cache.encode(prompts, device, show_progress=sys.stderr.isatty())
     for module in flow.decoders():
         module.to(device).float()
-    flow.transformer.to(device).eval()
     return cache
 
 
-def _load_adapter(pipeline: Any, source: str) -> None:
-    """Load an adapter; raises `ValueError` unless it changes the pipeline's transformer and nothing else."""
+def _refuse_no_adapter(source: str) -> None:
+    """Raises `ValueError`, before the model is loaded, for what is no Hub id and no folder or file with weights."""
+    path = Path(source)
+    if not path.exists() and source.count("/") != 1:
+        raise ValueError(
+            f"The adapter {source!r} cannot be loaded: there is no such folder, and an id of the Hub reads "
+            "'user/name'; name another."
+        )
+    if path.is_dir() and not any(file.suffix in (".safetensors", ".bin") for file in path.iterdir()):
+        raise ValueError(
+            f"The adapter {source!r} cannot be loaded: the folder holds no weights of a LoRA; pass that of a run "
+            "which trained one, or one of its checkpoints."
+        )
+
+
+def _load_adapter(pipeline: Any, source: str, number: int) -> str:
+    """Load an adapter, and return its name; raises `ValueError` unless it changes the transformer and nothing else."""
+    name = ADAPTER.format(number)
     try:
-        pipeline.load_lora_weights(source, adapter_name=ADAPTER)
+        with warnings.catch_warnings():  # of peft: there are several adapters, and one is on at a time
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")
+            pipeline.load_lora_weights(source, adapter_name=name)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"The adapter {source!r} cannot be loaded: {error}") from error
-    changed = [part for part, names in pipeline.get_list_adapters().items() if ADAPTER in names]
+    changed = [part for part, names in pipeline.get_list_adapters().items() if name in names]
     if changed != ["transformer"]:
         raise ValueError(
             f"The adapter {source!r} changes {' and '.join(changed) or 'no part of this pipeline'}, but what is "
             "measured is the transformer: pass one that changes it alone."
         )
+    return name
 
 
 def _table(rows: dict[str, dict[str, float]], args: EvaluateArguments) -> str:

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from ..pipelines import families
 from ..rewards.named import refuse_unknown_names
 from ..run_folder.card import SHAPES
+from ..run_folder.checkpoints import refuse_nothing_to_resume
 from ..run_folder.earlier_run import models_of_a_run, refuse_earlier_run
 from ..sampling.prompt_sources import is_prompt_file, read_prompt_file, refuse_blank_prompts
 from ..shapes import load_pipeline, prompts
@@ -32,11 +33,14 @@ def run(method: str, arguments: list[str]) -> None:
         ValueError: If a setting is unknown or wrong.
     """
     args, config = parse(method, TRAINERS[method].config_class, arguments, {})
-    resume = config.resume_from_checkpoint
-    if not (resume or config.overwrite_output_dir):  # `train` refuses it too, but after the model is loaded
-        refuse_earlier_run(Path(str(config.output_dir)), models_of_a_run(Path(str(config.output_dir))))
+    output_dir, asked = Path(str(config.output_dir)), config.resume_from_checkpoint
+    resume = True if asked in ("true", "True") else asked
+    if resume:  # `train` refuses these too, but after the model is loaded
+        refuse_nothing_to_resume(output_dir, resume)
+    elif not config.overwrite_output_dir:
+        refuse_earlier_run(output_dir, models_of_a_run(output_dir))
     trainer = make_trainer(method, args, config)
-    trainer.train(resume_from_checkpoint=True if resume in ("true", "True") else resume)
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(_internal_call=True)  # before anything else can fail
     if trainer.eval_dataset is not None:
         trainer.evaluate()

@@ -32,7 +32,9 @@ class Kind(StrEnum):
     REWARD = "reward"
     """All rewards, without gradients."""
     REWARD_GRADIENT = "decode_and_reward_gradient"
-    """Decoder and rewards with the backward pass to the latents."""
+    """Decoder and rewards with the backward pass to the latents; the decoder is that of `reward_decoder`, if any."""
+    OWN_REWARD_GRADIENT = "own_decode_and_reward_gradient"
+    """The same through the model's own decoder, beside that of `reward_decoder`."""
 
 
 class Phase(StrEnum):
@@ -76,11 +78,13 @@ class Drawing:
         guided: Whether a guided velocity takes two calls of the network.
         decoded_together: The pictures that are decoded at a time where no setting says so: a megapixel's.
         branches_in_one_call: Whether both branches of guidance are one call of twice the batch, but in a loss.
+        decodes: Whether a reward of training sees pictures; else rollouts are not decoded.
     """
 
     guided: bool
     decoded_together: int
     branches_in_one_call: bool = False
+    decodes: bool = True
 
     def velocity(
         self, kind: Kind, batch: int, count: int, phase: Phase, *, guidance: bool = True, needed: bool = True
@@ -118,7 +122,7 @@ class Drawing:
         calls = []
         for size, count in parts(pictures, at_a_time).items():
             calls.append(Call(Kind.REWARD, size, count, Phase.REWARD, needed))
-            decoded = parts(size, min(size, self.decoded_together))
+            decoded = parts(size, min(size, self.decoded_together)) if self.decodes else Counter[int]()
             calls += [Call(Kind.DECODE, part, count * n, Phase.REWARD, needed) for part, n in decoded.items()]
         return calls
 
@@ -128,10 +132,11 @@ class Drawing:
         Args:
             pictures: The pictures of each time.
             count: How often.
-            at_a_time: `decode_batch_size`; None for a megapixel, and at most a micro-batch.
+            at_a_time: `decode_batch_size`; None for a megapixel, and at most a micro-batch, which is also what is
+                taken where nothing is decoded.
             micro_batch: The images of a micro-batch.
         """
-        together = at_a_time or min(micro_batch, self.decoded_together)
+        together = at_a_time or (min(micro_batch, self.decoded_together) if self.decodes else micro_batch)
         sizes = parts(pictures, together).items()
         return [Call(Kind.REWARD_GRADIENT, size, count * n, Phase.REWARD) for size, n in sizes]
 

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..networks import critic, value_network
 from ..pipelines.quantization import Quantization
+from ..pipelines.tiny_decoder import TinyDecoder
+from ..rewards.base import Sees
 from .architectures import META, Architecture
 from .calls import Call, Kind, Phase, counted
 from .conditioning import blank_conditioning
@@ -137,6 +139,7 @@ class Estimator:
         copy_as_loaded: Whether the frozen copy of full fine-tuning keeps the precision of the loaded network.
         apart: Whether the transformer leaves the device while pictures are decoded and scored, and decoders and
             rewards at all other times.
+        reward_decoder: Takes the gradient of the reward in place of the pipeline's own decoder; on the meta device.
         shared_by: The processes over which FSDP2 spreads the transformer, its frozen copy and a value network; 1
             leaves them whole. It may be set anew between two estimates.
     """
@@ -152,6 +155,7 @@ class Estimator:
     quantization: Quantization | None = None
     copy_as_loaded: bool = False
     apart: bool = False
+    reward_decoder: TinyDecoder | None = None
     shared_by: int = 1
     _works: dict[tuple[Kind, int, bool, bool], Work] = field(default_factory=dict)
     _meter: Meter = field(default_factory=Meter)
@@ -225,10 +229,14 @@ class Estimator:
                     self.flow.images(self._latents(batch))
             case Kind.REWARD:
                 with torch.no_grad():
-                    self._score(self._pictures(batch))
+                    self._score(
+                        self._latents(batch) if self._is_seen("latents") else None,
+                        self._pictures(batch) if self._is_seen("images") else None,
+                    )
             case Kind.REWARD_GRADIENT:
-                x = self._latents(batch).requires_grad_()
-                torch.autograd.grad(self._score(self.flow.decode(x)), x)
+                self._reward_gradient(batch, self.reward_decoder or self.flow.decode)
+            case Kind.OWN_REWARD_GRADIENT:
+                self._reward_gradient(batch, self.flow.decode)
 
     def _latents(self, batch: int) -> Tensor:
         return self.flow.initial_latents(batch)
@@ -258,8 +266,18 @@ class Estimator:
             work()
             network.enable_adapters()
 
-    def _score(self, images: Tensor) -> Tensor:
-        return torch.stack([reward(images.clone()) for reward in self.rewards]).sum()
+    def _reward_gradient(self, batch: int, decode: Callable[[Tensor], Tensor]) -> None:
+        x = self._latents(batch).requires_grad_()
+        torch.autograd.grad(self._score(x, decode(x) if self._is_seen("images") else None), x)
+
+    def _is_seen(self, view: Sees) -> bool:
+        return any(reward.sees == view for reward in self.rewards)
+
+    def _score(self, latents: Tensor | None, images: Tensor | None) -> Tensor:
+        """latents, images: None where no reward sees them."""
+        views = {"latents": latents, "images": images}
+        seen = [(reward, views[reward.sees]) for reward in self.rewards]
+        return torch.stack([reward(view.clone()) for reward, view in seen if view is not None]).sum()
 
     def _ask_head(self, batch: int) -> Tensor:
         assert self._head is not None
@@ -288,19 +306,22 @@ class Estimator:
             evaluation: Of one batch of an evaluation; none without one.
             updates: Those that use a rollout.
             latents_kept: The latents of all images of the rollout that wait in the buffer.
-            once: Calls of the first rollouts alone; they are named, and their operations are not counted.
+            once: Calls of the first rollouts alone; they are named and must fit, and their operations are not
+                counted.
         """
         phases = {}
         for phase in Phase:
             mine = [call for call in (*calls, *evaluation) if call.phase == phase]
+            first = [call for call in once if call.phase == phase]
             if mine:
-                phases[str(phase)] = self._phase(phase, mine, latents_kept)
+                phases[str(phase)] = self._phase(phase, mine, first, latents_kept)
         per_update = {kind: count / updates for kind, count in _by_kind(calls).items()}
         return Estimate(phases, per_update, updates, _by_kind(once))
 
-    def _phase(self, phase: Phase, calls: list[Call], latents_kept: int) -> PhaseCost:
+    def _phase(self, phase: Phase, calls: list[Call], once: list[Call], latents_kept: int) -> PhaseCost:
         works = [(self.work(call), call) for call in calls]
-        held = [(self._held(phase, work, call, latents_kept), call) for work, call in works]
+        first = [(self.work(call), call) for call in once]
+        held = [(self._held(phase, work, call, latents_kept), call) for work, call in (*works, *first)]
         parts, call = max(held, key=lambda pair: sum(pair[0].values()))
         return PhaseCost(
             parts,
@@ -317,7 +338,7 @@ class Estimator:
         if phase == Phase.UPDATE:
             parts["gradients"] = self._held_of(self.trained)
         if self.apart:
-            judges = call.kind in (Kind.DECODE, Kind.REWARD, Kind.REWARD_GRADIENT)
+            judges = call.kind in _OF_JUDGES
             away = NETWORK if judges else JUDGES
             parts = {name: size for name, size in parts.items() if name not in away}
         layer = self.quantized.largest if call.kind in _OF_TRANSFORMER else 0  # one at a time in all its bits
@@ -343,6 +364,7 @@ class Estimator:
             "optimizer": ADAMW_MOMENTS * (trained + of_head),
             "head": of_head,
             "autoencoder": sum(_bytes(network) for network in self.flow.decoders()),
+            "reward decoder": 0 if self.reward_decoder is None else _bytes(self.reward_decoder.autoencoder),
             "rewards": _bytes_of_rewards(self.rewards),
         }
 
@@ -442,6 +464,7 @@ def share_of(tensors: Iterable[Tensor], processes: int) -> int:
 
 NETWORK = ("weights", "adapter", "trained weights")
 JUDGES = ("autoencoder", "rewards", "further rewards")
+_OF_JUDGES = (Kind.DECODE, Kind.REWARD, Kind.REWARD_GRADIENT, Kind.OWN_REWARD_GRADIENT)
 _OF_TRANSFORMER = (Kind.FORWARD, Kind.BASE, Kind.PRODUCT, Kind.BASE_PRODUCT, Kind.TRAIN)
 
 

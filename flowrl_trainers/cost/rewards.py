@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import BlipConfig, CLIPConfig, CLIPModel, CLIPVisionConfig
 
 from ..rewards.aesthetic import AestheticPredictor
+from ..rewards.base import Sees
 from ..rewards.hpsv2 import vit_h_14
 from ..rewards.image_reward import ImageRewardModel
 from ..rewards.preprocessing import resize_and_crop
@@ -38,13 +39,15 @@ class BlankReward:
     Attributes:
         name: Of the reward.
         network: On the meta device; None for a reward whose cost is not known, or that has no network.
+        sees: Whether it is called with `images` or with `latents`.
     """
 
     name: str
     network: nn.Module | None
+    sees: Sees = "images"
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Scores (B,) of images (B, 3, H, W)."""
+        """Scores (B,) of images (B, 3, H, W), or of latents (B, ...)."""
         network: Any = self.network  # whose configurations are typed as if they could be absent
         match self.network:
             case CLIPModel():
@@ -60,15 +63,16 @@ class BlankReward:
                 picture = network.vision_model(pixels).last_hidden_state
                 return network.layers(picture[:, 0, : network.config.text_config.hidden_size])[:, 0].float()
             case _:
-                return images.mean(dim=(1, 2, 3))
+                return images.flatten(1).mean(dim=1)
 
 
-def blank_reward(name: str, dtype: torch.dtype = torch.float32) -> BlankReward:
+def blank_reward(name: str, dtype: torch.dtype = torch.float32, sees: Sees = "images") -> BlankReward:
     """The reward of a name; one of another name is taken to cost nothing.
 
     Args:
         name: As in `reward_funcs`.
         dtype: The precision of its weights.
+        sees: Whether it is called with `images` or with `latents`.
     """
     made: Any = None
     with torch.device("meta"):
@@ -84,7 +88,7 @@ def blank_reward(name: str, dtype: torch.dtype = torch.float32) -> BlankReward:
                 made = ImageRewardModel(_blip())
     if made is not None:
         made = made.to(dtype).requires_grad_(False).eval()
-    return BlankReward(name, made)
+    return BlankReward(name, made, sees)
 
 
 def is_counted(name: str) -> bool:

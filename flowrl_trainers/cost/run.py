@@ -3,16 +3,21 @@
 import logging
 from collections.abc import Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderTiny
+from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig
 
+from ..pipelines.folders import read_json
+from ..pipelines.tiny_decoder import TinyDecoder
 from ..sampling.scoring import MEGAPIXEL
-from .architectures import find
+from .architectures import META, find
 from .calls import Drawing
 from .estimate import Estimate, Estimator, encoding
-from .rewards import blank_reward
+from .rewards import BlankReward
 from .table import LOWER
 
 logger = logging.getLogger(__name__)
@@ -25,8 +30,8 @@ def estimates_of_run(
     model: str,
     settings: dict[str, Any],
     lora: LoraConfig | None,
-    rewards: list[str],
-    judges: list[str],
+    rewards: list[BlankReward],
+    judges: list[BlankReward],
     *,
     evaluates: bool,
     shared_by: Sequence[int],
@@ -38,8 +43,8 @@ def estimates_of_run(
         model: A Hub id or folder; see `architectures.find`.
         settings: Those of the pipeline.
         lora: The adapter that is trained; None for all weights.
-        rewards: The names of those of training.
-        judges: The names of those that evaluation adds.
+        rewards: Those of training.
+        judges: Those that evaluation adds.
         evaluates: Whether there are held-out prompts.
         shared_by: The processes over which FSDP2 spreads the network, each a number of its own; 1 leaves it whole.
 
@@ -50,19 +55,21 @@ def estimates_of_run(
     architecture = find(model)
     flow: Any = architecture.flow(half or torch.float32, settings)
     together = max(1, MEGAPIXEL // (flow.settings["height"] * flow.settings["width"]))
-    drawing = Drawing(flow.guided, together, flow.guidance_in_one_call)
+    decodes = any(reward.sees == "images" for reward in rewards)
+    drawing = Drawing(flow.guided, together, flow.guidance_in_one_call, decodes)
     estimator = Estimator(
         flow,
-        [blank_reward(name) for name in rewards],
+        rewards,
         deepcopy(lora),  # whose layers are named here
         autocast=half,
         head=config.head_kind,
         checkpointing=bool(config.activation_checkpointing),
         encoder_dtype=half or torch.float32,
-        judges=[blank_reward(name) for name in judges],
+        judges=judges,
         quantization=config.quantization,
         copy_as_loaded=config.frozen_copy == "as_loaded",
         apart=config.offload_between_phases,
+        reward_decoder=blank_reward_decoder(config.reward_decoder_name, flow),
     )
     before = encoding(architecture, half or torch.float32, config.text_encoder_quantization)
     estimates = []
@@ -77,6 +84,26 @@ def estimates_of_run(
         )
         estimates.append(found.after(before))
     return estimates
+
+
+def blank_reward_decoder(name: str | None, flow: Any) -> TinyDecoder | None:
+    """The tiny autoencoder of a name, on the meta device.
+
+    Args:
+        name: A folder, or a Hub id, which is read from the cache; where it is not there, it is taken to be of the
+            usual size, for the latents of the pipeline.
+        flow: The pipeline.
+    """
+    if name is None:
+        return None
+    folder = Path(name)
+    if not folder.is_dir():
+        cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 else None
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    known = (folder / "config.json").is_file()
+    config = read_json(folder / "config.json") if known else {"latent_channels": flow.initial_latents(1).shape[1]}
+    with META:
+        return TinyDecoder(AutoencoderTiny.from_config(config))
 
 
 def memory_of(device: torch.device) -> int | None:

@@ -75,6 +75,68 @@ def is_quantized(network: nn.Module) -> bool:
     return any(not p.is_floating_point() or len(stored_tensors(p)) > 1 for p in network.parameters())
 
 
+def refuse_unsplittable(network: nn.Module) -> None:
+    """Refuse weights that FSDP2 cannot spread over processes.
+
+    Plain floating-point tensors can be split, and accelerate leaves 4-bit weights that are stored as whole numbers, as
+    they are by default, whole.
+
+    Raises:
+        ValueError: Naming the kind of weights, and what to take instead.
+    """
+    for parameter in network.parameters():
+        in_four_bits, floats = _is_in_four_bits(parameter), parameter.is_floating_point()
+        if in_four_bits and floats:
+            raise ValueError(
+                f"`model` has 4-bit weights that are stored as {parameter.dtype}, which FSDP2 would split without "
+                "what they need to be read: load it without `bnb_4bit_quant_storage`, so that they stay whole on "
+                "every process."
+            )
+        if not in_four_bits and not (floats and type(parameter.data) is Tensor):
+            raise ValueError(
+                f"`model` has quantised weights ({type(parameter).__name__}), which FSDP2 cannot split: quantise it "
+                "by bitsandbytes to 'nf4', whose weights stay whole on every process, load it in all its bits, or "
+                "take `--accelerate_config ddp`."
+            )
+
+
+def refuse_other_precision(network: nn.Module, dtype: torch.dtype) -> None:
+    """Refuse to compile blocks whose 4-bit layers compute in another precision than their inputs have.
+
+    bitsandbytes converts a layer's bias in place then, and what it returns, which no compiled graph can do.
+
+    Args:
+        network: With layers of bitsandbytes or without.
+        dtype: The precision in which the run computes.
+
+    Raises:
+        ValueError: Naming both.
+    """
+    if not is_bitsandbytes_available():
+        return
+    from bitsandbytes.nn import Linear4bit
+
+    for layer in network.modules():
+        if isinstance(layer, Linear4bit):
+            bias = [] if layer.bias is None else [layer.bias.dtype]
+            others = {found for found in (layer.compute_dtype, *bias) if found not in (None, dtype)}
+            if others:
+                raise ValueError(
+                    f"`compile_blocks` is True, but 4-bit layers of `model` are in {min(others, key=str)} where the "
+                    f"run computes in {dtype}, which compiled blocks cannot convert: load it with that `torch_dtype` "
+                    "and `bnb_4bit_compute_dtype`, or leave `compile_blocks` out."
+                )
+
+
+def _is_in_four_bits(parameter: Tensor) -> bool:
+    """Whether a parameter is one of bitsandbytes, in 4 bits."""
+    if not is_bitsandbytes_available():
+        return False
+    from bitsandbytes.nn import Params4bit
+
+    return isinstance(parameter, Params4bit)
+
+
 def stored_tensors(parameter: Tensor) -> list[Tensor]:
     """The plain tensors that hold a parameter: itself, or the numbers and scales of a quantised one."""
     if is_torchao_available():

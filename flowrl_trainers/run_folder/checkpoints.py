@@ -207,6 +207,21 @@ def checkpoint_to_resume(output_dir: Path, wanted: str | Path | Literal[True]) -
     return folder, faults
 
 
+def refuse_nothing_to_resume(output_dir: Path, wanted: str | Path | Literal[True]) -> None:
+    """Refuse, before a model is loaded, what `checkpoint_to_resume` will refuse whatever the bytes of files are.
+
+    Args:
+        output_dir: The folder of the run.
+        wanted: See `checkpoint_to_resume`.
+
+    Raises:
+        ValueError: Where no folder that is asked for has a manifest.
+    """
+    folders = checkpoints(output_dir) if wanted is True else [Path(wanted)]
+    if wanted != "auto" and not any((folder / MANIFEST).is_file() for folder in folders):
+        checkpoint_to_resume(output_dir, wanted)
+
+
 def _advice(output_dir: Path) -> str:
     good, _ = newest_whole(output_dir)
     return f"resume from {good}, the newest good one." if good else "there is no good one to resume from."

@@ -29,7 +29,11 @@ def asks_for_sharding() -> bool:
 
 
 def refuse_other_sharding(
-    *, compile_blocks: bool, merge_adapter: bool, cache_base_pictures: bool, quantization: str | None
+    *,
+    compile_blocks: bool = False,
+    merge_adapter: bool = False,
+    cache_base_pictures: bool = False,
+    quantization: str | None = None,
 ) -> None:
     """Check that the launcher wants the network whole, or sharded in the one way that works here.
 

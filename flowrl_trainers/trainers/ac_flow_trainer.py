@@ -41,6 +41,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
@@ -117,6 +118,12 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
         self.given_critic = critic
         super().__init__(*args, **kwargs)
 
+    def check_arguments(self, args: Any, peft_config: LoraConfig | None) -> None:
+        """Raises `ValueError` for a critic that is passed where the settings ask for none."""
+        super().check_arguments(args, peft_config)
+        if self.given_critic is not None and args.critic in ("none", "reward_of_estimate"):
+            raise ValueError(f"`critic` is passed, but `args.critic` is {args.critic!r}: leave out one of them.")
+
     def set_up(self) -> None:
         """The old policy; the critic, its warm-up and its optimizer. Trainer does not see the critic, as it takes
         steps of its own.
@@ -131,8 +138,6 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
             self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=self.args.critic_learning_rate)
 
     def _make_critic(self) -> nn.Module | None:
-        if self.given_critic is not None and self.args.critic in ("none", "reward_of_estimate"):
-            raise ValueError(f"`critic` is passed, but `args.critic` is {self.args.critic!r}: leave out one of them.")
         if self.given_critic is not None:
             return self.given_critic.to(self.args.device)
         if self.args.critic in ("none", "reward_of_estimate"):

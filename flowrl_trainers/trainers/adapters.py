@@ -26,12 +26,29 @@ DESCRIPTIVE = ("task_type", "auto_mapping", "peft_type", "peft_version", "base_m
 COMPILED = "_orig_mod"  # how `torch.compile` names the module that it wraps
 
 
+def check_lora_config(config: LoraConfig) -> None:
+    """Check what of a LoRA can be checked without the model.
+
+    Raises:
+        TypeError: For a configuration of another kind of adapter.
+        ValueError: For one that changes the base model, or that stock diffusers could not load again.
+    """
+    if not isinstance(config, LoraConfig):
+        raise TypeError(
+            f"`peft_config` is a {type(config).__name__}: pass a `peft.LoraConfig`, the kind of adapter that "
+            "diffusers saves and loads."
+        )
+    _refuse_change_of_base(config)
+    _refuse_what_is_not_supported(config)
+
+
 def prepare_adapter(flow: FlowPipeline, config: LoraConfig | None) -> LoraConfig | None:
     """Make the parameters that are to be trained trainable, in float32; all others are frozen.
 
     Args:
         flow: The pipeline, whose transformer is changed.
-        config: Of the LoRA to make; None to train the adapter that the pipeline carries or, without one, all weights.
+        config: Of the LoRA to make, as `check_lora_config` allows it; None to train the adapter that the pipeline
+            carries or, without one, all weights.
 
     Returns:
         The configuration of the adapter that is trained, if any.
@@ -39,7 +56,6 @@ def prepare_adapter(flow: FlowPipeline, config: LoraConfig | None) -> LoraConfig
     Raises:
         ValueError: For an adapter that training could not keep apart from the base model, or save; for what was left
             of one; for a compiled network.
-        TypeError: For a configuration of another kind of adapter.
     """
     if any(_carries_adapter(encoder) for encoder in flow.text_encoders()):
         raise ValueError(
@@ -90,11 +106,6 @@ def _refuse_remains(transformer: nn.Module) -> None:
 
 def _made(flow: FlowPipeline, config: LoraConfig) -> LoraConfig:
     transformer = flow.transformer
-    if not isinstance(config, LoraConfig):
-        raise TypeError(
-            f"`peft_config` is a {type(config).__name__}: pass a `peft.LoraConfig`, the kind of adapter that "
-            "diffusers saves and loads."
-        )
     if _carries_adapter(transformer):
         raise ValueError(
             "The pipeline already carries a LoRA: call `pipeline.fuse_lora()` and `pipeline.unload_lora_weights()` "
@@ -105,8 +116,6 @@ def _made(flow: FlowPipeline, config: LoraConfig) -> LoraConfig:
             f"`peft_config` is set, but {type(transformer).__name__} has no `add_adapter`: derive it from "
             "`diffusers.loaders.PeftAdapterMixin`, or pass no `peft_config` to train all weights."
         )
-    _refuse_change_of_base(config)
-    _refuse_what_is_not_supported(config)
     _refuse_names_of_nothing(config, flow)
     config = copy.deepcopy(config)
     config.target_modules = config.target_modules or list(flow.lora_target_modules)

@@ -156,7 +156,8 @@ class AdjointMatchingConfig(RewardGradientConfig):
 
     def first_calls(self, drawing: Drawing) -> list[Call]:
         """The lean adjoint of the first rollout, from which the scale of the reward is found, and cached prefixes."""
-        calls = [] if self.reward_scale is not None else self._adjoint_calls("lean")
+        calls = super().first_calls(drawing)
+        calls += [] if self.reward_scale is not None else self._adjoint_calls("lean")
         if self.prefix_pool_size is not None:
             images, size = self.prefix_pool_size // self.world_size, self.per_device_train_batch_size
             steps = self.num_inference_steps - self.adjoint_steps

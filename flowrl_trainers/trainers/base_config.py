@@ -273,9 +273,14 @@ class FlowRLConfig(TrainingArguments):
         """The pictures of one batch of an evaluation."""
         steps, size = self.eval_num_inference_steps or self.num_inference_steps, self.per_device_eval_batch_size
         calls = drawing.velocity(Kind.FORWARD, size, steps, Phase.EVALUATION)
-        for call in drawing.scores(size, self.decode_batch_size or size):
+        for call in replace(drawing, decodes=True).scores(size, self.decode_batch_size or size):
             calls.append(replace(call, phase=Phase.EVALUATION))
         return calls
+
+    @property
+    def reward_decoder_name(self) -> str | None:
+        """The tiny autoencoder that takes the gradient of the reward, if any."""
+        return None
 
     @property
     def head_kind(self) -> Literal["value_network", "critic"] | None:
@@ -318,6 +323,11 @@ class FlowRLConfig(TrainingArguments):
             raise ValueError(
                 f"`merge_adapter` is True with `{'bf16' if self.bf16 else 'fp16'}`, which would round small changes "
                 "of the weights away: leave one of them out."
+            )
+        if self.merge_adapter and self.quantization is not None:
+            raise ValueError(
+                f"`merge_adapter` is True with `quantization` ({self.quantization!r}), and nothing can be added to "
+                "quantised weights: leave one of them out."
             )
         if self.attention_backend is not None:
             check_backend_name(self.attention_backend)

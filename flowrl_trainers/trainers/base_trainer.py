@@ -23,11 +23,12 @@ from transformers import TrainerCallback, TrainerState, enable_full_determinism,
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
 from transformers.utils import is_in_notebook
 
+from ..cost.rewards import blank_reward
 from ..cost.run import memory_of, warn_of_memory
 from ..flow import norm_ratios, root_mean_square
 from ..metrics import signs_of_over_optimisation
 from ..pipelines import Conditioning, FlowPipeline
-from ..pipelines.quantization import is_quantized
+from ..pipelines.quantization import is_quantized, refuse_other_precision, refuse_unsplittable
 from ..rewards import Reward, as_rewards, chosen_by
 from ..rewards.named import RewardLike, refuse_groupwise
 from ..run_folder import CardFacts, RunFolder, before_after
@@ -54,7 +55,7 @@ from ..sampling.prompt_sources import PromptSource
 from ..sampling.reward_watch import RewardWatch, share_without_spread
 from ..sampling.scoring import Scorer, call_rewards, decoded, seen_images
 from ..sampling.sharding import asks_for_sharding, refuse_other_sharding
-from .adapters import prepare_adapter
+from .adapters import check_lora_config, prepare_adapter
 from .attention import attention_by, check_attention_backend
 from .base_config import FlowRLConfig
 from .checkpointed_trainer import CheckpointedTrainer, TrainingState
@@ -66,6 +67,7 @@ from .input_checks import (
     check_columns,
     check_dataset,
     check_rewards,
+    check_trained_part,
     check_weights,
     without_groups,
     writable_folder,
@@ -145,12 +147,17 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         args = args or self.config_class(output_dir=self._name.lower().replace(" ", "-"))
         check_args(args, self.config_class)
         check_weights(model, args)
+        if peft_config is not None:
+            check_lora_config(peft_config)
+        if peft_config is not None or isinstance(model, (str, Path)):  # a loaded pipeline may carry an adapter
+            check_trained_part(args, has_adapter=peft_config is not None)
         refuse_other_sharding(
             compile_blocks=args.compile_blocks,
             merge_adapter=args.merge_adapter,
             cache_base_pictures=args.cache_base_pictures,
             quantization=args.quantization,
         )
+        self.check_arguments(args, peft_config)
         if args.should_save:
             writable_folder(str(args.output_dir))
         train_dataset = check_dataset(train_dataset, "train_dataset", args)
@@ -180,12 +187,17 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         # The model, and what is trained of it.
         memory = memory_of(args.device)
         if isinstance(model, (str, Path)) and memory is not None and args.process_index == 0:
-            names = ([reward.name for reward in rewards] for rewards in (self.rewards, self.eval_rewards))
-            of_run = (pipeline_settings(args), peft_config, *names)
+            blank = (
+                [blank_reward(reward.name, sees=reward.sees) for reward in rewards]
+                for rewards in (self.rewards, self.eval_rewards)
+            )
+            of_run = (pipeline_settings(args), peft_config, *blank)
             shared_by = args.world_size if asks_for_sharding() else 1
             warn_of_memory(memory, args, str(model), *of_run, evaluates=eval_dataset is not None, shared_by=shared_by)
         self.flow = _flow_pipeline(model, args)
         check_networks(self.flow)
+        if asks_for_sharding():
+            refuse_unsplittable(self.flow.transformer)
         self._given: PipelineState | None = PipelineState(self.flow)
         self._at_work = False
         try:
@@ -211,11 +223,11 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         )  # a LoRA starts from random numbers
         as_loaded = {name: parameter.dtype for name, parameter in self.flow.transformer.named_parameters()}
         self.peft_config = prepare_adapter(self.flow, peft_config)
-        if args.frozen_copy != "float32" and self.peft_config is not None:
-            raise ValueError(
-                f"`frozen_copy` ({args.frozen_copy!r}) has no effect with a LoRA, whose base model is the network "
-                "itself: leave it out."
-            )
+        check_trained_part(args, has_adapter=self.peft_config is not None)
+        if args.merge_adapter:
+            check_mergeable(self.flow.transformer)
+        if args.compile_blocks:
+            refuse_other_precision(self.flow.transformer, _computing_dtype(self.flow.transformer, args))
 
         # The prompts, encoded before Trainer places the network: it and the text encoders need not fit together.
         self.sampler = PromptGroupSampler(
@@ -321,17 +333,23 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         self.set_up()
         if args.compile_blocks:
             self.model.compile_blocks()
-        if args.merge_adapter:
-            check_mergeable(self.flow.transformer, has_adapter=self.peft_config is not None)
         if args.attention_backend is not None:
-            dtype = next(self.flow.transformer.parameters()).dtype
-            half = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else dtype
-            check_attention_backend(self.flow.transformer, args.attention_backend, half)
+            dtype = _computing_dtype(self.flow.transformer, args)
+            check_attention_backend(self.flow.transformer, args.attention_backend, dtype)
         if self.optimizer is not None:
             self._check_optimizer(self.optimizer)
         self._working = PipelineState(self.flow)
 
     # ---- what an algorithm overrides -------------------------------------------------------------------------------
+
+    def check_arguments(self, args: FlowRLConfig, peft_config: LoraConfig | None) -> None:
+        """Refuse, before rewards and model are loaded, what the algorithm cannot train with; nothing by default.
+
+        Args:
+            args: The configuration.
+            peft_config: Of the LoRA to make.
+        """
+        return None
 
     def make_head(self) -> tuple[str, nn.Module] | None:
         """The network that is trained beside the transformer, and what its folder and metrics are called; none by
@@ -1130,6 +1148,13 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
 def pipeline_settings(args: FlowRLConfig) -> dict[str, Any]:
     """Those settings of the pipeline that a configuration names."""
     return {name: getattr(args, name) for name in PIPELINE_SETTINGS if getattr(args, name) is not None}
+
+
+def _computing_dtype(transformer: nn.Module, args: FlowRLConfig) -> torch.dtype:
+    """The precision in which the network computes: that of the run, or of the weights that are not in 4 bits."""
+    if args.bf16 or args.fp16:
+        return torch.bfloat16 if args.bf16 else torch.float16
+    return next(p.dtype for p in transformer.parameters() if p.is_floating_point())
 
 
 def _flow_pipeline(model: str | Path | DiffusionPipeline | FlowPipeline, args: FlowRLConfig) -> FlowPipeline:

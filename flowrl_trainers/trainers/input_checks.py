@@ -50,6 +50,30 @@ def check_weights(model: Any, args: FlowRLConfig) -> None:
     check_quantization(names, args.device)
 
 
+def check_trained_part(args: FlowRLConfig, *, has_adapter: bool) -> None:
+    """Refuse settings that have no effect, or none that is meant, with an adapter or without one.
+
+    Args:
+        args: The configuration.
+        has_adapter: Whether a LoRA is trained; else all weights are.
+
+    Raises:
+        ValueError: Naming the setting.
+    """
+    if has_adapter and args.frozen_copy != "float32":
+        raise ValueError(
+            f"`frozen_copy` ({args.frozen_copy!r}) has no effect with a LoRA, whose base model is the network itself: "
+            "leave it out."
+        )
+    if not has_adapter and args.quantization is not None:
+        raise ValueError(
+            f"`quantization` is {args.quantization!r}, but all weights would be trained, and small steps of quantised "
+            "ones are lost: pass a `peft.LoraConfig` (`lora_r` of 1 or more), or leave `quantization` out."
+        )
+    if not has_adapter and args.merge_adapter:
+        raise ValueError("`merge_adapter` is True, but no adapter is trained: leave it out, or pass `peft_config`.")
+
+
 def writable_folder(path: str | PathLike[str]) -> Path:
     """The folder of an `output_dir`, made where there was none.
 

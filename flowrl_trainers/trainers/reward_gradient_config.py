@@ -1,10 +1,11 @@
 """`RewardGradientConfig`: the settings of trainers that differentiate the reward."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from transformers.hf_argparser import HfArg
 
+from ..cost import Call, Drawing, Kind
 from .base_config import FlowRLConfig
 from .config_checks import Range
 
@@ -36,3 +37,15 @@ class RewardGradientConfig(FlowRLConfig):
         "object is passed to the trainer instead. The first rollout takes both gradients and logs their cosine as "
         "`reward_decoder_cosine`. Default: the model's own.",
     )
+
+    @property
+    def reward_decoder_name(self) -> str | None:
+        """`reward_decoder`."""
+        return self.reward_decoder
+
+    def first_calls(self, drawing: Drawing) -> list[Call]:
+        """The gradients of the first rollout through the model's own decoder, beside those through another."""
+        if self.reward_decoder is None:
+            return []
+        taken = [call for call in self.calls(drawing) if call.kind == Kind.REWARD_GRADIENT]
+        return [replace(call, kind=Kind.OWN_REWARD_GRADIENT) for call in taken]

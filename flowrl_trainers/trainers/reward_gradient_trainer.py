@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny
+from peft import LoraConfig
 from torch import Tensor
 
 from ..flow import expand_like, root_mean_square
@@ -34,26 +35,25 @@ class RewardGradientTrainer(FlowRLTrainer[RolloutT, RecordT]):
         self.given_decoder = reward_decoder
         super().__init__(*args, **kwargs)
 
-    def set_up(self) -> None:
-        """The scale of the reward, None until the first rollout finds it; and the decoder of its gradient."""
-        self.reward_scale: float | None = self.args.reward_scale
-        self.tiny_decoder = self._tiny_decoder()
-        self.scorer.gradient_decoder = self.tiny_decoder
-
-    def _tiny_decoder(self) -> TinyDecoder | None:
-        source = self.given_decoder or self.args.reward_decoder
-        if source is None:
-            return None
-        if self.given_decoder is not None and self.args.reward_decoder is not None:
+    def check_arguments(self, args: Any, peft_config: LoraConfig | None) -> None:
+        """The decoder of the reward's gradient; raises `ValueError` for two of them, and for what is none."""
+        super().check_arguments(args, peft_config)
+        if self.given_decoder is not None and args.reward_decoder is not None:
             raise ValueError(
-                f"`reward_decoder` is passed, but `args.reward_decoder` is {self.args.reward_decoder!r}: leave out "
-                "one of them."
+                f"`reward_decoder` is passed, but `args.reward_decoder` is {args.reward_decoder!r}: leave out one of "
+                "them."
             )
-        decoder = TinyDecoder(source)
-        decoder.autoencoder.to(self.args.device)
-        with self.placement.judging([]):
-            decoder.check_fits(self.flow, self.initial_latents([ImageKey(0, 0, 0)], "shape"))
-        return decoder
+        source = self.given_decoder or args.reward_decoder
+        self.tiny_decoder = None if source is None else TinyDecoder(source)
+
+    def set_up(self) -> None:
+        """The scale of the reward, None until the first rollout finds it; and whether the decoder fits the model."""
+        self.reward_scale: float | None = self.args.reward_scale
+        self.scorer.gradient_decoder = self.tiny_decoder
+        if self.tiny_decoder is not None:
+            self.tiny_decoder.autoencoder.to(self.args.device)
+            with self.placement.judging([]):
+                self.tiny_decoder.check_fits(self.flow, self.initial_latents([ImageKey(0, 0, 0)], "shape"))
 
     @property
     def known_scale(self) -> float:

@@ -71,10 +71,8 @@ def _refuse_compiled(transformer: nn.Module) -> None:
         )
 
 
-def check_mergeable(transformer: nn.Module, *, has_adapter: bool) -> None:
-    """Raises `ValueError` for a network without an adapter, or whose weights are quantised or too coarse."""
-    if not has_adapter:
-        raise ValueError("`merge_adapter` is True, but no adapter is trained: leave it out, or pass `peft_config`.")
+def check_mergeable(transformer: nn.Module) -> None:
+    """Raises `ValueError` for a network with an adapter whose weights are quantised or too coarse."""
     if is_quantized(transformer):
         raise ValueError(
             "`merge_adapter` is True, but the weights are quantised, and nothing can be added to them: leave it out."

@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from peft import LoraConfig
 from torch import Generator, Tensor, nn
 
 from ..flow import (
@@ -47,6 +48,7 @@ from ..sampling.draws import ImageKey, keyed_generators, noise
 from ..sampling.evaluator import Sampler, ode_sampler
 from ..sampling.flow_model import FlowModel
 from ..sampling.prompt_groups import Example
+from .base_config import FlowRLConfig
 from .base_trainer import FlowRLTrainer
 from .tafs_grpo_config import TAFSGRPOConfig
 
@@ -111,6 +113,11 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
 
     args: TAFSGRPOConfig
 
+    def check_arguments(self, args: FlowRLConfig, peft_config: LoraConfig | None) -> None:
+        """Raises `ValueError` for dropout, and for branches of guidance in one call."""
+        super().check_arguments(args, peft_config)
+        _refuse_what_cannot_be_replayed(bool(args.guidance_in_one_call), peft_config)
+
     def set_up(self) -> None:
         """The sampler's own grid; raises `ValueError` for dropout, and for a last draw too small to learn from."""
         steps = self.args.num_inference_steps
@@ -121,16 +128,7 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
                 f"`num_inference_steps` ({steps}) ends with a draw at sigma {last:.3f}, below {LEAST_LEVEL}, where "
                 "ratios explode: take fewer steps."
             )
-        if self.flow.guidance_in_one_call:
-            raise ValueError(
-                "`guidance_in_one_call` (True) does not suit TAFS-GRPO, whose loss computes the rollout's branches "
-                "again, with a gradient and one by one: leave it out."
-            )
-        if self.peft_config is not None and self.peft_config.lora_dropout > 0:
-            raise ValueError(
-                f"`lora_dropout` ({self.peft_config.lora_dropout}) must be 0: the rollout could not be replayed, and "
-                "ratios would be noise."
-            )
+        _refuse_what_cannot_be_replayed(self.flow.guidance_in_one_call, self.peft_config)
         in_float32 = all(p.dtype == torch.float32 for p in self.model.transformer.parameters())
         self.exact = self.args.mixed_precision == "no" and in_float32
         # Squares of the distance to the base, and of the base, that the present rollout has shown.
@@ -427,3 +425,17 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
             "KL weight beta": f"{args.beta:g}",
             "images per prompt": args.num_generations,
         }
+
+
+def _refuse_what_cannot_be_replayed(branches_in_one_call: bool, lora: LoraConfig | None) -> None:
+    """Raises `ValueError` for settings with which the loss would compute something else than the rollout did."""
+    if branches_in_one_call:
+        raise ValueError(
+            "`guidance_in_one_call` (True) does not suit TAFS-GRPO, whose loss computes the rollout's branches "
+            "again, with a gradient and one by one: leave it out."
+        )
+    if lora is not None and lora.lora_dropout > 0:
+        raise ValueError(
+            f"`lora_dropout` ({lora.lora_dropout}) must be 0: the rollout could not be replayed, and ratios would be "
+            "noise."
+        )

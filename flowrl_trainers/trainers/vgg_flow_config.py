@@ -103,9 +103,10 @@ class VGGFlowConfig(RewardGradientConfig):
 
     def first_calls(self, drawing: Drawing) -> list[Call]:
         """v_base at all states, from which the scale of the reward is found before the products are known."""
+        calls = super().first_calls(drawing)
         if self.value_network == "none" or self.reward_scale is not None:
-            return []
-        return self._base_calls(drawing)
+            return calls
+        return calls + self._base_calls(drawing)
 
     def _base_calls(self, drawing: Drawing) -> list[Call]:
         images, at_once = self.images_per_device, self.images_at_once

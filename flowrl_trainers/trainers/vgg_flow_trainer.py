@@ -29,6 +29,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from ..flow import clean_estimate, euler_steps, expand_like, root_mean_square, vector_jacobian_product
@@ -122,12 +123,16 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
         self.given_network = value_network
         super().__init__(*args, **kwargs)
 
-    def make_head(self) -> tuple[str, nn.Module] | None:
-        """The value network; raises `ValueError` for one that is passed where the settings ask for none."""
-        if self.given_network is None and self.args.value_network == "none":
-            return None
-        if self.args.value_network == "none":
+    def check_arguments(self, args: Any, peft_config: LoraConfig | None) -> None:
+        """Raises `ValueError` for a value network that is passed where the settings ask for none."""
+        super().check_arguments(args, peft_config)
+        if self.given_network is not None and args.value_network == "none":
             raise ValueError("`value_network` is passed, but `args.value_network` is 'none': leave out one of them.")
+
+    def make_head(self) -> tuple[str, nn.Module] | None:
+        """The value network."""
+        if self.args.value_network == "none":
+            return None
         return "value_network", self.given_network or value_network(*self.latent_and_prompt_sizes())
 
     def head_learning_rate(self) -> float:

@@ -160,6 +160,7 @@ def _read_folder(model: str, folder: Path) -> Architecture:
     return Architecture(model, index["_class_name"], settings, parts)
 
 
+@cache  # transformers takes a quarter of a second to list its names
 def _class(name: str) -> Any:
     """A class of diffusers, of ours, or of transformers."""
     for module in (diffusers, sit, transformers):
