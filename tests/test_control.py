@@ -163,6 +163,7 @@ def open_loop_optimum(
     return controls.detach()
 
 
+@pytest.mark.slow
 def test_order_four_learns_the_numerical_optimum_in_sixteen_dimensions(tmp_path):
     """By symmetry the optimum points along an affine function of x; its length is nearly a power of that function's,
     as it varies little.

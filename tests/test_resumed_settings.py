@@ -186,7 +186,13 @@ def quiet_again():
     logging.set_verbosity(before)
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in ("VGGFlowTrainer", "DiffusionNFTTrainer") else [])
+        for name in TRAINERS
+    ],
+)
 def test_a_run_goes_on_bit_for_bit_with_every_free_setting_changed(tmp_path, runs, trainer, monkeypatch, quiet_again):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     folder, args, expected = runs(trainer)
