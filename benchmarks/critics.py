@@ -5,8 +5,8 @@
 What could be explained: of each noised picture several continuations are drawn; the share of the within-prompt
 variance of their rewards that lies between states is the most that a critic can explain. What critics explain: each
 learns for as many seconds from pictures of the training prompts, noised afresh at any level, as AC-Flow's does, and is
-judged on pictures of held-out prompts at the same levels. 'reward of the estimate' learns one number for each quarter
-of the levels: it is the reward of the clean estimate of one step, less the mean of its prompt, times what fits best.
+judged on pictures of held-out prompts at the same levels. 'reward of the estimate' learns one number for each tenth of
+the levels: it is the reward of the clean estimate of one step, less the mean of its prompt, times what fits best.
 """
 
 import argparse
@@ -27,9 +27,10 @@ from flowrl_trainers.sampling.draws import ImageKey
 from flowrl_trainers.sampling.prompt_groups import Example
 from flowrl_trainers.sampling.scoring import call_rewards, decoded
 from flowrl_trainers.shapes import load_pipeline, prompts
+from flowrl_trainers.trainers.estimate_fit import EstimateFit
 
 LEVELS = (0.9, 0.75, 0.6, 0.45, 0.3)
-BINS = torch.linspace(0, 1, 5)  # in each of which one number is fitted to estimates, as by AC-Flow
+BINS = torch.linspace(0, 1, 5)  # from each of which AC-Flow draws a state of every picture
 STEPS, PER_PROMPT, BATCH, CONTINUATIONS = 8, 8, 64, 6
 Value = Callable[[Tensor, Tensor, list[int]], Tensor]
 """Maps states (B, ...), levels (B,) and the pictures' numbers to values (B,)."""
@@ -142,15 +143,15 @@ def of_estimates(world: World) -> Value:
     return value
 
 
-def slopes(train: World) -> Tensor:
-    """The number for each bin that fits the shaped rewards of estimates to the returns best: (4,)."""
-    found = []
+def fitted(train: World) -> EstimateFit:
+    """What a few rollouts would have fitted: the shaped rewards of estimates to the returns, as AC-Flow does it."""
+    fit = EstimateFit(torch.device("cpu"))
     for low, high in pairwise(BINS.tolist()):
         rows = list(range(min(512, len(train.texts))))
         sigma = low + (high - low) * torch.rand(len(rows), generator=train.generator)
-        seen, returns = of_estimates(train)(train.noised(rows, sigma), sigma, rows), train.returns[rows]
-        found.append((seen * returns).sum() / seen.square().sum().clamp(min=1e-6))
-    return torch.stack(found)
+        seen = of_estimates(train)(train.noised(rows, sigma), sigma, rows)
+        fit.observe(seen[:, None], train.returns[rows], sigma[:, None])
+    return fit
 
 
 def main() -> None:
@@ -189,12 +190,12 @@ def main() -> None:
         write("*what could be explained*", "", "", [held_out.explainable(s, options.explainable) for s in LEVELS])
 
     start = time.process_time()
-    fit = slopes(train)
+    fit = fitted(train)
     spent = time.process_time() - start
     estimate = of_estimates(held_out)
     report(
         "reward of the estimate", spent, 0,
-        lambda z, s, rows: fit[(4 * s).long().clamp(max=3)] * estimate(z, s, rows),
+        lambda z, s, rows: fit.factors(s) * estimate(z, s, rows),
     )  # fmt: skip
     shape, features = train.latents.shape[1:], flow.prompt_features(train.of([0]))[0]
     networks = {

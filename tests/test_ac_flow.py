@@ -395,16 +395,19 @@ def test_the_reward_of_the_estimate_is_the_best_critic_of_a_gaussian(tmp_path):
     t.metrics.clear()
     t._actor_batches([second])
     sigma = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
-    share = ((1 - sigma) ** 2 / ((1 - sigma) ** 2 + sigma**2)).unflatten(0, (4, 1000)).mean(dim=1)
-    for k, expected in enumerate(share.tolist()):
+    share = (1 - sigma) ** 2 / ((1 - sigma) ** 2 + sigma**2)
+    for k, expected in enumerate(share.unflatten(0, (4, 1000)).mean(dim=1).tolist()):
         assert t.metrics.noted[f"critic/explained_variance_{k}"] == [pytest.approx(expected, abs=0.03)]
         assert t.metrics.noted[f"advantage_std_{k}"] == [pytest.approx(math.sqrt(1 - expected), abs=0.03)]
-    torch.testing.assert_close(t.estimate_fit.factors().double(), share.sqrt(), atol=0.03, rtol=0)
-    fit = EstimateFit(2, torch.device("cpu"))
-    fit.observe(torch.tensor([[1.0, 0.0], [-2.0, 0.0]]), torch.tensor([3.0, -1.0]))
-    torch.testing.assert_close(fit.factors(), torch.tensor([1.0, 0.0]))
-    fit.observe(torch.tensor([[1.0, 1.0]]), torch.tensor([2.0]))
-    torch.testing.assert_close(fit.factors(), torch.tensor([(0.9 * 5 + 2) / (0.9 * 5 + 1), 2.0]))
+
+
+def test_the_factor_of_a_level_fits_earlier_rollouts_best():
+    fit = EstimateFit(torch.device("cpu"))
+    fit.observe(torch.tensor([[1.0, 0.0], [-2.0, 0.0]]), torch.tensor([3.0, -1.0]), torch.tensor([[0.31, 0.9]] * 2))
+    levels = torch.tensor([[0.39, 0.95, 0.25, 1.0]])
+    torch.testing.assert_close(fit.factors(levels), torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+    fit.observe(torch.tensor([[1.0, 1.0]]), torch.tensor([2.0]), torch.tensor([[0.35, 1.0]]))
+    torch.testing.assert_close(fit.factors(levels), torch.tensor([[(0.9 * 5 + 2) / (0.9 * 5 + 1), 2.0, 0.0, 2.0]]))
 
 
 def test_the_critic_is_saved_and_named_in_the_card(tmp_path):

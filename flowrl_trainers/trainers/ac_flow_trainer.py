@@ -131,7 +131,7 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
         super().set_up()
         self.critic = self._make_critic()
         of_estimates = self.critic is None and self.args.critic == "reward_of_estimate"
-        self.estimate_fit = EstimateFit(self.args.timestep_bins, self.args.device) if of_estimates else None
+        self.estimate_fit = EstimateFit(self.args.device) if of_estimates else None
         self.warmup = Warmup(0 if self.critic is None else self.args.critic_warmup_max_steps)
         if self.critic is not None:
             self.same_on_all_processes(self.critic)
@@ -279,7 +279,7 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
         return explained
 
     def _values_of_estimates(
-        self, fit: EstimateFit, shaped: list[MicroBatch[Returns]], estimates: list[Tensor]
+        self, fit: EstimateFit, shaped: list[MicroBatch[Returns]], estimates: list[Tensor], levels: list[Tensor]
     ) -> list[Tensor]:
         """V (B, K) of every micro-batch from the clean estimates (B, K, ...) at its states.
 
@@ -287,15 +287,17 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
             fit: Of earlier rollouts; it learns from this one afterwards.
             shaped: The images as they were scored.
             estimates: Of each micro-batch.
+            levels: The noise levels (B, K) of each.
         """
         together = torch.cat(estimates)
         examples, rows = [e for batch in shaped for e in batch.examples], self.prompt_rows(shaped)
         columns = [self.scorer.score(column, examples) for column in together.unbind(1)]
         unknown = [torch.where(scores.isinf(), torch.nan, scores) for scores in columns]
         seen = torch.stack([self._shaped(scores, rows) for scores in unknown], dim=1)
-        values = fit.factors() * seen
+        sigma = torch.cat(levels)
+        values = fit.factors(sigma) * seen
         self._note_explained(*self._of_all(values, shaped))
-        fit.observe(*self._of_all(seen, shaped))
+        fit.observe(*self._of_all(seen, shaped), self._of_all(sigma, shaped)[0])
         return list(values.split([len(batch.examples) for batch in shaped]))
 
     # ---- the actor -------------------------------------------------------------------------------------------------
@@ -316,7 +318,7 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
         if self.estimate_fit is not None:
             triples = zip(renoised, old, strict=True)
             estimates = [clean_estimate(z, v, sigma) for (z, _, sigma), v in triples if v is not None]
-            values = self._values_of_estimates(self.estimate_fit, shaped, estimates)
+            values = self._values_of_estimates(self.estimate_fit, shaped, estimates, columns[1])
         else:
             values = [
                 self._values(states, sigma, self.condition(batch.examples))
