@@ -243,7 +243,7 @@ def check_dataset(source: PromptSource | None, argument: str, args: FlowRLConfig
         if len(dataset) < needed:
             raise ValueError(
                 f"`{argument}` has {len(dataset)} prompts but one rollout takes {needed}: pass more prompts, lower "
-                "`per_device_train_batch_size` or `gradient_accumulation_steps`, or raise `num_generations` (images per "
-                "prompt)."
+                "`per_device_train_batch_size` or `gradient_accumulation_steps`, or raise `num_generations`, the "
+                "images per prompt."
             )
     return dataset
