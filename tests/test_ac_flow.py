@@ -163,7 +163,7 @@ def test_the_warm_up_ends_where_the_explained_variance_no_longer_rises(tmp_path,
 
 def test_a_run_that_ends_in_the_warm_up_says_so(tmp_path, caplog):
     ac_flow(tmp_path, given=Perfect(), critic_warmup_max_steps=6, max_steps=2).train()
-    assert "The run ended while the critic still warmed up" in caplog.text
+    assert "The run ended while the critic still warmed up, which takes 6 rollouts at most" in caplog.text
 
 
 def test_an_image_that_is_not_finite_does_not_stop_the_critic(tmp_path):

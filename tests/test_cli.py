@@ -76,6 +76,7 @@ def test_a_run_from_a_yaml_file_with_flags_over_it(tmp_path):
         "checkpoint-1",
     } <= {p.name for p in out.iterdir()}
     card = (out / "README.md").read_text()
+    assert "The tuned model is in out/: README.md there tells how to use it." in result.stdout
     assert "| base |" in card
     assert "\nlicense: cc0-1.0\n" in card
     assert "flowrl adjoint_matching --config config.yaml --output_dir another-folder" in card
@@ -113,6 +114,7 @@ def test_a_reward_is_imported_from_the_current_folder(tmp_path):
     result = flowrl(tmp_path, "adjoint_matching", "--config", path, "--output_dir", "out")
     assert result.returncode == 0, result.stderr
     assert " brightness " in result.stdout
+    assert "Nothing was measured on held-out prompts" in result.stdout
 
 
 @pytest.mark.parametrize("method", TRAINERS)

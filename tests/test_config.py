@@ -22,6 +22,7 @@ from flowrl_trainers import (
     VGGFlowConfig,
 )
 from flowrl_trainers.cli.arguments import TRAINERS, RunArguments, parse
+from flowrl_trainers.run_folder.settings import run_settings
 from flowrl_trainers.trainers.config_checks import UNSUPPORTED, Range, rules
 
 CONFIGS = [FlowRLConfig, AdjointMatchingConfig, VGGFlowConfig, ACFlowConfig, DiffusionNFTConfig, TAFSGRPOConfig]
@@ -304,6 +305,15 @@ def test_right_values_are_taken(tmp_path, config, changes):
     assert replace(made).to_dict() == made.to_dict()  # what a config has become is right too
     for name in {"learning_rate", "max_steps", "guidance_scale", "seed"} & set(changes):
         assert getattr(made, name) == changes[name]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
+def test_config_yaml_lists_no_setting_that_nobody_made(tmp_path, config):
+    """Whatever `TrainingArguments` makes of its own defaults; what a method computes of several settings stands there."""
+    computed = {"weighting", "normalize_weights", "wasserstein_coefficient"}
+    assert run_settings(config(output_dir=str(tmp_path)), None).keys() - computed == {"lora_r"}
+    made = run_settings(config(output_dir=str(tmp_path), activation_checkpointing=True, seed=7), None)
+    assert (made["activation_checkpointing"], made["seed"]) == (True, 7)
 
 
 def test_a_path_is_a_folder(tmp_path):

@@ -11,11 +11,12 @@ from flowrl_trainers.sampling.flow_model import FlowModel
 from .helpers import adjoint_matching
 
 
-def test_the_probe_tries_the_rewards_of_the_evaluation_too(tmp_path, tiny_pipeline):
-    held_out = Dataset.from_dict({"prompt": ["a cat"]})
+@pytest.mark.parametrize("held_out", [["a cat"], ["a red circle", "a green cross", "a cat"]], ids=["one", "the last"])
+def test_the_probe_tries_the_rewards_of_the_evaluation_too(tmp_path, tiny_pipeline, held_out):
     t = adjoint_matching(tmp_path, tiny_pipeline, eval_dataset=held_out, eval_reward_funcs="checker")
     with pytest.raises(ValueError, match="'a cat' is not a caption of this world"):
         t.train()
+    assert t.state.global_step == 0
 
 
 def test_the_probe_tries_the_rewards_of_training_on_the_rows_of_the_evaluation(tmp_path, tiny_pipeline):

@@ -15,4 +15,7 @@ def named_reward(name: str) -> RewardLike:
     try:
         return getattr(import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"The reward {name!r} cannot be imported ({error}): name it as 'module.function'.") from error
+        raise ValueError(
+            f"The reward {name!r} cannot be imported ({error}): name it as 'module.function', and start where "
+            f"{module.split('.')[0]}.py is, or where it is installed."
+        ) from error

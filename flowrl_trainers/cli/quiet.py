@@ -13,6 +13,8 @@ LIBRARIES = (
 def hush() -> None:
     """Silence the libraries' messages about optional packages that nothing here needs, and keep warnings of a run.
 
+    diffusers says of every adapter that it holds nothing for the text encoders, which is so of all adapters here.
+
     Call this before the first import of transformers, which reads its verbosity then.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -20,3 +22,6 @@ def hush() -> None:
     logging.captureWarnings(True)
     for library in LIBRARIES:
         logging.getLogger(library).setLevel(logging.WARNING)
+    logging.getLogger("diffusers.loaders.lora_base").addFilter(
+        lambda record: not record.getMessage().startswith("No LoRA keys associated to")
+    )

@@ -45,6 +45,10 @@ def run(method: str, arguments: list[str]) -> None:
     if trainer.eval_dataset is not None:
         trainer.evaluate()
     trainer.save_model()
+    if trainer.is_world_process_zero() and config.log_level not in ("error", "critical"):
+        print(f"The tuned model is in {trainer.run_folder.path}/: README.md there tells how to use it.")
+        if trainer.eval_dataset is None:
+            print("Nothing was measured on held-out prompts: name some as `eval_dataset` or `eval_split`.")
 
 
 def make_trainer(method: str, args: RunArguments, config: FlowRLConfig) -> FlowRLTrainer:

@@ -269,9 +269,10 @@ def _training(facts: CardFacts, config: str | None) -> str:
     rows = "\n".join(f"| {_code(name)} | {_plain(str(value))} |" for name, value in facts.settings.items())
     parts = [f"Method: {method}. The main settings:", f"| setting | value |\n|---|---|\n{rows}"]
     if facts.command is not None:
-        parts += ["Run again, with `config.yaml` of this folder:", _fenced(facts.command, "bash")]
+        where = "start where the files of prompts and rewards that it names are"
+        parts += [f"Run again, with `config.yaml` of this folder; {where}:", _fenced(facts.command, "bash")]
     if config is not None:
-        title = "config.yaml: every setting that differs from its default"
+        title = "config.yaml: the settings of this run; all others have their defaults"
         parts += [f"<details><summary>{title}</summary>", _fenced(config, "yaml"), "</details>"]
     parts += [f"Versions: {', '.join(f'{name} {number}' for name, number in facts.versions.items())}."]
     return "\n\n".join(parts)

@@ -8,7 +8,10 @@ from typing import Any
 from peft import LoraConfig, PeftConfig
 from transformers import TrainingArguments
 
-NOT_OF_THE_RUN = ("hub_token", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "local_rank")
+NOT_OF_THE_RUN = (
+    "hub_token", "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "local_rank",
+    "accelerator_config",  # refused unless it is the default
+)  # fmt: skip
 
 FLAGS = {
     "lora_alpha": "lora_alpha",
@@ -23,6 +26,10 @@ KEPT = [field.name for field in fields(LoraConfig) if field.name not in {*_NOT_O
 """The fields of `lora_config`."""
 
 
+REWRITTEN = {"activation_checkpointing": False, "debug": [], "gradient_checkpointing": False, "report_to": []}
+"""Defaults as `TrainingArguments` keeps them, where it rewrites its fields."""
+
+
 def run_settings(args: TrainingArguments, adapter: LoraConfig | None, **named: Any) -> dict[str, Any]:
     """Every setting that differs from its default, under the names of the command line, in plain types.
 
@@ -33,6 +40,7 @@ def run_settings(args: TrainingArguments, adapter: LoraConfig | None, **named: A
     """
     values = args.to_dict()
     defaults = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(args)}
+    defaults |= REWRITTEN
     changed = {k: v for k, v in values.items() if k in defaults and v != defaults[k] and k not in NOT_OF_THE_RUN}
     return json.loads(json.dumps(named | adapter_settings(adapter) | changed, default=str))
 

@@ -167,7 +167,9 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
         output = super().train(*args, **kwargs)
         if self.warmup.running and self.best_step is None:
             logger.warning(
-                "The run ended while the critic still warmed up: the model is as it was. Raise `max_steps`."
+                "The run ended while the critic still warmed up, which takes %d rollouts at most: the model is as it "
+                "was. Raise `max_steps`, or lower `critic_warmup_max_steps`.",
+                self.args.critic_warmup_max_steps,
             )
         elif self.warmup.running:
             logger.warning("The best checkpoint is one of the critic's warm-up: the model is as it was.")

@@ -143,7 +143,7 @@ class AdjointMatchingTrainer(RewardGradientTrainer[AdjointMatchingRollout, Adjoi
             )
         if self.is_world_process_zero():
             number = self.args.num_inference_steps
-            logger.info("The window of %d of %d steps opens at sigma %.3f.", steps, number, opening)
+            logger.info("The last %d of %d steps are tuned: those from noise level %.3f on.", steps, number, opening)
         self.first_controlled = self.args.num_inference_steps - steps
         self.prefixes: PrefixPool | None = None
         if self.args.prefix_pool_size is not None:

@@ -482,7 +482,11 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         for module in self.flow.decoders():
             module.requires_grad_(False).eval()
             # Gradients of rewards are taken in float32; what is decoded becomes float32 in any case.
-            module.to(self.placement.of_judges, getattr(torch, self.args.decoder_dtype))
+            module.to(self.placement.of_judges)
+            dtype = getattr(torch, self.args.decoder_dtype)
+            tensors = (*module.parameters(), *module.buffers())
+            if any(t.is_floating_point() and t.dtype != dtype for t in tensors):  # diffusers warns of every cast
+                module.to(dtype)
             if self.args.activation_checkpointing and isinstance(module, ModelMixin):
                 with suppress(ValueError):  # raised by models without gradient checkpointing
                     module.enable_gradient_checkpointing()
@@ -570,13 +574,12 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             with torch.no_grad(), self.placement.judging(self.rewards):
                 images = seen_images(self.flow, self.rewards, latents)
                 scores = call_rewards(self.rewards, images, examples, latents, **self.reward_context())
-        # On the rows of the evaluation, where they are known: their columns may be others.
+        # On the first and the last row of the evaluation, where they are known: their columns may be others.
         judges, asked = self.eval_rewards, examples
         if self.eval_dataset is not None:
-            judges, asked = (
-                self.evaluated_rewards,
-                [PromptDataset(self.eval_dataset)[ImageKey(0, 0, 0)]] * PROBE_IMAGES,
-            )
+            held_out = PromptDataset(self.eval_dataset)
+            rows = (number * (len(held_out) - 1) // (PROBE_IMAGES - 1) for number in range(PROBE_IMAGES))
+            judges, asked = self.evaluated_rewards, [held_out[ImageKey(row, 0, 0)] for row in rows]
         if judges:
             with torch.no_grad(), self.judges_at_hand(), self.placement.judging(judges):
                 images = seen_images(self.flow, judges, latents)

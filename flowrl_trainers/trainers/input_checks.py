@@ -266,7 +266,8 @@ def check_dataset(source: PromptSource | None, argument: str, args: FlowRLConfig
         needed = args.images_per_update * args.updates_per_rollout // args.num_generations
         if len(dataset) < needed:
             raise ValueError(
-                f"`{argument}` has {len(dataset)} prompts but one rollout takes {needed}: pass more prompts, raise "
-                "`num_generations` or take smaller batches."
+                f"`{argument}` has {len(dataset)} prompts but one rollout takes {needed}: pass more prompts, lower "
+                "`per_device_train_batch_size` or `gradient_accumulation_steps`, or raise `num_generations`, the "
+                "images per prompt."
             )
     return dataset
