@@ -91,7 +91,7 @@ def test_the_command_line_says_the_same_sentence(tmp_path, broken, damage, comma
         monkeypatch.setattr(f"flowrl_trainers.cli.{module}.{name}", lambda: None)
     rest = {
         "tafs_grpo": ["--reward_funcs", "shapes", "--output_dir", str(tmp_path / "run"), "--use_cpu", "true"],
-        "evaluate": ["--adapter", "nowhere", "--rewards", "shapes", "--out", str(tmp_path / "out")],
+        "evaluate": ["--adapter", "somebody/adapter", "--rewards", "shapes", "--out", str(tmp_path / "out")],
     }[command]
     model = broken(damage)
     assert main([command, "--model", str(model), "--dataset", "shapes", *rest]) == 2

@@ -3,6 +3,7 @@
 import ast
 import re
 import runpy
+import shlex
 import textwrap
 from dataclasses import fields
 from pathlib import Path
@@ -15,7 +16,7 @@ from peft import LoraConfig
 from flowrl_trainers import FlowPipeline, trainers
 from flowrl_trainers.cli.arguments import TRAINERS, parse
 
-from .forked import script
+from .forked import flowrl, script
 from .tiny_families import FAMILIES, tiny
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +42,24 @@ def test_the_reward_of_the_readme_is_one():
     exec(python_blocks(ROOT / "README.md")[0], scope)
     assert scope["redness"].name == "redness"
     assert scope["redness"].differentiable
+
+
+def test_the_command_of_the_readme_tunes_for_own_prompts_and_an_own_reward(tmp_path):
+    """As it stands, but for its length."""
+    text = (ROOT / "README.md").read_text()
+    (command,) = re.findall(r"^flowrl adjoint_matching (--model shapes .*?)^```", text, flags=re.S | re.M)
+    assert "--max_steps 20" in command
+    (tmp_path / "my_rewards.py").write_text(python_blocks(ROOT / "README.md")[0])
+    (listed,) = re.findall(r"^```text\n(.*?)^```", text, flags=re.S | re.M)
+    for name in ("prompts", "held_out"):
+        (tmp_path / f"{name}.txt").write_text(listed * 4)
+    arguments = shlex.split(command.replace("\\\n", " ").replace("--max_steps 20", "--max_steps 1"))
+    done = flowrl(tmp_path, "adjoint_matching", *arguments, "--use_cpu", "true")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^reward/redness +\S+ +\S+ +[+-]\S+$", done.stdout, flags=re.M)
+    assert (tmp_path / "tuned-red" / "pytorch_lora_weights.safetensors").exists()
+    assert list((tmp_path / "tuned-red" / "samples").glob("*.png"))
+    assert "load_lora_weights" in (tmp_path / "tuned-red" / "README.md").read_text()
 
 
 def test_the_example_of_a_model_of_ones_own_is_complete():

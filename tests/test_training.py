@@ -81,6 +81,11 @@ def test_training_stops_at_the_target_reward(tmp_path, tiny_pipeline):
     assert further.train(resume_from_checkpoint=True).global_step == 2
 
 
+def test_steps_of_an_evaluation_that_is_off_are_said_to_do_nothing(tmp_path, tiny_pipeline, caplog):
+    adjoint_matching(tmp_path, tiny_pipeline, eval_steps=5)
+    assert "`eval_steps` is 5, but `eval_strategy` is 'no'" in caplog.text
+
+
 def test_what_was_learned_is_kept_when_training_breaks_off(tmp_path, tiny_pipeline, caplog):
     calls = []
 

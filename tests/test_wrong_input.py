@@ -45,7 +45,6 @@ NEED_GRADIENTS = ["AdjointMatchingTrainer", "VGGFlowTrainer"]
     ({"reward_weights": [True]}, r"`reward_weights` is \[True\]: name one number per reward"),
     ({"eval_strategy": "steps"}, "`eval_strategy` is 'steps', but `eval_steps` is None"),
     ({"eval_strategy": "steps", "eval_steps": 0}, "`eval_strategy` is 'steps', but `eval_steps` is 0"),
-    ({"eval_steps": 5}, "`eval_steps` is 5, but `eval_strategy` is 'no', so that nothing would be evaluated"),
     ({"warmup_steps": 10}, "`lr_scheduler_type` 'constant' knows no warm-up and no options: take 'constant_with_warmup'"),
     ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}, "`lr_scheduler_type` 'reduce_lr_on_plateau' takes less for better"),
     ({"torch_compile": True}, r"`torch_compile` \(True\) must be False: it would compile updates alone"),

@@ -338,11 +338,6 @@ class FlowRLConfig(TrainingArguments):
                 f"`eval_strategy` is 'steps', but `eval_steps` is {self.eval_steps}: say after how many updates to "
                 "evaluate."
             )
-        if self.eval_strategy == "no" and self.eval_steps:
-            raise ValueError(
-                f"`eval_steps` is {self.eval_steps:g}, but `eval_strategy` is 'no', so that nothing would be "
-                "evaluated: set `eval_strategy` to 'steps', or leave `eval_steps` out."
-            )
         if self.save_strategy == "best" and self.metric_for_best_model is None:
             raise ValueError(
                 "`save_strategy` is 'best', but `metric_for_best_model` is None: name the metric, such as "

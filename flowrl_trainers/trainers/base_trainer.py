@@ -168,6 +168,12 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
                 f"`eval_strategy` is '{IntervalStrategy(args.eval_strategy).value}', but there is no `eval_dataset`: "
                 "pass held-out prompts."
             )
+        if args.eval_strategy == "no" and args.eval_steps and args.process_index == 0:
+            logger.warning(
+                "`eval_steps` is %g, but `eval_strategy` is 'no', so that nothing is evaluated during training: set "
+                "that to 'steps', or leave `eval_steps` out.",
+                args.eval_steps,
+            )
         self.rewards = chosen_by(as_rewards(reward_funcs), args.rewards_column)
         self.eval_rewards = as_rewards(eval_reward_funcs, "eval_reward_funcs") if eval_reward_funcs else []
         check_rewards(self.rewards, args, type(self).__name__ if self.needs_reward_gradient else None)
