@@ -1,5 +1,5 @@
-"""What lowers memory or time, one by one and in pairs, with the network whole or shared: a trainer can be made, or says in
-one sentence why not and what to take instead.
+"""What lowers memory or time, one by one and in pairs, with the network whole or shared: a trainer can be made, or says
+in one sentence why not and what to take instead.
 """
 
 import itertools

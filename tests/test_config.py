@@ -309,7 +309,7 @@ def test_right_values_are_taken(tmp_path, config, changes):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
 def test_config_yaml_lists_no_setting_that_nobody_made(tmp_path, config):
-    """Whatever `TrainingArguments` makes of its own defaults; what a method computes of several settings stands there."""
+    """Whatever `TrainingArguments` makes of its own defaults; what a method computes of several settings is there."""
     computed = {"weighting", "normalize_weights", "wasserstein_coefficient"}
     assert run_settings(config(output_dir=str(tmp_path)), None).keys() - computed == {"lora_r"}
     made = run_settings(config(output_dir=str(tmp_path), activation_checkpointing=True, seed=7), None)

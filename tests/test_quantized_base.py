@@ -218,7 +218,7 @@ def test_full_fine_tuning_of_a_quantised_base_is_refused(tmp_path, kind):
     ("fp16", torch.bfloat16, torch.float16, "bfloat16 where the run computes in torch.float16"),
 ])  # fmt: skip
 def test_four_bits_are_compiled_in_one_precision(tmp_path, run, layers, weights, refused):
-    """In which the layers compute and have their bias; bitsandbytes converts the bias in place else, and torch raises."""
+    """In which the layers compute and have their bias; else bitsandbytes converts the bias in place: torch raises."""
     pipeline = tiny_sd3()
     pipeline.transformer.to(weights)
     quantize(pipeline.transformer, "nf4")

@@ -125,6 +125,10 @@ def test_seeds_wait_for_the_grid_and_take_what_it_chose(tmp_path):
     file.write_text(json.dumps({"runs": records}))
     study(runs, runs, file, measure)
     assert made[6:] == [(1, 2.0)]
+    del made[:]
+    study(runs, runs, tmp_path / "two at a time.json", measure, jobs=2)
+    assert sorted(made[:3]) == [(100, 0.5), (100, 1.0), (100, 2.0)]
+    assert sorted(made[3:]) == [(0, 2.0), (1, 2.0), (2, 2.0)]
 
 
 def tables(text: str) -> dict[str, dict[str, list[str]]]:
