@@ -126,6 +126,13 @@ def test_the_card_names_base_model_tags_and_numbers():
     assert 'pipe(prompt="your prompt", guidance_scale=4.5, num_inference_steps=20).images[0]' in card
 
 
+def test_the_card_explains_how_far_the_velocity_moved_where_it_says_so():
+    sentence = "velocity_norm_ratio_0 to _3 are its length beside that of the base model"
+    moved = {"base": {"reward/redness": 0.1}, "tuned": {"velocity_distance": 0.2, "velocity_norm_ratio_0": 1.1}}
+    assert sentence in model_card(facts(rows=moved))
+    assert sentence not in model_card(facts())
+
+
 def test_the_card_tells_weights_and_what_is_lowered():
     card = model_card(facts(rewards={"pickscore": 1.0, "aesthetic": 0.5, "jpeg": -1.0}))
     assert "to raise `pickscore` and `aesthetic` (weight 0.5) and to lower `jpeg` with flowrl-trainers" in card

@@ -17,6 +17,11 @@ FACTS = "card.json"
 SHAPES = "flowrl_trainers.shapes"
 LIBRARIES = ("flowrl-trainers", "trl", "diffusers", "transformers", "peft", "torch")
 LONG = 90  # a call of more letters takes a line for each argument
+VELOCITY_NOTE = (
+    "velocity_distance is how far the tuned velocity is from the base model's, as a share of that; "
+    "velocity_norm_ratio_0 to _3 are its length beside that of the base model, in the quarters of the noise levels from "
+    "clean to noisy."
+)
 NO_NUMBER = "\u2014"
 
 
@@ -221,6 +226,8 @@ def _table(facts: CardFacts) -> str:
     sampling += f"; {facts.sampling_note}" if facts.sampling_note else ""
     seen = f"Training saw {trained} alone; what else is listed, it never saw."
     note = f"Held-out prompts, the same seeds in all columns ({sampling}). {seen}"
+    if any(name.startswith("velocity_") for name in names):
+        note += f" {VELOCITY_NOTE}"
     if facts.picture and "checker_accuracy" in names:
         note += " Green frames are around pictures that the checker accepts, red ones around the others."
     return "\n".join([*lines, "", note])
