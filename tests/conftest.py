@@ -164,7 +164,7 @@ def reward_server(tmp_path_factory):
     try:
         wait_for(process, f"http://127.0.0.1:{port}")
         yield f"http://127.0.0.1:{port}"
-        assert process.poll() is None, "the server did not live through the tests"
+        assert process.is_alive(), "the server did not live through the tests"
     finally:
         stop(process)
 

@@ -6,12 +6,12 @@ import base64
 import io
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,10 +21,13 @@ import torch
 import uvicorn
 from PIL import Image as PILImage
 
+from flowrl_trainers.cli.serve_reward import serve_reward
 from flowrl_trainers.rewards.connections import TimedConnection
 from flowrl_trainers.rewards.server import Limits, reward_app
 from flowrl_trainers.sampling.prompt_groups import Example, ImageKey
 from flowrl_trainers.sampling.scoring import call_rewards
+
+from . import forked
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,47 +64,37 @@ def by_prompt(images, prompts, trainer_state, log_metric, log_extra, **columns):
 """
 
 
-# Ends with its standard input, that is with the tests, however those end.
-START = """
-import os, sys, threading
-threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
-from flowrl_trainers.cli.serve_reward import serve_reward
-serve_reward(sys.argv[1:])
-"""
-
-
-def start(folder: Path, name: str, port: int, *flags: str, log: Path | None = None, **environment) -> subprocess.Popen:
-    """A server in a process of its own; its output goes to `log`, if that is given."""
+def start(folder: Path, name: str, port: int, *flags: str, log: Path = Path(os.devnull)) -> BaseProcess:
+    """A server in a process of its own, which ends with the tests; its output goes to `log`."""
     (folder / "served.py").write_text(SERVED)
-    output = log.open("w") if log else None
-    process = subprocess.Popen(
-        [sys.executable, "-c", START, name, "--port", str(port), *flags],
-        cwd=folder,
-        stdin=subprocess.PIPE,
-        stdout=output,
-        stderr=output,
-        env=os.environ | environment,
-    )
-    if output:
-        output.close()
+    process = forked.FORKS.Process(target=_serve, args=(folder, log, name, "--port", str(port), *flags), daemon=True)
+    process.start()
     return process
 
 
-def wait_for(process: subprocess.Popen, address: str) -> None:
-    for _ in range(240):
-        assert process.poll() is None, "the server ended by itself"
+def _serve(folder: Path, log: Path, *arguments: str) -> None:
+    with log.open("w") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    serve_reward(list(arguments))
+
+
+def wait_for(process: BaseProcess, address: str) -> None:
+    for _ in range(2400):
+        assert process.is_alive(), "the server ended by itself"
         try:
             httpx2.get(f"{address}/health")
             return
         except httpx2.TransportError:
-            time.sleep(0.5)
+            time.sleep(0.05)
     raise AssertionError("the server did not come up")
 
 
-def stop(process: subprocess.Popen) -> None:
+def stop(process: BaseProcess) -> None:
     process.kill()
-    process.wait()
-    process.stdin.close()
+    process.join()
 
 
 @contextmanager

@@ -244,7 +244,13 @@ class Table(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("case", "alpha"), [(case, alpha) for case in CASES for alpha in (0.0, 0.8) if (case, alpha) != ("signed", 0.0)]
+    ("case", "alpha"),
+    [
+        pytest.param(case, alpha, marks=[] if alpha or case == "critic" else [pytest.mark.slow])
+        for case in CASES
+        for alpha in (0.0, 0.8)
+        if (case, alpha) != ("signed", 0.0)
+    ],
 )
 def test_the_actor_s_minimum_is_the_weighted_mean_pulled_to_the_base(tmp_path, case, alpha):
     """The loss of 200,000 images whose states lie at fixed points z, minimised exactly (it is quadratic), within 3 %

@@ -169,6 +169,7 @@ def test_a_run_changes_the_adapter_alone_and_leaves_what_stock_diffusers_loads(t
     assert_same_pictures(pictures[0], pictures[1], flow, 4)
 
 
+@pytest.mark.slow
 def test_the_reward_rises_on_shapes(tmp_path, shapes_pipeline):
     """Thirty updates towards red: on held-out prompts with the same seeds, the mean gain exceeds five of its standard
     errors.

@@ -374,6 +374,7 @@ def hashes_of_adapters(folder: Path, count: int) -> set[str]:
     return {hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
+@pytest.mark.slow
 def test_adapters_of_the_same_weights_are_the_same_bytes_in_every_process(tmp_path):
     """Eight saves, two orders of hashing; safetensors alone shuffles two keys, so a miss would be one in 128."""
     here, there = tmp_path / "here", tmp_path / "there"

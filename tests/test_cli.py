@@ -1,7 +1,5 @@
 """`flowrl` as a command: flags, YAML files, and one sentence for what is wrong."""
 
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,8 +15,6 @@ from flowrl_trainers.shapes import prompts
 from flowrl_trainers.trainers import FlowRLConfig
 
 from .forked import flowrl
-
-FLOWRL = Path(sys.executable).parent / "flowrl"
 
 YAML = {
     "model": "shapes", "dataset": "shapes", "eval_dataset": "held_out.txt", "reward_funcs": ["shapes"],
@@ -132,7 +128,7 @@ def test_every_field_has_a_full_sentence_of_help(tmp_path, method):
 
 
 def test_env_prints_what_a_bug_report_needs():
-    result = subprocess.run([FLOWRL, "env"], capture_output=True, text=True)
+    result = flowrl(Path(), "env")
     assert result.returncode == 0
     for package in ("Python", "flowrl-trainers", "torch", "trl", "diffusers", "devices"):
         assert f"{package}: " in result.stdout

@@ -5,9 +5,8 @@ import errno
 import json
 import os
 import re
+import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -319,30 +318,23 @@ def test_a_save_that_fails_says_why_and_leaves_older_checkpoints(
     assert train(tmp_path, 2, resume=True).global_step == 2
 
 
-LIMITED = """
-import resource, sys
-import torch
-from transformers import TrainerCallback
-from tests.helpers import adjoint_matching
-from tests.tiny import tiny_sd3
-
-torch.set_num_threads(1)
-
 class Limit(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 2:  # no file may grow beyond it from here on, as if the disk were full
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(args.run_name), resource.RLIM_INFINITY))
 
-for limit in sys.argv[2:]:
-    settings = dict(save_strategy="steps", save_steps=1, max_steps=3, run_name=limit)
-    t = adjoint_matching(f"{sys.argv[1]}/{limit}", tiny_sd3(), **settings)
-    t.add_callback(Limit())
-    try:
-        t.train()
-    except RuntimeError as error:
-        print("Refused:", error)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-"""
+
+def train_within_limits(folder: Path, *limits: str) -> None:
+    torch.set_num_threads(1)
+    for limit in limits:
+        settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "run_name": limit}
+        t = adjoint_matching(folder / limit, tiny_sd3(), **settings)
+        t.add_callback(Limit())
+        try:
+            t.train()
+        except RuntimeError as error:
+            print("Refused:", error)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 def test_files_that_cannot_grow_leave_the_older_checkpoint(tmp_path, trained):
@@ -351,9 +343,7 @@ def test_files_that_cannot_grow_leave_the_older_checkpoint(tmp_path, trained):
     The error is that of the checkpoint in both cases; the log says that the rest could not be kept whole either.
     """
     small, smaller = tmp_path / "20000", tmp_path / "5000"
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(tmp_path), small.name, smaller.name], capture_output=True, text=True
-    )
+    done = forked.call(train_within_limits, tmp_path, small.name, smaller.name)
     assert done.returncode == 0, done.stderr
     refusals = [line for line in done.stdout.splitlines() if line.startswith("Refused: ")]
     assert len(refusals) == 2
@@ -478,6 +468,7 @@ for strategy in ("end", "every_save", "checkpoint", "all_checkpoints"):
 """
 
 
+@pytest.mark.slow
 def test_what_each_strategy_of_the_hub_leaves(tmp_path):
     with serve() as hub:
         done = run_against(PUSH_AND_GO_ON, hub.address, tmp_path / "home", str(tmp_path))

@@ -29,8 +29,8 @@ SHORT = ["--num_inference_steps", "3", "--seed", "7"]
 
 def test_the_rows_are_those_of_the_demo(tmp_path):
     shown = demo(
-        tmp_path, "--trainer", "vgg_flow", "--max_steps", "1", "--per_device_train_batch_size", "4",
-        "--timestep_bins", "2", "--output_dir", "tuned", *SHORT,
+        tmp_path, "--trainer", "diffusion_nft", "--max_steps", "1", "--per_device_train_batch_size", "8",
+        "--num_generations", "8", "--timestep_bins", "3", "--output_dir", "tuned", *SHORT,
     )  # fmt: skip
     assert shown.returncode == 0, shown.stderr
     (tmp_path / "held_out.txt").write_text("\n".join(prompts("held_out")["prompt"][:24]))

@@ -129,9 +129,8 @@ def test_a_reward_in_the_script_is_named_by_main(tmp_path, start):
     assert "__main__.brightness" in (tmp_path / "out" / "config.yaml").read_text()
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n.startswith("16") else pytest.mark.slow) for n in RECIPES_OF]
-)
+@pytest.mark.parametrize("name", RECIPES_OF)
+@pytest.mark.slow
 def test_a_recipe_trains_with_tiny_weights_of_its_family(tmp_path, start, name):
     """But in 8 bits where it asks for 4, which a GPU alone has."""
     method, make, settings = RECIPES_OF[name]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 import torch
 
 from flowrl_trainers import FlowRLConfig, FlowRLTrainer
@@ -17,6 +18,7 @@ from .gaussian import NUMBERED, GaussianFlow, Shifted, height
 EXAMPLE = Path(__file__).parent.parent / "examples" / "custom_model.py"
 
 
+@pytest.mark.slow
 def test_a_model_of_ones_own_is_tuned_by_all_trainers(tmp_path):
     assert len([line for line in EXAMPLE.read_text().splitlines() if line.strip()]) < 60
     done = script(EXAMPLE, cwd=tmp_path)

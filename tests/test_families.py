@@ -1,5 +1,6 @@
 """Every family draws what its stock pipeline draws, and trains."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -110,8 +111,18 @@ def test_grids_leave_the_pipeline_alone_and_end_well(family):
     assert torch.equal(pipeline.scheduler.sigmas, before)
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize("family", FAMILIES)
+# Every family with adjoint matching, whose gradient passes through all parts of it, and every other trainer with a
+# family; the others are slow tests.
+QUICK = {(family, "AdjointMatchingTrainer") for family in FAMILIES} | set(zip(FAMILIES, TRAINERS, strict=False))
+
+
+@pytest.mark.parametrize(
+    ("family", "trainer"),
+    [
+        pytest.param(*pair, marks=[] if pair in QUICK else [pytest.mark.slow])
+        for pair in itertools.product(FAMILIES, TRAINERS)
+    ],
+)
 def test_an_update_changes_the_adapter_alone_and_the_stock_loader_reads_it(tmp_path, family, trainer):
     prompts = [*PROMPTS, "a blue cross", "a red diamond"]
     settings = {"height": 32, "width": 32} | FAMILIES[family][1]

@@ -215,7 +215,8 @@ def share_in_lower_precision(folder: Path, precision: str) -> None:
     torch.save(found, folder / f"found_{t.args.process_index}.pt")
 
 
-@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.slow
 def test_a_shared_network_learns_in_lower_precision(tmp_path, precision):
     """Of frozen weights in 16 bits and an adapter in 32, what one process learns; and an overflow in one process's part
     skips the update on both. Products are rounded alike, and sums over pictures differ in float32 alone.

@@ -18,6 +18,8 @@ from flowrl_trainers.sampling.flow_model import FlowModel
 from .helpers import CAPTIONS, TRAINERS, make_trainer, seeds
 from .tiny import tiny_sd3
 
+QUICK = ("VGGFlowTrainer", "ACFlowTrainer")  # the others are slow tests
+
 
 class Judge(nn.Module):
     """Redness by weights."""
@@ -57,7 +59,13 @@ class Places:
             self.seen[phase, name].add(on_device / sum(p.numel() for p in other.parameters()))
 
 
-@pytest.mark.parametrize(("name", "lora"), [*((name, True) for name in TRAINERS), ("AdjointMatchingTrainer", False)])
+@pytest.mark.parametrize(
+    ("name", "lora"),
+    [
+        *(pytest.param(name, True, marks=() if name in QUICK else pytest.mark.slow) for name in TRAINERS),
+        ("AdjointMatchingTrainer", False),
+    ],
+)
 def test_network_and_rewards_are_never_on_the_device_at_once(tmp_path, name, lora):
     """What is learned is the same, bit for bit; an evaluation with a judge of its own is part of the run."""
     learned = []

@@ -20,7 +20,7 @@ from .tiny_rewards import write_clip
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 RUN = [path for path in NOTEBOOKS if path.stem != "stable_diffusion_3_5_t4"]
-QUICK = ("adjoint_matching", "your_own_reward")  # the others are slow tests
+QUICK = ("your_own_reward",)  # the others are slow tests
 REFRESH: dict[str, Any] = runpy.run_path(str(ROOT / "examples" / "refresh.py"))
 SHORT = "max_steps, batch_size, eval_prompts = 2, {}, 2"
 PICTURES = {"ac_flow": 8, "tafs_grpo": 16}  # per update, as many as the notebook draws of a prompt; else 2

@@ -26,7 +26,7 @@ def uninterrupted(tmp_path_factory):
     def result(trainer: str):
         if trainer not in results:
             folder = tmp_path_factory.mktemp(trainer)
-            done = run(folder, trainer, WINDOW)
+            done = run(folder, trainer, WINDOW | {"save_strategy": "no"})
             assert done.returncode == 0, done.stderr
             results[trainer] = torch.load(folder / "result.pt")
         return results[trainer]
@@ -44,10 +44,12 @@ def uninterrupted(tmp_path_factory):
     ],
 )
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, uninterrupted, trainer, kill_at):
-    killed = run(tmp_path, trainer, WINDOW, kill_at=kill_at)
+    settings = WINDOW | {"save_steps": kill_at}
+    killed = run(tmp_path, trainer, settings, kill_at=kill_at)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "result.pt").exists()
-    resumed = run(tmp_path, trainer, WINDOW, resume=True)
+    assert fault(tmp_path / f"checkpoint-{kill_at}") is None
+    resumed = run(tmp_path, trainer, settings, resume=True)
     assert resumed.returncode == 0, resumed.stderr
     result, expected = torch.load(tmp_path / "result.pt"), uninterrupted(trainer)
     assert_same(result["weights"], expected["weights"])

@@ -41,7 +41,7 @@ def guarded(tmp_path_factory):
     try:
         wait_for(process, address)
         yield SimpleNamespace(address=address, port=port, log=folder / "log")
-        assert process.poll() is None, "the server did not live through the tests"
+        assert process.is_alive(), "the server did not live through the tests"
     finally:
         stop(process)
     log = (folder / "log").read_text()

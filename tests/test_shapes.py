@@ -105,6 +105,7 @@ def test_no_text_is_unknown_to_the_tokenizer():
     )
 
 
+@pytest.mark.slow
 def test_the_readme_picture(shared_shapes):
     """The stock call with stock defaults draws a red circle, in at least 6 of 8 cases: its words were never
     swapped.

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from contextlib import suppress
@@ -26,6 +27,7 @@ TWO = {
     "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "num_generations": 2, "max_steps": 6,
     "save_strategy": "no", "learning_rate": 0.01, "ddp_backend": "gloo",
 }  # fmt: skip
+KILLED = "another process ended without a word, as one that is killed or runs out of memory does"
 
 
 @pytest.mark.parametrize(
@@ -66,14 +68,19 @@ def test_two_processes_agree_on_the_update_at_which_sigterm_ends_them(tmp_path):
     ("how", "cause"),
     [
         ("error", r"process 1 failed (OSError: the judge is gone)"),
-        ("SIGKILL", "another process ended without a word, as one that is killed or runs out of memory does"),
+        ("SIGKILL", KILLED),
     ],
 )
 def test_a_process_says_why_it_cannot_go_on_without_another(tmp_path, how, cause):
-    if how == "error":
-        ended = fork_two(tmp_path, "AdjointMatchingTrainer", TWO, kill_at=2, how=how)[0]
-    else:  # which accelerate's own watch of its processes must not hide
-        ended = launch(tmp_path, "AdjointMatchingTrainer", TWO, 2, kill_at=2, how=how)
+    assert_says_why(fork_two(tmp_path, "AdjointMatchingTrainer", TWO, kill_at=2, how=how)[0], cause)
+
+
+@pytest.mark.slow
+def test_accelerates_own_watch_of_its_processes_does_not_hide_why(tmp_path):
+    assert_says_why(launch(tmp_path, "AdjointMatchingTrainer", TWO, 2, kill_at=2, how="SIGKILL"), KILLED)
+
+
+def assert_says_why(ended: subprocess.CompletedProcess, cause: str) -> None:
     assert ended.returncode != 0
     sentence = f"Process 0 cannot go on, as {cause}: look at what that process printed."
     assert sentence in " ".join(ended.stderr.split()), ended.stderr
