@@ -19,8 +19,8 @@ LIBRARIES = ("flowrl-trainers", "trl", "diffusers", "transformers", "peft", "tor
 LONG = 90  # a call of more letters takes a line for each argument
 VELOCITY_NOTE = (
     "velocity_distance is how far the tuned velocity is from the base model's, as a share of that; "
-    "velocity_norm_ratio_0 to _3 are its length beside that of the base model, in the quarters of the noise levels from "
-    "clean to noisy."
+    "velocity_norm_ratio_0 to _3 are its length beside that of the base model, in the quarters of the noise levels "
+    "from clean to noisy."
 )
 NO_NUMBER = "\u2014"
 
