@@ -12,6 +12,7 @@ from time import process_time
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rapidocr import RapidOCR
@@ -149,6 +150,9 @@ def test_what_is_asked_for_comes_from_the_column_or_the_quotes(ocr):
     assert scores_of(ocr, blank[None], ["a sign"]).isnan().all()
     with pytest.raises(ValueError, match=r"^Reward 'ocr' found 3 in the column 'text': make it a string, a list of"):
         scores_of(ocr, blank[None], text=[3])
+    ocr.check_rows(Dataset.from_dict({"prompt": ["a", "b"], "text": [["A"], None]}))
+    with pytest.raises(ValueError, match=r"^Reward 'ocr' found 3 in the column 'text'"):
+        ocr.check_rows(Dataset.from_dict({"prompt": ["a", "b"], "text": [3, None]}))
     with pytest.raises(ValueError, match=r"^`threads` \(0\) must be at least 1\."):
         OCRReward(threads=0)
 

@@ -51,7 +51,8 @@ def score(arguments: list[str]) -> None:
     pictures = find_pictures(args.FOLDER, args.prompts, args.prompt_column, args.split)
     rewards = as_rewards([named_reward(name) for name in args.rewards], "rewards")
     refuse_all_but_pictures(rewards, "rewards")
-    check_columns(rewards, Dataset.from_list([p.example.columns | {"prompt": ""} for p in pictures[:1]]), "prompts")
+    rows = [p.example.columns | {"prompt": p.example.prompt} for p in pictures]
+    check_columns(rewards, Dataset.from_list(rows), "prompts")
     for reward in rewards:
         reward.to(torch.device(args.device))
     scores = torch.cat(list(_scores(rewards, pictures, args.batch_size, torch.device(args.device))))

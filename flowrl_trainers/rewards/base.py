@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 Scores = Tensor | Sequence[float | None]
@@ -52,6 +53,14 @@ class Reward(ABC):
     def needed_columns(self) -> list[str]:
         """The columns of the dataset without which the reward cannot be called."""
         return _without_default(self.__call__)
+
+    def check_rows(self, rows: Dataset) -> None:
+        """Raise `ValueError` for a row that the reward could not score, before anything is drawn; by default for none.
+
+        Args:
+            rows: Those that it applies to, with the column `prompt` and the columns that it needs.
+        """
+        return None
 
 
 def _without_default(function: Callable[..., Any]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from .base import Reward
@@ -65,6 +66,11 @@ class OCRReward(Reward):
         asked = [self._asked(value, prompt) for value, prompt in zip(given, prompts, strict=True)]
         # The coroutine runs later: a copy in it would wait for all that the trainer has asked of the device by then.
         return self._scores(images.cpu(), asked, log_metric, log_extra)
+
+    def check_rows(self, rows: Dataset) -> None:
+        if "text" in rows.column_names:
+            for value, prompt in zip(rows["text"], rows["prompt"], strict=True):
+                self._asked(value, prompt)
 
     async def _scores(
         self,

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from datasets import Dataset
 from torch import Tensor
 
-from ..shapes import WEIGHTS, check
+from ..shapes import WEIGHTS, check, parse
 from .base import Reward
 from .clip import CLIPScore
 
@@ -30,3 +31,7 @@ class CheckerReward(Reward):
 
     def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> list[float]:
         return [float(right) for right in check(images, prompts)]
+
+    def check_rows(self, rows: Dataset) -> None:
+        for prompt in rows["prompt"]:
+            parse(prompt)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import httpx2
+from datasets import Dataset
 from torch import Tensor
 
 from .base import PASSED, Reward
@@ -285,6 +286,10 @@ class GenEvalJudge(VLMJudge):
     def needed_columns(self) -> list[str]:
         """What the pictures must show."""
         return ["include"]
+
+    def check_rows(self, rows: Dataset) -> None:
+        for include in rows["include"]:
+            geneval_questions(include)
 
     def questions(self, prompt: str, columns: Mapping[str, Any]) -> list[tuple[Question, str]]:
         """One for each property of each object."""

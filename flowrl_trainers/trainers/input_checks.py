@@ -196,7 +196,8 @@ def check_callbacks(callbacks: Sequence[Any], args: FlowRLConfig) -> None:
 
 
 def check_columns(rewards: list[Reward], dataset: Dataset, argument: str) -> None:
-    """Refuse a reward that asks for a column which the dataset lacks, and prompts that choose an unknown reward.
+    """Refuse a reward that asks for a column which the dataset lacks, prompts that choose an unknown reward, and rows
+    that a reward could not score.
 
     Args:
         rewards: Those that are called with the dataset's rows.
@@ -204,7 +205,7 @@ def check_columns(rewards: list[Reward], dataset: Dataset, argument: str) -> Non
         argument: What the caller calls it.
 
     Raises:
-        ValueError: Naming reward and column.
+        ValueError: Naming reward and column, or what is wrong with a row.
     """
     for reward in rewards:
         missing = [name for name in reward.needed_columns() if name not in dataset.column_names]
@@ -216,6 +217,16 @@ def check_columns(rewards: list[Reward], dataset: Dataset, argument: str) -> Non
     for column in {reward.chosen_by for reward in rewards if reward.chosen_by is not None}:
         names = [reward.name for reward in rewards if reward.chosen_by == column]
         _check_choices(column, names, dataset, argument)
+    for reward in rewards:
+        reward.check_rows(_rows_of(reward, dataset))
+
+
+def _rows_of(reward: Reward, dataset: Dataset) -> Dataset:
+    """Those that a reward applies to."""
+    if reward.chosen_by is None:
+        return dataset
+    choices = dataset[reward.chosen_by]
+    return dataset.select([row for row, names in enumerate(choices) if names is None or reward.name in names])
 
 
 def _check_choices(column: str, names: list[str], dataset: Dataset, argument: str) -> None:

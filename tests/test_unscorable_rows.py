@@ -1,0 +1,69 @@
+"""A row that a reward could not score is refused before anything is drawn, wherever in the data set it stands."""
+
+import pytest
+from datasets import Dataset
+
+from flowrl_trainers.cli import main
+from flowrl_trainers.rewards import GenEvalJudge, differentiable
+from flowrl_trainers.shapes import prompts
+
+from .helpers import make_trainer
+
+SENTENCE = "'a dog' is not a caption of this world: write 'a COLOUR SHAPE' once or twice"
+CAPTIONS = list(prompts("train")["prompt"][:8])
+WITH_A_DOG = [*CAPTIONS[:4], "a dog", *CAPTIONS[4:]]
+
+
+@differentiable
+def redness(images, prompts, **columns):
+    return images[:, 0].mean(dim=(1, 2))
+
+
+@pytest.fixture
+def nothing_drawn(monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("flowrl_trainers.cli.evaluate.load_model", fail)
+    monkeypatch.setattr("flowrl_trainers.cli.run.load_model", fail)
+    for module, name in (("quiet", "hush"), ("memory", "keep_freed_memory")):  # settings of the whole process
+        monkeypatch.setattr(f"flowrl_trainers.cli.{module}.{name}", lambda: None)
+
+
+@pytest.mark.parametrize("where", ["dataset", "eval_dataset"])
+def test_a_trainer_refuses_a_prompt_that_the_checker_cannot_read(tmp_path, where):
+    rows = {name: Dataset.from_dict({"prompt": CAPTIONS}) for name in ("dataset", "eval_dataset")}
+    rows[where] = Dataset.from_dict({"prompt": WITH_A_DOG})
+    with pytest.raises(ValueError, match=SENTENCE):
+        make_trainer("ACFlowTrainer", tmp_path, reward="checker", **rows)
+
+
+def test_a_reward_that_is_not_chosen_for_a_row_does_not_mind_it(tmp_path):
+    chosen = [["redness"] if prompt == "a dog" else None for prompt in WITH_A_DOG]
+    rows = Dataset.from_dict({"prompt": WITH_A_DOG, "tasks": chosen})
+    make_trainer("ACFlowTrainer", tmp_path, reward=["checker", redness], dataset=rows, rewards_column="tasks")
+    rows = Dataset.from_dict({"prompt": WITH_A_DOG, "tasks": [None] * len(chosen)})
+    with pytest.raises(ValueError, match=SENTENCE):
+        make_trainer("ACFlowTrainer", tmp_path, reward=["checker", redness], dataset=rows, rewards_column="tasks")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ac_flow", "--model", "shapes", "--reward_funcs", "checker", "--output_dir", "out", "--use_cpu", "true"],
+        ["evaluate", "--model", "shapes", "--adapter", "none", "--rewards", "checker", "--trained", "checker"],
+    ],
+    ids=["ac_flow", "evaluate"],
+)
+def test_a_command_refuses_it(tmp_path, monkeypatch, capsys, nothing_drawn, command):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("\n".join([*WITH_A_DOG, *CAPTIONS * 3]))
+    assert main([*command, "--dataset", "prompts.txt"]) == 2
+    assert SENTENCE in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_judge_refuses_objects_without_a_class():
+    judge = GenEvalJudge("http://127.0.0.1:9", "some-vlm")
+    judge.check_rows(Dataset.from_dict({"prompt": ["a cow"], "include": [[{"class": "cow", "count": 1}]]}))
+    with pytest.raises(ValueError, match="which has no 'class': name the object"):
+        judge.check_rows(Dataset.from_dict({"prompt": ["a", "b"], "include": [[{"class": "a"}], [{"class": None}]]}))
