@@ -183,7 +183,16 @@ def calls_of_the_probe(t: FlowRLTrainer, drawing: Drawing) -> list[Call]:
     return [*calls, Call(Kind.REWARD, 2, 1, Phase.REWARD)]
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+# What another option shows as well, but for the combination.
+SLOW = {
+    "memoryless, one step", "guided value network", "no value network, larger rollouts",
+    "guided value network, branches in one call", "critic, larger rollouts", "fixed target, old anchor",
+    "two branches, larger rollouts", "larger batches of pictures", "latents, no gradient",
+    "reward decoder, value network",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", [pytest.param(o, marks=[pytest.mark.slow] if o in SLOW else []) for o in OPTIONS])
 def test_calls_made_are_the_calls_stated(tmp_path, monkeypatch, option):
     """Over two rollouts with all updates on them, the probe before, and what the first rollout alone needs."""
     name, settings, together = OPTIONS[option]

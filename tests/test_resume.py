@@ -23,35 +23,35 @@ def uninterrupted(tmp_path_factory):
     """The result of each trainer's run that nobody disturbed, made once."""
     results = {}
 
-    def result(trainer: str):
-        if trainer not in results:
+    def result(trainer: str, updates: int):
+        if (trainer, updates) not in results:
             folder = tmp_path_factory.mktemp(trainer)
-            done = run(folder, trainer, WINDOW | {"save_strategy": "no"})
+            done = run(folder, trainer, WINDOW | {"max_steps": updates, "save_strategy": "no"})
             assert done.returncode == 0, done.stderr
-            results[trainer] = torch.load(folder / "result.pt")
-        return results[trainer]
+            results[trainer, updates] = torch.load(folder / "result.pt")
+        return results[trainer, updates]
 
     return result
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 @pytest.mark.parametrize(
-    "kill_at",
+    ("kill_at", "updates"),
     [
-        pytest.param(3, id="middle of a window"),
-        pytest.param(4, id="between windows", marks=pytest.mark.slow),
-        pytest.param(10, id="middle of a window of the second epoch", marks=pytest.mark.slow),
+        pytest.param(3, 8, id="middle of a window"),
+        pytest.param(4, 12, id="between windows", marks=pytest.mark.slow),
+        pytest.param(10, 12, id="middle of a window of the second epoch", marks=pytest.mark.slow),
     ],
 )
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, uninterrupted, trainer, kill_at):
-    settings = WINDOW | {"save_steps": kill_at}
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, uninterrupted, trainer, kill_at, updates):
+    settings = WINDOW | {"max_steps": updates, "save_steps": kill_at}
     killed = run(tmp_path, trainer, settings, kill_at=kill_at)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "result.pt").exists()
     assert fault(tmp_path / f"checkpoint-{kill_at}") is None
     resumed = run(tmp_path, trainer, settings, resume=True)
     assert resumed.returncode == 0, resumed.stderr
-    result, expected = torch.load(tmp_path / "result.pt"), uninterrupted(trainer)
+    result, expected = torch.load(tmp_path / "result.pt"), uninterrupted(trainer, updates)
     assert_same(result["weights"], expected["weights"])
     assert_same(result["optimizer"], expected["optimizer"])
     assert_same(result["state"], expected["state"])  # the moving average; reward scale, or critic and its optimizer
@@ -59,10 +59,10 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, uninterrupted, trainer, kill
         [(row["step"], row["reward/redness"]) for row in r["history"] if "reward/redness" in row]
         for r in (result, expected)
     ]
-    assert len(rewards[1]) == 3  # updates 1, 5 and 9 made rollouts
+    assert len(rewards[1]) == updates // 4  # updates 1, 5 and 9 make rollouts
     assert rewards[0] == rewards[1]
     losses = [[(row["step"], row["loss"]) for row in r["history"] if "loss" in row] for r in (result, expected)]
-    assert len(losses[1]) == 12
+    assert len(losses[1]) == updates
     assert losses[0] == losses[1]
 
 

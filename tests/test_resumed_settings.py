@@ -189,7 +189,7 @@ def quiet_again():
 @pytest.mark.parametrize(
     "trainer",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name in ("VGGFlowTrainer", "DiffusionNFTTrainer") else [])
+        pytest.param(name, marks=[pytest.mark.slow] if name not in ("ACFlowTrainer", "TAFSGRPOTrainer") else [])
         for name in TRAINERS
     ],
 )
