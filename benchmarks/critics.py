@@ -3,7 +3,8 @@
     python benchmarks/critics.py --out docs/tables/critics.md
 
 What could be explained: of each noised picture several continuations are drawn; the share of the within-prompt
-variance of their rewards that lies between states is the most that a critic can explain. What critics explain: each
+variance of their rewards that lies between states is the most that a critic can explain, if continuations are drawn
+as the pictures of a state are; how far they are says the row of their mean reward. What critics explain: each
 learns for as many seconds from pictures of the training prompts, noised afresh at any level, as AC-Flow's does, and is
 judged on pictures of held-out prompts at the same levels. 'reward of the estimate' learns one number for each tenth of
 the levels: it is the reward of the clean estimate of one step, less the mean of its prompt, times what fits best.
@@ -86,17 +87,23 @@ class World:
         """Of the base model."""
         return self.flow.velocity(self.flow.transformer, states, sigma, self.of(rows), guidance=False)
 
-    def explainable(self, level: float, count: int) -> float:
-        """The share of the within-prompt variance of continuations that lies between the states of `count` prompts."""
-        rows = [row for row in range(count * PER_PROMPT) if row % PER_PROMPT < 6]
-        states = self.noised(rows, torch.full((len(rows),), level)).repeat_interleave(CONTINUATIONS, dim=0)
-        rows = [row for row in rows for _ in range(CONTINUATIONS)]
+    def continued(self, states: Tensor, level: float, rows: list[int], count: int) -> Tensor:
+        """The rewards (B, count) of continuations of states (B, ...) at a level, by the coefficients-preserving
+        kernel.
+        """
+        states, rows = states.repeat_interleave(count, dim=0), [row for row in rows for _ in range(count)]
         down = torch.tensor([level, *(s for s in self.flow.sigmas(STEPS, "uniform").tolist() if s < level)])
         for sigma, sigma_next in pairwise(down):
             now, then = sigma.expand(len(rows)), sigma_next.expand(len(rows))
             mean, std = renoise(states, self.velocity(states, now, rows), now, then, 0.7)
             states = mean + std * torch.randn(states.shape, generator=self.generator)
-        scores = self.score(states, rows).unflatten(0, (count, 6, CONTINUATIONS))
+        return self.score(states, rows).unflatten(0, (-1, count))
+
+    def explainable(self, level: float, count: int) -> float:
+        """The share of the within-prompt variance of continuations that lies between the states of `count` prompts."""
+        rows = [row for row in range(count * PER_PROMPT) if row % PER_PROMPT < 6]
+        states = self.noised(rows, torch.full((len(rows),), level))
+        scores = self.continued(states, level, rows, CONTINUATIONS).unflatten(0, (count, 6))
         within = scores.var(dim=2).mean()  # of the continuations of a state
         between = scores.mean(dim=2).var(dim=1).mean() - within / CONTINUATIONS
         return float(between.clamp(min=0) / (between + within))
@@ -143,6 +150,26 @@ def of_estimates(world: World) -> Value:
     return value
 
 
+def by_continuations(train: World, held_out: World, prompts: int) -> list[float]:
+    """What the mean reward of `CONTINUATIONS` continuations explains at each of `LEVELS` on held-out prompts, times
+    the factor that fits best on some training prompts.
+    """
+    found = []
+    for level in LEVELS:
+        factor = 0.0
+        for world, count in ((train, prompts * PER_PROMPT), (held_out, len(held_out.texts))):
+            parts = []
+            for part in torch.arange(count).split(256):  # whole prompts
+                states = world.noised(part.tolist(), torch.full((len(part),), level))
+                parts.append(world.continued(states, level, part.tolist(), CONTINUATIONS).mean(dim=1))
+            seen = shape_rewards(torch.cat(parts), world.groups[:count], torch.inf)
+            returns = world.returns[:count]
+            if world is train:
+                factor = float((seen * returns).sum() / seen.square().sum())
+        found.append(float(explained_variance(returns, factor * seen)))
+    return found
+
+
 def fitted(train: World) -> EstimateFit:
     """What a few rollouts would have fitted: the shaped rewards of estimates to the returns, as AC-Flow does it."""
     fit = EstimateFit(torch.device("cpu"))
@@ -159,10 +186,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--reward", default="checker")
     parser.add_argument("--prompts", type=int, default=160, help="of training, with 8 pictures each")
-    parser.add_argument("--held_out", type=int, default=32, help="prompts on whose pictures critics are judged")
+    parser.add_argument("--held_out", type=int, default=128, help="prompts on whose pictures critics are judged")
     parser.add_argument("--seconds", type=float, default=80, help="of a core that each critic learns, doubled once")
     parser.add_argument("--only", nargs="*", default=["convolutional", "backbone"])
-    parser.add_argument("--explainable", type=int, default=16, help="prompts of which continuations are drawn")
+    parser.add_argument("--explainable", type=int, default=64, help="prompts of which continuations are drawn")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -188,6 +215,9 @@ def main() -> None:
 
     if options.explainable:
         write("*what could be explained*", "", "", [held_out.explainable(s, options.explainable) for s in LEVELS])
+        start = time.process_time()
+        shares = by_continuations(train, held_out, options.explainable)
+        write(f"mean reward of {CONTINUATIONS} continuations", f"{time.process_time() - start:.0f}", "0", shares)
 
     start = time.process_time()
     fit = fitted(train)

@@ -55,8 +55,8 @@ def test_critics_are_compared(run, tmp_path):
     table = (tmp_path / "table.md").read_text()
     assert table.startswith("| critic | seconds | updates | sigma 0.9 |")
     assert [row.split("|")[1].strip() for row in table.splitlines()[2:]] == [
-        "*what could be explained*", "reward of the estimate", "convolutional", "convolutional", "backbone",
-        "backbone",
+        "*what could be explained*", "mean reward of 6 continuations", "reward of the estimate", "convolutional",
+        "convolutional", "backbone", "backbone",
     ]  # fmt: skip
 
 

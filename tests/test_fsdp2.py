@@ -1,6 +1,7 @@
 """A network that two processes share (FSDP2) draws, learns, saves and resumes as a whole one does."""
 
 import json
+import os
 import re
 from contextlib import nullcontext
 from importlib import import_module
@@ -244,7 +245,7 @@ def test_a_shared_network_learns_in_lower_precision(tmp_path, precision):
 
 def measure_together(arguments: list[str], folder: Path) -> None:
     """On each of two processes: the command, and how much of the network each of them holds."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("FLOWRL_TEST_THREADS", "1")))  # as in one process
     pretend_gpus()
     sharded = FlowModel.shard
 

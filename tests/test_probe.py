@@ -13,8 +13,13 @@ from .helpers import adjoint_matching
 
 @pytest.mark.parametrize("held_out", [["a cat"], ["a red circle", "a green cross", "a cat"]], ids=["one", "the last"])
 def test_the_probe_tries_the_rewards_of_the_evaluation_too(tmp_path, tiny_pipeline, held_out):
-    t = adjoint_matching(tmp_path, tiny_pipeline, eval_dataset=held_out, eval_reward_funcs="checker")
-    with pytest.raises(ValueError, match="'a cat' is not a caption of this world"):
+    def no_cats(images, prompts, **columns):
+        if "a cat" in prompts:
+            raise ValueError("a cat is not for me")
+        return [0.0] * len(images)
+
+    t = adjoint_matching(tmp_path, tiny_pipeline, eval_dataset=held_out, eval_reward_funcs=no_cats)
+    with pytest.raises(ValueError, match="a cat is not for me"):
         t.train()
     assert t.state.global_step == 0
 
