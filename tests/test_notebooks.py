@@ -23,7 +23,8 @@ RUN = [path for path in NOTEBOOKS if path.stem != "stable_diffusion_3_5_t4"]
 QUICK = ("your_own_reward",)  # the others are slow tests
 REFRESH: dict[str, Any] = runpy.run_path(str(ROOT / "examples" / "refresh.py"))
 SHORT = "max_steps, batch_size, eval_prompts = 2, {}, 2"
-PICTURES = {"ac_flow": 8, "tafs_grpo": 16}  # per update, as many as the notebook draws of a prompt; else 2
+# Per update, as many as the notebook draws of a prompt; else 2.
+PICTURES = {"ac_flow": 8, "diffusion_nft": 8, "tafs_grpo": 16}
 T4 = "max_steps, size = 1, 32"
 
 
