@@ -155,13 +155,14 @@ def test_the_first_cell_installs_into_a_fresh_environment(tmp_path):
     python, pip = (tmp_path / "fresh" / "bin" / name for name in ("python", "pip"))
     version = torch.__version__.split("+")[0]
     subprocess.run([pip, "install", "--quiet", f"torch=={version}", "ipython", "matplotlib"], check=True)
-    before = subprocess.run([pip, "show", "torch"], check=True, capture_output=True, text=True).stdout
+    (record,) = (tmp_path / "fresh").glob("lib/*/site-packages/torch-*.dist-info/RECORD")
+    before = record.stat()
     install = read(NOTEBOOKS[0]).cells[1].source.replace(REFRESH["repository"](), clone.as_uri())
     assert clone.as_uri() in install
     (tmp_path / "cells.ipy").write_text(install)
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_HUB_OFFLINE")}
     subprocess.run([python, "-m", "IPython", tmp_path / "cells.ipy"], check=True, cwd=tmp_path, env=environment)
-    assert subprocess.run([pip, "show", "torch"], check=True, capture_output=True, text=True).stdout == before
+    assert (record.stat().st_ino, record.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     said = subprocess.run(
         [python, "-m", "flowrl_trainers.cli", "--version"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )  # fmt: skip
