@@ -2,6 +2,7 @@
 
 import pytest
 from datasets import Dataset
+from PIL import Image
 
 from flowrl_trainers.cli import main
 from flowrl_trainers.rewards import GenEvalJudge, differentiable
@@ -26,6 +27,7 @@ def nothing_drawn(monkeypatch):
 
     monkeypatch.setattr("flowrl_trainers.cli.evaluate.load_model", fail)
     monkeypatch.setattr("flowrl_trainers.cli.run.load_model", fail)
+    monkeypatch.setattr("flowrl_trainers.cli.score._scores", fail)
     for module, name in (("quiet", "hush"), ("memory", "keep_freed_memory")):  # settings of the whole process
         monkeypatch.setattr(f"flowrl_trainers.cli.{module}.{name}", lambda: None)
 
@@ -59,6 +61,16 @@ def test_a_command_refuses_it(tmp_path, monkeypatch, capsys, nothing_drawn, comm
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("\n".join([*WITH_A_DOG, *CAPTIONS * 3]))
     assert main([*command, "--dataset", "prompts.txt"]) == 2
+    assert SENTENCE in " ".join(capsys.readouterr().err.split())
+
+
+def test_pictures_of_such_a_prompt_are_refused_before_any_is_scored(tmp_path, monkeypatch, capsys, nothing_drawn):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    for number in range(2):
+        Image.new("RGB", (32, 32)).save(tmp_path / "pictures" / f"{number}.png")
+    (tmp_path / "prompts.txt").write_text(f"{CAPTIONS[0]}\na dog\n")
+    assert main(["score", "pictures", "--rewards", "checker", "--prompts", "prompts.txt"]) == 2
     assert SENTENCE in " ".join(capsys.readouterr().err.split())
 
 
