@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from huggingface_hub.utils import _cache_assets
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -50,6 +51,13 @@ def _small_value_network(request, monkeypatch):
     """VGG-Flow's default one is 20 MB large, five times the tiny pipelines: its tests would take thrice as long."""
     if "default_value_network" not in request.fixturenames:
         monkeypatch.setattr(import_module("flowrl_trainers.networks.value_network"), "WIDTHS", (32, 32))
+
+
+@pytest.fixture
+def assets(tmp_path, monkeypatch):
+    """The folder, below that of the test, in which runs keep what the next one need not compute."""
+    monkeypatch.setattr(_cache_assets, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    return tmp_path / "assets"
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "offload_between_phases": {"offload_between_phases": True},
     "cache_base_pictures": {"cache_base_pictures": True},
     "embedding_memory_gib": {"embedding_memory_gib": 0.0},
+    "cache_encoded_prompts": {"cache_encoded_prompts": True},
     "fp16": {"fp16": True},
     "attention_backend": {"attention_backend": "native"},
 }
@@ -98,11 +99,11 @@ CASES = [("one process", False), *(pytest.param(way, True, marks=pytest.mark.slo
 
 
 @pytest.mark.parametrize(("way", "pairs"), CASES)
-def test_every_combination_is_made_or_refused_in_a_sentence(tmp_path, model, way, pairs):
+def test_every_combination_is_made_or_refused_in_a_sentence(tmp_path, model, way, pairs, assets):
     if way == "one process":
         found = outcomes(tmp_path / "run", model, pairs)
     else:
-        variables = ENVIRONMENT if way == "fsdp2" else {}
+        variables = {"HF_ASSETS_CACHE": str(assets)} | (ENVIRONMENT if way == "fsdp2" else {})
         for process in on_two_processes(try_all, tmp_path, model, pairs, way == "fsdp2", **variables):
             assert process.returncode == 0, process.stderr
         first, found = (json.loads((tmp_path / f"found_{rank}.json").read_text()) for rank in (0, 1))

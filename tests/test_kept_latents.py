@@ -4,19 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub.utils import _cache_assets
 
 from .helpers import make_trainer
 from .tiny import tiny_sd3
 
 SETTINGS = {"cache_base_pictures": True, "max_steps": 1, "num_inference_steps": 2, "per_device_eval_batch_size": 2}
 PROMPTS = ["a red circle", "a blue square", "a green cross"]
-
-
-@pytest.fixture
-def assets(tmp_path, monkeypatch):
-    monkeypatch.setattr(_cache_assets, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
-    return tmp_path / "assets"
 
 
 def evaluated(folder: Path, trainer: str = "ACFlowTrainer", **settings):

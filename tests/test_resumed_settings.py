@@ -141,6 +141,7 @@ NOT_HERE = {
     "use_cpu": "the bits of a GPU are others; without one it has no effect",
     "ddp_backend": "one process has none",
     "cache_base_pictures": "it writes into the user's cache; tests/test_kept_latents.py has one",
+    "cache_encoded_prompts": "it writes into the user's cache; tests/test_kept_prompts.py has one",
     "dataloader_pin_memory": "Trainer sets it to False on the CPU",
 } | {name: reason for name, (_, reason) in UNSUPPORTED.items() if name in FREE_FIELDS}
 NOT_OF = {

@@ -174,6 +174,13 @@ class FlowPipeline(ABC):
         """The networks that only `encode_prompts` needs; a trainer moves them away once prompts are encoded."""
         return []
 
+    def encoding_facts(self) -> dict[str, Any] | None:
+        """What `encode_prompts` follows from beside prompts and the weights of `text_encoders`, as plain types.
+
+        None where that is not known, so that encoded prompts are not kept from run to run.
+        """
+        return None
+
     def decoders(self) -> list[nn.Module]:
         """The networks that `decode` needs."""
         return []

@@ -1,18 +1,23 @@
 """What all families of diffusers share; a family adds how it encodes, calls its network and decodes."""
 
 import copy
+import hashlib
 import json
 from abc import abstractmethod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
 
+import diffusers
 import torch
+import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .base import Conditioning, FlowPipeline, Generators, Settings
 from .checkpoints import CHECKPOINTS
@@ -175,9 +180,20 @@ class DiffusersFlowPipeline(FlowPipeline):
             lines.append(f"pipe.scheduler.set_shift({scheduler.shift:g})")
         return "\n".join(lines) or None
 
-    def text_encoders(self) -> list[nn.Module]:
+    def text_encoders(self) -> list[Any]:
         parts = self.pipeline.components
         return [parts[name] for name in sorted(parts) if name.startswith("text_encoder") and parts[name] is not None]
+
+    def encoding_facts(self) -> dict[str, Any] | None:
+        parts = self.pipeline.components
+        readers = [name for name, part in parts.items() if isinstance(part, (PreTrainedTokenizerBase, ProcessorMixin))]
+        return {
+            "pipeline": type(self.pipeline).__name__,
+            "versions": [diffusers.__version__, transformers.__version__],
+            "settings": self.settings,
+            "configurations": [part.config.to_json_string() for part in self.text_encoders()],
+            "tokenizers": {name: _files_identity(parts[name]) for name in sorted(readers)},
+        }
 
     def decoders(self) -> list[nn.Module]:
         return [self.pipeline.vae]
@@ -319,6 +335,17 @@ def _sort_metadata(path: Path) -> None:
     text += b" " * (-len(text) % 8)  # so that the numbers stay aligned
     path.unlink()  # safetensors lets nobody else read its files
     path.write_bytes(len(text).to_bytes(8, "little") + text + content[start:])
+
+
+def _files_identity(reader: PreTrainedTokenizerBase | ProcessorMixin) -> str:
+    """A hash of all files of a tokenizer or a processor: its vocabulary, its template, its settings."""
+    found = hashlib.sha256()
+    with TemporaryDirectory() as folder:
+        reader.save_pretrained(folder)
+        for file in sorted(Path(folder).rglob("*")):
+            if file.is_file():
+                found.update(f"{file.relative_to(folder)} {file.stat().st_size}".encode() + file.read_bytes())
+    return found.hexdigest()
 
 
 def _one_batch(value: Tensor, negative: Tensor) -> Tensor:

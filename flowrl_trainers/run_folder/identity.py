@@ -39,7 +39,7 @@ FREE = {
     ),
     "where it computes": (
         "use_cpu", "local_rank", "ddp_backend", "ddp_timeout", "dataloader_pin_memory", "offload_between_phases",
-        "embedding_memory_gib",
+        "embedding_memory_gib", "cache_encoded_prompts",
     ),
 }  # fmt: skip
 """The fields that may change from one resumption to the next, by what they decide; all others must be as they were."""

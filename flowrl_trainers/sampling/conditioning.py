@@ -4,10 +4,13 @@ import itertools
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..pipelines import Conditioning, FlowPipeline
+from .kept_tensors import KeptTensors
 from .progress import bar
 from .row_store import RowStore
 
@@ -21,10 +24,19 @@ class ConditioningCache:
         flow: Encodes prompts.
         batch_size: The prompts encoded at a time.
         most_in_memory: The GiB that are kept in memory; None for all.
+        facts: All that the encoded prompts follow from beside the prompts, plain types alone: batches that another run
+            with the same facts encoded are read from the disk. None to encode all and keep nothing.
     """
 
-    def __init__(self, flow: FlowPipeline, batch_size: int = 16, most_in_memory: float | None = None) -> None:
+    def __init__(
+        self,
+        flow: FlowPipeline,
+        batch_size: int = 16,
+        most_in_memory: float | None = None,
+        facts: dict[str, Any] | None = None,
+    ) -> None:
         self.flow, self.batch_size, self.most_in_memory = flow, batch_size, most_in_memory
+        self.kept = None if facts is None else KeptTensors("encoded_prompts", facts)
         self.index: dict[str, int] = {}
         self.stored: dict[str, RowStore] = {}
         self._numbers = itertools.count()
@@ -40,18 +52,33 @@ class ConditioningCache:
         new = [p for p in dict.fromkeys(prompts) if p not in self.index]
         if not new:
             return
-        for module in self.flow.text_encoders():
-            module.to(device)
         batches = [new[i : i + self.batch_size] for i in range(0, len(new), self.batch_size)]
         for batch in bar(batches, "Encoding prompts", show_progress):
-            for name, value in self.flow.encode_prompts(batch).items():
-                kept = self.stored.setdefault(name, RowStore())
+            for name, value in self._encoded(batch, device).items():
+                rows = self.stored.setdefault(name, RowStore())
                 for row in value.to("cpu"):
-                    kept.append(row)
+                    rows.append(row)
             self._spill()
             self.index |= {prompt: len(self.index) + i for i, prompt in enumerate(batch)}
         for module in self.flow.text_encoders():
             module.to("cpu")
+
+    def _encoded(self, batch: list[str], device: torch.device) -> dict[str, Tensor]:
+        """What the network reads of a batch of prompts, newly encoded or read; text encoders move where they must."""
+
+        def encode() -> Conditioning:
+            for module in self.flow.text_encoders():
+                module.to(device)
+            return self.flow.encode_prompts(batch)
+
+        if self.kept is None:
+            return encode()
+
+        def rows() -> dict[str, Tensor]:  # one where all are alike, as those of a negative prompt
+            return {name: v[:1] if bool((v == v[:1]).all()) else v for name, v in encode().items()}
+
+        found = self.kept.get(rows, device, facts={"prompts": batch})
+        return {name: value.expand(len(batch), *value.shape[1:]) for name, value in found.items()}
 
     def _spill(self) -> None:
         """Write what is in memory to disk once it is more than it may be; the file goes with this cache."""
@@ -72,7 +99,7 @@ class ConditioningCache:
         return {name: self._together([values[r] for r in rows]).to(device) for name, values in self.stored.items()}
 
     @staticmethod
-    def _together(rows: list[torch.Tensor]) -> torch.Tensor:
+    def _together(rows: list[Tensor]) -> Tensor:
         """Prompts that were encoded in different batches may be padded to different lengths; masks come with them."""
         if all(row.shape == rows[0].shape for row in rows):
             return torch.stack(rows)

@@ -136,6 +136,11 @@ class FlowRLConfig(TrainingArguments):
         help="The GiB of encoded prompts that each process keeps in memory; those beyond are read from a file in the "
         "folder for temporary files (`TMPDIR`), with the same results. Default: all are kept in memory.",
     )
+    cache_encoded_prompts: bool = HfArg(
+        default=False,
+        help="Whether encoded prompts are kept on disk, below `HF_ASSETS_CACHE`, so that the next run with the same "
+        "prompts and text encoders does not encode them again.",
+    )
 
     # Cheaper calls
     compile_blocks: bool = HfArg(

@@ -69,6 +69,7 @@ from .input_checks import (
     check_rewards,
     check_trained_part,
     check_weights,
+    encoding_facts,
     without_groups,
     writable_folder,
 )
@@ -246,7 +247,6 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             seed=args.seed,
             pool_size=args.pool_size,
         )
-        self.conditioning = ConditioningCache(self.flow, most_in_memory=args.embedding_memory_gib)
         if args.offload_between_phases:
             self.flow.transformer.to("cpu")  # where the text encoders need its room
         self._encode_prompts(args, train_dataset, eval_dataset)
@@ -473,8 +473,13 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
 
     def _encode_prompts(self, args: FlowRLConfig, train_dataset: Dataset, eval_dataset: Dataset | None) -> None:
         """Only those prompts that the run will ask for."""
-        for module in self.flow.text_encoders():
+        encoders = self.flow.text_encoders()
+        for module in encoders:
             module.requires_grad_(False).eval()
+        facts = None
+        if args.cache_encoded_prompts:
+            facts = {"text encoders": [weights_identity(module) for module in encoders]} | encoding_facts(self.flow)
+        self.conditioning = ConditioningCache(self.flow, most_in_memory=args.embedding_memory_gib, facts=facts)
         rows = list(range(len(train_dataset)))
         if args.max_steps > 0:
             rollouts = -(-args.max_steps // (args.updates_per_rollout * args.num_iterations))

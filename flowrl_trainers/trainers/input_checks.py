@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from ..pipelines import FlowPipeline
 from ..pipelines.quantization import check_quantization
 from ..rewards import Reward
 from ..rewards.base import PASSED
@@ -72,6 +73,23 @@ def check_trained_part(args: FlowRLConfig, *, has_adapter: bool) -> None:
         )
     if not has_adapter and args.merge_adapter:
         raise ValueError("`merge_adapter` is True, but no adapter is trained: leave it out, or pass `peft_config`.")
+
+
+def encoding_facts(flow: FlowPipeline) -> dict[str, Any]:
+    """`FlowPipeline.encoding_facts`, for a run that keeps its encoded prompts.
+
+    Raises:
+        ValueError: For a model without text encoders, and for one that does not say what its encoding follows from.
+    """
+    if not flow.text_encoders():
+        raise ValueError("`cache_encoded_prompts` is True, but this model has no text encoders: leave it out.")
+    facts = flow.encoding_facts()
+    if facts is None:
+        raise ValueError(
+            f"`cache_encoded_prompts` is True, but {type(flow).__name__} does not say what its encoded prompts follow "
+            "from: override `encoding_facts`, or leave it out."
+        )
+    return facts
 
 
 def writable_folder(path: str | PathLike[str]) -> Path:
