@@ -19,6 +19,15 @@ BACKEND = "inductor"
 GRAPHS = 64  # of one class of blocks; ten have been seen in a run
 
 
+def allow_graphs() -> None:
+    """Raise torch's limit of graphs to what compiled blocks need.
+
+    In torch 2.6 it is one of the process, and in 2.13 one of the thread; the argument of `compile` is newer than 2.6.
+    """
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, GRAPHS)
+
+
 class FlowModel(nn.Module):
     """The transformer of a `FlowPipeline` and the head that an algorithm trains beside it, such as a value-gradient
     network.
@@ -174,8 +183,7 @@ class FlowModel(nn.Module):
                 )
             for block in blocks:
                 block.compile(fullgraph=True, backend=BACKEND)
-        config: Any = torch._dynamo.config  # of the whole process; the argument of `compile` is newer than torch 2.6
-        config.recompile_limit = max(config.recompile_limit, GRAPHS)
+        allow_graphs()
 
     def activation_checkpointing_enable(
         self,

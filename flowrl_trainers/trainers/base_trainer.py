@@ -46,7 +46,7 @@ from ..sampling.comparison import Comparison
 from ..sampling.conditioning import ConditioningCache
 from ..sampling.draws import ImageKey, keyed_generators
 from ..sampling.evaluator import Evaluator, Sampler, ode_sampler, rewards_at_hand
-from ..sampling.flow_model import FlowModel
+from ..sampling.flow_model import FlowModel, allow_graphs
 from ..sampling.metric_log import MetricLog
 from ..sampling.pictures import Pictures
 from ..sampling.placement import Placement
@@ -631,6 +631,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         self._at_work = True
         try:
             self._working.restore(self.trained_parameters())
+            if self.args.compile_blocks:
+                allow_graphs()  # this may be another thread than that in which the trainer was made
             with attention_by(self.args.attention_backend):
                 yield
         finally:
