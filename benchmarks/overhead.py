@@ -6,7 +6,7 @@
 For every trainer, on the embedded pipeline: the CPU seconds of an update of its own loop, divided by the sum over the
 needed calls of the seconds of such a call, made by itself. Updates and calls of all trainers take turns in one process
 with one thread. Beside it, what truncation saves against what the counts say, and the memory of an update with few and
-with many steps. The script fails where a trainer makes other calls than it needs.
+with many steps. The script fails where a trainer makes other calls than its configuration states.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 
 from flowrl_trainers import FlowRLTrainer
 from flowrl_trainers.cli.memory import keep_freed_memory
+from flowrl_trainers.cost import Drawing, Kind, counted
 
 RATIO = {"control_to_velocity_ratio": 0.3}
 ALL_STEPS = "adjoint_matching, all 20 steps"
@@ -40,42 +41,28 @@ MEMORY_IMAGES = 4
 WARM_UP = 2  # updates that are not counted: the first finds the scale of the reward, both fill caches
 
 
-def needed_calls(trainer: FlowRLTrainer) -> Calls:
-    """The calls of one update on one rollout of one micro-step, as the equations in the trainer's module need them."""
-    args: Any = trainer.args
-    B, N = args.per_device_train_batch_size, args.num_inference_steps
-    match trainer._name:
-        case "Adjoint Matching":  # (1); grad r; J^T g of (2) with v_base, but v_base alone at the first state; (3)
-            K = args.adjoint_steps
-            return Counter(
-                {("forward", B): N, ("score_gradient", B): 1, ("product", B): K - 1, ("base", B): 1, ("train", B): K}
-            )
-        case "VGG-Flow":  # R of (1) at x and at the shifted point; J_base^T G with v_base; c; (2) to (4)
-            T = args.timestep_bins
-            return Counter(
-                {
-                    ("forward", B): N + T, ("score", B): 1, ("score_gradient", B): 2 * T, ("product", B): T,
-                    ("head", B): T, ("train", B): T, ("head_train", 2 * B): T - 1, ("head_train", 3 * B): 1,
-                }
-            )  # fmt: skip
-        case "AC-Flow":  # (1); (2) on every bin, judged, learned and asked; v_base; (4)
-            T, S = args.timestep_bins, args.critic_steps
-            return Counter(
-                {
-                    ("forward", B): N, ("score", B): 1, ("head", B): 2 * T, ("head_train", B): S * T, ("base", B): T,
-                    ("train", B): T,
-                }
-            )  # fmt: skip
-        case "DiffusionNFT":  # (1); v_old, v_base and (4) on every bin
-            T = args.timestep_bins
-            return Counter({("forward", B): N + T, ("score", B): 1, ("base", B): T, ("train", B): T})
-        case _:  # TAFS-GRPO: (2), the first velocity once per prompt; (4) but for x0_0; v_base and (6) at all draws
-            first = B // args.num_generations
-            return Counter(
-                {
-                    ("forward", B): N - 1, ("score", B): N - 1, ("base", B): N - 2, ("train", B): N - 2,
-                }
-            ) + Counter({(kind, first): 1 for kind in ("forward", "base", "train")})  # fmt: skip
+NAMES = {
+    Kind.FORWARD: "forward", Kind.BASE: "base", Kind.BASE_PRODUCT: "product", Kind.PRODUCT: "product",
+    Kind.TRAIN: "train", Kind.HEAD: "head", Kind.HEAD_TRAIN: "head_train", Kind.DECODE: "score",
+    Kind.REWARD_GRADIENT: "score_gradient",
+}  # fmt: skip
+"""Kinds of calls as `counting` names them; pictures are scored where they are decoded."""
+
+
+def stated_calls(trainer: FlowRLTrainer, needed: bool) -> Calls:
+    """The calls of one update on one rollout of one micro-step, as the trainer's configuration derives them.
+
+    Args:
+        trainer: Of a pipeline whose pictures are so small that a micro-batch of them is decoded together.
+        needed: Whether only those count that the method's equations need, and not those for the log.
+    """
+    drawing = Drawing(trainer.flow.guided, decoded_together=trainer.args.images_at_once)
+    stated = [call for call in trainer.args.calls(drawing) if call.needed or not needed]
+    found: Calls = Counter()
+    for (kind, images), count in counted(stated).items():
+        if kind != Kind.REWARD:
+            found[NAMES[kind], images] += count
+    return found
 
 
 class SecondUpdate(TrainerCallback):
@@ -108,7 +95,9 @@ def settings_of(name: str, images: int) -> tuple[str, dict[str, Any]]:
 
 
 def measure(repeats: int, images: int) -> dict[str, dict[str, Any]]:
-    """For every run: the CPU seconds of updates and of their calls, two lists; and the calls, needed and made."""
+    """For every run: the CPU seconds of updates and of their needed calls, two lists; and the calls, needed, stated
+    and made.
+    """
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         runs = {}
@@ -119,7 +108,8 @@ def measure(repeats: int, images: int) -> dict[str, dict[str, Any]]:
         for name, run in runs.items():
             for _ in range(WARM_UP):
                 run.update()
-            found[name] = {"updates": [], "calls": [], "needed": needed_calls(run.trainer)}
+            found[name] = {"updates": [], "calls": [], "needed": stated_calls(run.trainer, needed=True)}
+            found[name]["stated"] = stated_calls(run.trainer, needed=False)
         for _ in tqdm(range(repeats), desc="repeats"):
             for name, run in runs.items():
                 with counting(run.trainer) as made:
@@ -167,7 +157,7 @@ def main() -> None:
     report: dict[str, dict[str, float]] = {}
     lines = ["| trainer | update ÷ needed calls | quartiles | CPU seconds of an update | needed calls |"]
     lines += ["|---|---:|---:|---:|---|"]
-    others: list[str] = []
+    others, notes = list[str](), list[str]()
     for name, run in found.items():
         ratios = [update / calls for update, calls in zip(run["updates"], run["calls"], strict=True)]
         low, middle, high = quartiles(ratios)
@@ -175,9 +165,10 @@ def main() -> None:
         report[name] |= {"upper_quartile": round(high, 4), "seconds": round(statistics.median(run["updates"]), 4)}
         cells = [name, f"{middle:.3f}", f"{low:.3f} to {high:.3f}", f"{report[name]['seconds']:.2f}"]
         lines.append(f"| {' | '.join([*cells, shown(run['needed'])])} |")
-        more, less = run["made"] - run["needed"], run["needed"] - run["made"]
-        others += [f"{name} makes {shown(more) or 'no call'} more than it needs"] if more else []
-        others += [f"{name} makes {shown(less)} less than it needs"] if less else []
+        if run["made"] != run["stated"]:
+            others.append(f"{name} makes {shown(run['made'])}, and its configuration states {shown(run['stated'])}")
+        logged = run["stated"] - run["needed"]
+        notes += [f" Beside its needed calls {name} makes {shown(logged)}, for its log."] if logged else []
     short, whole = found["adjoint_matching"], found[ALL_STEPS]
     measured, counted = (
         statistics.median(b / a for a, b in zip(short[key], whole[key], strict=True)) for key in ("updates", "calls")
@@ -200,7 +191,7 @@ def main() -> None:
         "",
         f"{args.repeats} updates of {args.images} images of the embedded pipeline, after {WARM_UP} that are not "
         f"counted, and the calls, in turn in one process; one CPU thread, torch {torch.__version__}. Memory beside "
-        f"the weights: tensors that an update of {at_once} images made and still uses.",
+        f"the weights: tensors that an update of {at_once} images made and still uses.{''.join(notes)}",
     ]
     print("\n".join(lines))
     if args.out is not None:
