@@ -39,7 +39,7 @@ from study_plan import (
 from variants import spread
 
 ROOT = Path(__file__).parent.parent
-NOT_RUN = "not run"
+NOT_RUN, NONE_YET = "not run", "None of these has been run yet."
 UNITS = {"seconds": "seconds of training", "reward_calls": "scored pictures", "updates": "updates"}
 
 RIVALS = ("DRaFT-3", "Flow-GRPO")
@@ -145,6 +145,9 @@ def page(records: dict[str, Record], quick: bool = False) -> str:
     for setting, reward in REWARDS.items():
         of_setting = [r for r in main if r["setting"] == setting]
         lines += [f"## {setting.capitalize()}: the reward is `{reward}`", ""]
+        if not of_setting:
+            lines += [NONE_YET, ""]
+            continue
         for axis in AXES:
             lines += _equal(of_setting, setting, axis, 20)
         lines += _matched(of_setting, setting) + _images(of_setting, setting)
@@ -243,7 +246,9 @@ def _images(records: list[Record], setting: str) -> list[str]:
 
 
 def _scored(records: list[Record], stage: str, methods: Mapping[str, Method], title: str, text: str) -> list[str]:
-    return [f"## {title}", "", *text.splitlines(), "", *table_at_end(records, stage, methods), ""]
+    has_runs = any(r["stage"] == stage for r in records)
+    table = table_at_end(records, stage, methods) if has_runs else [NONE_YET]
+    return [f"## {title}", "", *text.splitlines(), "", *table, ""]
 
 
 def table_at_end(records: list[Record], stage: str, methods: Mapping[str, Method]) -> list[str]:
@@ -290,6 +295,10 @@ def _long(records: list[Record]) -> list[str]:
         f"Black box, {LONG_UPDATES} updates of {LONG_IMAGES} pictures or until collapse; the demo's learning rate. "
         "Collapse is judged by the sampler that a method trains, the rows here are drawn by the ODE.",
         "",
+    ]
+    if not records:
+        return [*lines, NONE_YET, ""]
+    lines += [
         "| method | runs | collapsed, at update | best checker accuracy, % | last | kept diversity, last "
         "| explained variance of the critic by level, last quarter |",
         "|---|---:|---|---:|---:|---:|---:|",

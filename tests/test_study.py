@@ -176,7 +176,7 @@ def test_the_smallest_study_is_run_and_its_page_has_its_numbers(tmp_path):
         assert row[4] == f"{last['rows']['tuned']['velocity_distance']:.3f}"
         assert row[5] == f"{100 * (last['training_reward'] - accuracy):+.1f}"
         assert row[6] == f"{record['feature_distance']:.3f}"
-    assert found["method"]["RAM"][0] == "not run"
+    assert page.count("None of these has been run yet.") == 3  # at equal calls, critics, long runs
     for setting in ("differentiable", "black_box"):
         for kind in ("pareto", "curves", "grid"):
             assert (tmp_path / "images" / f"study_{setting}_{kind}.png").stat().st_size > 2000
