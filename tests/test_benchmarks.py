@@ -82,3 +82,4 @@ def test_the_savings_are_measured(run, tmp_path):
     assert table.count("| 1.00 |") >= 2  # what nothing was changed in
     assert "`merge_adapter`" in table
     assert "`prefix_pool_size`" in table
+    assert "| `cache_encoded_prompts` | making the trainer |" in table
