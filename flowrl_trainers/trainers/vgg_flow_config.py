@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from transformers.hf_argparser import HfArg
 
 from ..cost import Call, Drawing, Kind, Phase
+from ..cost.calls import parts
 from .config_checks import Range
 from .reward_gradient_config import RewardGradientConfig
 
@@ -92,9 +93,11 @@ class VGGFlowConfig(RewardGradientConfig):
         if self.value_network == "none":
             calls += self._base_calls(drawing)
         else:
-            calls += [Call(Kind.HEAD, size, states, Phase.TARGET)]
-            calls += drawing.velocity(Kind.FORWARD, size, states, Phase.TARGET)
-            calls += drawing.reward_gradients(size, states, self.decode_batch_size, size)
+            images, bins = self.images_per_device, self.timestep_bins
+            sizes = parts(images, self.images_at_once).items()
+            calls += [Call(Kind.HEAD, batch, bins * count, Phase.TARGET) for batch, count in sizes]
+            calls += drawing.velocities(Kind.FORWARD, images, self.images_at_once, bins, Phase.TARGET)
+            calls += drawing.reward_gradients(together, micro_batches, self.decode_batch_size, size)
             calls += drawing.velocity(Kind.BASE_PRODUCT, size, states, Phase.TARGET)
             last = micro_batches * self.num_iterations
             calls += [Call(Kind.HEAD_TRAIN, 3 * size, last, Phase.UPDATE)]

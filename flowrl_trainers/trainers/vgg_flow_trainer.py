@@ -37,6 +37,7 @@ from ..networks import value_network
 from ..pipelines import Conditioning
 from ..sampling.buffer import MicroBatch, Record
 from ..sampling.draws import ImageKey, keyed_generators
+from ..sampling.prompt_groups import Example
 from .reward_gradient_trainer import RewardGradientTrainer
 from .vgg_flow_config import VGGFlowConfig
 
@@ -188,7 +189,8 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
             scores = self.scorer.score(final, [example for batch in rollout for example in batch.examples])
             self.log_rewards(scores, rollout)
             self.show_samples(final, scores, rollout)
-            found = [self._state_gradients(batch) for batch in rollout]
+            estimates = [clean_estimate(b.record.states, b.record.velocities, b.record.sigmas) for b in rollout]
+            found = [self._state_gradients(*pair) for pair in zip(estimates, rollout, strict=True)]
             rollout = [batch.keeping(good) for batch, (_, good) in zip(rollout, found, strict=True)]
             gradients = [gradient for gradient, _ in found]
             threshold = self.clip_threshold(torch.cat([g.flatten(2).norm(dim=2).flatten() for g in gradients]))
@@ -206,10 +208,8 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
         terms = [self._reward_term(g, batch.record.sigmas) for batch, g in zip(rollout, gradients, strict=True)]
         if self.model.head is not None:
             with self.metrics.timed("consistency"):
-                pairs = zip(rollout, terms, strict=True)
-                made = [self._consistency(batch, term, threshold) for batch, term in pairs]
-            base_velocities, consistency = [base for base, _, _ in made], [record for _, record, _ in made]
-            rollout = [batch.keeping(good) for batch, (_, _, good) in zip(rollout, made, strict=True)]
+                base_velocities, consistency, good = self._consistency(rollout, terms, threshold)
+            rollout = [batch.keeping(part) for batch, part in zip(rollout, good, strict=True)]
         batches = [
             batch.with_record(
                 VGGFlowRecord(
@@ -230,13 +230,12 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
         self.metrics.note("target_control_rms", math.sqrt(self.mean_square(reward_terms, 2)))
         return batches
 
-    def _state_gradients(self, batch: MicroBatch[VGGFlowRollout]) -> tuple[Tensor, Tensor]:
-        """R at the clean estimates of all states (B, K, ...), and which images (B,) are good at all of them."""
-        record = batch.record
-        estimates, count = clean_estimate(record.states, record.velocities, record.sigmas), record.sigmas.shape[1]
+    def _state_gradients(self, estimates: Tensor, batch: MicroBatch[VGGFlowRollout]) -> tuple[Tensor, Tensor]:
+        """R at clean estimates (B, K, ...) of all states, and which images (B,) are good at all of them."""
+        count = estimates.shape[1]
         examples = [example for example in batch.examples for _ in range(count)]
         _, gradient, good = self.reward_gradient(estimates.flatten(0, 1), examples)
-        return gradient.unflatten(0, record.sigmas.shape), good.unflatten(0, record.sigmas.shape).all(dim=1)
+        return gradient.unflatten(0, estimates.shape[:2]), good.unflatten(0, estimates.shape[:2]).all(dim=1)
 
     def _reward_term(self, gradient: Tensor, sigma: Tensor) -> Tensor:
         """-beta eta R of clipped gradients (B, ...) at levels (B,), or of (B, K, ...) at (B, K)."""
@@ -258,52 +257,63 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
         return self.args.control_to_velocity_ratio * math.sqrt(self.mean_square(base_velocities, 2) / pull)
 
     def _consistency(
-        self, batch: MicroBatch[VGGFlowRollout], reward_terms: Tensor, threshold: Tensor | None
-    ) -> tuple[Tensor, ConsistencyRecord, Tensor]:
-        """What (3) and (4) need of every state, and the base velocity that J_base^T G meets on the way.
+        self, rollout: list[MicroBatch[VGGFlowRollout]], reward_terms: list[Tensor], threshold: Tensor | None
+    ) -> tuple[list[Tensor], list[ConsistencyRecord], list[Tensor]]:
+        """What (3) and (4) need of every state, and the base velocities that J_base^T G meets on the way.
 
         Args:
-            batch: B images.
-            reward_terms: -beta eta R at their states, (B, K, ...).
+            rollout: Its batches.
+            reward_terms: -beta eta R at their states, (B, K, ...) of each.
             threshold: Of the norms of reward gradients.
 
         Returns:
-            v_base at the states (B, K, ...), the record, and which images (B,) are good at all shifted points.
+            Of each batch v_base at the states (B, K, ...), the record, and which images (B,) are good at all shifted
+            points.
         """
-        conditioning, record, good = self.condition(batch.examples), batch.record, batch.good
+        states, sigmas = [b.record.states for b in rollout], [b.record.sigmas for b in rollout]
+        residuals = self.at_once(self._residuals, rollout, states, sigmas)
+        G = [term + c for term, c in zip(reward_terms, residuals, strict=True)]
+        targets, base = zip(*map(self._products, rollout, G), strict=True)
+        eps = [sigma.clamp(max=self.args.finite_difference_step) for sigma in sigmas]
+        shifted = [x - expand_like(e, x) * (v_base + g) for x, e, v_base, g in zip(states, eps, base, G, strict=True)]
+        levels = [sigma - e for sigma, e in zip(sigmas, eps, strict=True)]
+        velocities = self.at_once(partial(self.velocities, guidance=True), rollout, shifted, levels)
+        records, good = [], []
+        for number, batch in enumerate(rollout):
+            x, sigma = shifted[number], levels[number]
+            gradient, finite = self._state_gradients(clean_estimate(x, velocities[number], sigma), batch)
+            good.append(batch.good & finite)
+            records.append(
+                ConsistencyRecord(
+                    states=x,
+                    sigmas=sigma,
+                    reward_terms=self._reward_term(self.clip(gradient, threshold, batch_dims=2), sigma),
+                    inverse_steps=1 / eps[number],
+                    targets=targets[number],
+                    final=batch.record.final,
+                )
+            )
+        return list(base), records, good
+
+    @torch.no_grad()
+    def _residuals(self, states: Tensor, sigmas: Tensor, examples: list[Example]) -> Tensor:
+        """The value network's c at states (B, K, ...) and levels (B, K) of B examples."""
+        conditioning = self.condition(examples)
+        columns = zip(states.unbind(1), sigmas.unbind(1), strict=True)
+        return torch.stack([self.model(x, s, conditioning, guidance=True, part="head") for x, s in columns], dim=1)
+
+    def _products(self, batch: MicroBatch[VGGFlowRollout], G: Tensor) -> tuple[Tensor, Tensor]:
+        """J_base^T G and v_base at the states of a batch, (B, K, ...) each; G: (B, K, ...)."""
+        conditioning, record = self.condition(batch.examples), batch.record
 
         def guided(x: Tensor, sigma: Tensor) -> Tensor:
             return self.model(x, sigma, conditioning, guidance=True)
 
-        states, sigmas, shifted_terms, inverse_steps, targets, base_velocities = [], [], [], [], [], []
-        for state in range(self.num_trained_states):
-            x, sigma = record.states[:, state], record.sigmas[:, state]
-            eps = sigma.clamp(max=self.args.finite_difference_step)
-            with torch.no_grad():
-                G = reward_terms[:, state] + self.model(x, sigma, conditioning, guidance=True, part="head")
-            with self.model.reference():
-                target, v_base = vector_jacobian_product(guided, x, sigma, G)
-            with torch.no_grad():
-                u = v_base + G
-                shifted, level = x - expand_like(eps, x) * u, sigma - eps
-                estimate = clean_estimate(shifted, guided(shifted, level), level)
-            _, gradient, finite = self.reward_gradient(estimate, batch.examples)
-            good = good & finite
-            states.append(shifted)
-            sigmas.append(level)
-            shifted_terms.append(self._reward_term(self.clip(gradient, threshold), level))
-            inverse_steps.append(1 / eps)
-            targets.append(target)
-            base_velocities.append(v_base)
-        consistency = ConsistencyRecord(
-            states=torch.stack(states, dim=1),
-            sigmas=torch.stack(sigmas, dim=1),
-            reward_terms=torch.stack(shifted_terms, dim=1),
-            inverse_steps=torch.stack(inverse_steps, dim=1),
-            targets=torch.stack(targets, dim=1),
-            final=record.final,
-        )
-        return torch.stack(base_velocities, dim=1), consistency, good
+        with self.model.reference():
+            columns = zip(record.states.unbind(1), record.sigmas.unbind(1), G.unbind(1), strict=True)
+            found = [vector_jacobian_product(guided, *column) for column in columns]
+        products, velocities = zip(*found, strict=True)
+        return torch.stack(products, dim=1), torch.stack(velocities, dim=1)
 
     # ---- the loss --------------------------------------------------------------------------------------------------
 
