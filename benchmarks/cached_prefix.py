@@ -1,8 +1,8 @@
 """What a cached prefix saves: the work until held-out checker accuracy has risen by ten points, with and without it.
 
-    python benchmarks/cached_prefix.py [--seeds 0 1 2] [--updates 60] [--out docs/tables/cached_prefix.md]
+    python benchmarks/cached_prefix.py [--seeds 0 1 2] [--updates 120] [--out docs/tables/cached_prefix.md]
 
-Truncated adjoint matching of 3 of 20 steps on shapes trains on the CLIP reward; the checker, which it never sees,
+Truncated adjoint matching of the last 3 steps on shapes trains on the CLIP reward; the checker, which it never sees,
 judges held-out prompts, one picture each with fixed seeds, after every few updates. Both settings run in one process
 and take turns, update by update, so that a drift in the machine's speed affects both alike.
 
@@ -53,11 +53,13 @@ class Run:
         pool: The size of the pool; None for a run without one.
         seed: That of the run.
         ratio: `control_to_velocity_ratio`.
+        steps: Of the sampler.
     """
 
     pool: int | None
     seed: int
     ratio: float
+    steps: int = 20
     equivalents: float = 0.0
     seconds: float = 0.0
     curve: list[Point] = field(default_factory=list)
@@ -68,7 +70,7 @@ class Run:
             output_dir=tempfile.mkdtemp(), per_device_train_batch_size=BATCH, adjoint_steps=3,
             prefix_pool_size=self.pool, control_to_velocity_ratio=self.ratio, reward_gradient_clip_quantile=0.9,
             learning_rate=1e-3, guidance_scale=1.0, max_sequence_length=8, seed=self.seed, use_cpu=True,
-            report_to="none", disable_tqdm=True, save_strategy="no",
+            report_to="none", disable_tqdm=True, save_strategy="no", num_inference_steps=self.steps,
         )  # fmt: skip
         lora = LoraConfig(r=16, lora_alpha=32)
         self.trainer = AdjointMatchingTrainer(
@@ -105,7 +107,7 @@ class Run:
         for start in range(0, len(HELD_OUT), 64):
             part = HELD_OUT[start : start + 64]
             generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
-            pictures = flow.sample(part, 20, generators)
+            pictures = flow.sample(part, self.steps, generators)
             right += check(pictures, part)
         self.equivalents = equivalents
         self.curve.append(Point(updates, self.equivalents, self.seconds, sum(right) / len(right)))
@@ -119,10 +121,11 @@ def main() -> None:
     """Print the tables in Markdown, and write them to `--out`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="The seeds.")
-    parser.add_argument("--updates", type=int, default=60, help="The updates of each run.")
-    parser.add_argument("--every", type=int, default=6, help="The updates from one evaluation to the next.")
-    parser.add_argument("--pool", type=int, default=4 * BATCH, help="The size of the pool.")
-    parser.add_argument("--ratio", type=float, default=1.0, help="`control_to_velocity_ratio` of both.")
+    parser.add_argument("--updates", type=int, default=120, help="The updates of each run.")
+    parser.add_argument("--every", type=int, default=20, help="The updates from one evaluation to the next.")
+    parser.add_argument("--pool", type=int, default=8 * BATCH, help="The size of the pool.")
+    parser.add_argument("--ratio", type=float, default=0.3, help="`control_to_velocity_ratio` of both.")
+    parser.add_argument("--steps", type=int, default=20, help="The steps of the sampler, of which 3 are controlled.")
     parser.add_argument("--threads", type=int, default=1, help="The number of CPU threads.")
     parser.add_argument("--minutes", type=float, default=None, help="Stop after so many minutes of each seed.")
     parser.add_argument("--out", type=Path, default=None, help="A Markdown file to write.")
@@ -136,7 +139,7 @@ def main() -> None:
     last: dict[int | None, list[Point]] = {pool: [] for pool in names}
     each: dict[int | None, list[tuple[float, float]]] = {pool: [] for pool in names}
     for seed in args.seeds:
-        runs = {pool: Run(pool, seed, args.ratio) for pool in names}
+        runs = {pool: Run(pool, seed, args.ratio, args.steps) for pool in names}
         started = perf_counter()
         for updates in tqdm(range(args.updates + 1), desc=f"seed {seed}"):
             for run in runs.values():
@@ -176,8 +179,8 @@ def main() -> None:
     lines += [
         "",
         f"Mean and range over seeds {', '.join(map(str, args.seeds))}, up to the first evaluation that is "
-        f"{100 * RISE:.0f} points above the base model's; {len(HELD_OUT)} held-out pictures every {args.every} "
-        f"updates of {BATCH}, control_to_velocity_ratio {args.ratio:g}; {args.threads} CPU thread, "
+        f"{100 * RISE:.0f} points above the base model's; {args.steps} steps, {len(HELD_OUT)} held-out pictures every "
+        f"{args.every} updates of {BATCH}, control_to_velocity_ratio {args.ratio:g}; {args.threads} CPU thread, "
         f"torch {torch.__version__}.",
         "",
         *curves,

@@ -99,14 +99,20 @@ class World:
             states = mean + std * torch.randn(states.shape, generator=self.generator)
         return self.score(states, rows).unflatten(0, (-1, count))
 
-    def explainable(self, level: float, count: int) -> float:
-        """The share of the within-prompt variance of continuations that lies between the states of `count` prompts."""
-        rows = [row for row in range(count * PER_PROMPT) if row % PER_PROMPT < 6]
-        states = self.noised(rows, torch.full((len(rows),), level))
-        scores = self.continued(states, level, rows, CONTINUATIONS).unflatten(0, (count, 6))
-        within = scores.var(dim=2).mean()  # of the continuations of a state
-        between = scores.mean(dim=2).var(dim=1).mean() - within / CONTINUATIONS
-        return float(between.clamp(min=0) / (between + within))
+    def continuations(self, level: float, count: int) -> Tensor:
+        """The rewards (P, CONTINUATIONS) of continuations of the P pictures of `count` prompts, noised to a level."""
+        found = []
+        for part in torch.arange(count * PER_PROMPT).split(256):
+            states = self.noised(part.tolist(), torch.full((len(part),), level))
+            found.append(self.continued(states, level, part.tolist(), CONTINUATIONS))
+        return torch.cat(found)
+
+
+def explainable(scores: Tensor) -> float:
+    """The share of the within-prompt variance of continuations (B, C), prompt by prompt, that lies between states."""
+    within = scores.var(dim=1).mean()  # of the continuations of a state
+    between = scores.mean(dim=1).unflatten(0, (-1, PER_PROMPT)).var(dim=1).mean() - within / scores.shape[1]
+    return float(between.clamp(min=0) / (between + within))
 
 
 def judged(value: Value, held_out: World) -> list[float]:
@@ -150,24 +156,22 @@ def of_estimates(world: World) -> Value:
     return value
 
 
-def by_continuations(train: World, held_out: World, prompts: int) -> list[float]:
-    """What the mean reward of `CONTINUATIONS` continuations explains at each of `LEVELS` on held-out prompts, times
-    the factor that fits best on some training prompts.
+def by_continuations(train: World, held_out: World, count: int) -> tuple[list[float], list[float]]:
+    """On `count` held-out prompts, at each of `LEVELS`: the share that could be explained, and what the mean reward of
+    the same continuations explains, times the factor that fits best on half as many training prompts.
     """
-    found = []
+    shares, explained = [], []
     for level in LEVELS:
         factor = 0.0
-        for world, count in ((train, prompts * PER_PROMPT), (held_out, len(held_out.texts))):
-            parts = []
-            for part in torch.arange(count).split(256):  # whole prompts
-                states = world.noised(part.tolist(), torch.full((len(part),), level))
-                parts.append(world.continued(states, level, part.tolist(), CONTINUATIONS).mean(dim=1))
-            seen = shape_rewards(torch.cat(parts), world.groups[:count], torch.inf)
-            returns = world.returns[:count]
+        for world, prompts_of_world in ((train, count // 2), (held_out, count)):
+            scores = world.continuations(level, prompts_of_world)
+            seen = shape_rewards(scores.mean(dim=1), world.groups[: len(scores)], torch.inf)
+            returns = world.returns[: len(scores)]
             if world is train:
                 factor = float((seen * returns).sum() / seen.square().sum())
-        found.append(float(explained_variance(returns, factor * seen)))
-    return found
+        shares.append(explainable(scores))
+        explained.append(float(explained_variance(returns, factor * seen)))
+    return shares, explained
 
 
 def fitted(train: World) -> EstimateFit:
@@ -214,10 +218,10 @@ def main() -> None:
         write(name, f"{seconds:.0f}", str(updates), judged(value, held_out))
 
     if options.explainable:
-        write("*what could be explained*", "", "", [held_out.explainable(s, options.explainable) for s in LEVELS])
         start = time.process_time()
-        shares = by_continuations(train, held_out, options.explainable)
-        write(f"mean reward of {CONTINUATIONS} continuations", f"{time.process_time() - start:.0f}", "0", shares)
+        shares, explained = by_continuations(train, held_out, options.explainable)
+        write("*what could be explained*", "", "", shares)
+        write(f"mean reward of {CONTINUATIONS} continuations", f"{time.process_time() - start:.0f}", "0", explained)
 
     start = time.process_time()
     fit = fitted(train)

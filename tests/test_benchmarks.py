@@ -83,3 +83,13 @@ def test_the_savings_are_measured(run, tmp_path):
     assert "`merge_adapter`" in table
     assert "`prefix_pool_size`" in table
     assert "| `cache_encoded_prompts` | making the trainer |" in table
+
+
+@pytest.mark.slow
+def test_a_cached_prefix_is_compared(run, tmp_path):
+    """One update with a pool of its own images, and one without."""
+    few = "--seeds", "0", "--updates", "1", "--every", "1", "--pool", "16", "--steps", "5"
+    run("cached_prefix", *few, "--out", str(tmp_path / "table.md"))
+    table = (tmp_path / "table.md").read_text()
+    assert "| no pool | 0 of 1 |" in table
+    assert "| pool of 16 | 0 of 1 |" in table
