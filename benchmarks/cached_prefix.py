@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="The seeds.")
     parser.add_argument("--updates", type=int, default=120, help="The updates of each run.")
     parser.add_argument("--every", type=int, default=20, help="The updates from one evaluation to the next.")
-    parser.add_argument("--pool", type=int, default=8 * BATCH, help="The size of the pool.")
+    parser.add_argument("--pool", type=int, default=16 * BATCH, help="The size of the pool.")
     parser.add_argument("--ratio", type=float, default=0.3, help="`control_to_velocity_ratio` of both.")
     parser.add_argument("--steps", type=int, default=20, help="The steps of the sampler, of which 3 are controlled.")
     parser.add_argument("--threads", type=int, default=1, help="The number of CPU threads.")
