@@ -4,7 +4,7 @@ One table (`METHODS`) names the methods by their changes to a demo of `flowrl de
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from variants import VARIANTS
@@ -182,6 +182,8 @@ GRID_LENGTH = Length(seconds=60, updates=MOST_UPDATES, evaluations=1, prompts=64
 LENGTH = Length(seconds=120, updates=MOST_UPDATES, evaluations=3, prompts=64, pictures=4)
 LONG_LENGTH = Length(None, updates=LONG_UPDATES, evaluations=10, prompts=64, pictures=4, images=LONG_IMAGES)
 CALLS_LENGTH = Length(None, updates=CALLS // CALLS_IMAGES, evaluations=2, prompts=64, pictures=4, images=CALLS_IMAGES)
+# At half of its pictures, as guided rollouts take twice the calls, and a critic of estimates as many scores again.
+CRITIC_LENGTH = replace(CALLS_LENGTH, evaluations=1, images=CALLS_IMAGES // 2)
 QUICK_LENGTH = Length(seconds=20, updates=MOST_UPDATES, evaluations=2, prompts=16, pictures=2, images=32)
 QUICK = ("adjoint matching, K = 3", "VGG-Flow", "AC-Flow", "DiffusionNFT", "TAFS-GRPO, mixed")
 
@@ -261,9 +263,9 @@ def plan(quick: bool = False) -> list[Run]:
         for setting in method.settings:
             runs += [Run("grid", setting, label, GRID_SEED, GRID_LENGTH, method, factor) for factor in GRID]
             runs += [Run("main", setting, label, seed, LENGTH, method) for seed in SEEDS]
-    for stage, methods in (("calls", SCORED), ("critic", CRITICS)):
+    for stage, methods, length in (("calls", SCORED, CALLS_LENGTH), ("critic", CRITICS, CRITIC_LENGTH)):
         runs += [
-            Run(stage, "black box", label, seed, CALLS_LENGTH, method, 1.0)
+            Run(stage, "black box", label, seed, length, method, 1.0)
             for seed in SEEDS
             for label, method in methods.items()
         ]

@@ -112,8 +112,8 @@ SCORED_TEXT = """The five methods for rewards without a gradient, at the learnin
 a grid. 128 pictures an update; Flow-GRPO, too, is judged by the ODE in 20 steps."""
 CRITICS_TEXT = """A critic frees the fixed target of bias wherever the velocity of the old policy is not the mean of
 its own pictures' ([why](ac_flow.md)): where rollouts are guided and the loss is not, and in few steps. RAM with and
-without the critic that scores clean estimates, updates as above; pictures are judged with the guidance and the steps
-of the rollouts. The critic spends four more reward calls for each picture."""
+without the critic that scores clean estimates, as many updates as above of half as many pictures; they are judged with
+the guidance and the steps of the rollouts. The critic spends four more reward calls for each picture."""
 
 
 def page(records: dict[str, Record], quick: bool = False) -> str:
