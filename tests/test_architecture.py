@@ -84,6 +84,7 @@ def test_flow_knows_torch_and_the_standard_library_alone():
 NAMED_BY_OTHERS = {
     "trained_tensors", "tensors", "state_dict",  # by the modules
     "stored",  # by the family; see `Conditioning`
+    "get",  # by who keeps them; see `KeptTensors`
     "row", "rows", "base_rows", "by_reward", "summary",  # by the rewards
 }  # fmt: skip
 

@@ -63,7 +63,7 @@ class ConditioningCache:
         for module in self.flow.text_encoders():
             module.to("cpu")
 
-    def _encoded(self, batch: list[str], device: torch.device) -> dict[str, Tensor]:
+    def _encoded(self, batch: list[str], device: torch.device) -> Conditioning:
         """What the network reads of a batch of prompts, newly encoded or read; text encoders move where they must."""
 
         def encode() -> Conditioning:
@@ -74,7 +74,7 @@ class ConditioningCache:
         if self.kept is None:
             return encode()
 
-        def rows() -> dict[str, Tensor]:  # one where all are alike, as those of a negative prompt
+        def rows() -> Conditioning:  # one where all are alike, as those of a negative prompt
             return {name: v[:1] if bool((v == v[:1]).all()) else v for name, v in encode().items()}
 
         found = self.kept.get(rows, device, facts={"prompts": batch})
