@@ -53,6 +53,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], int | None]] = {
     ),
     "guided window": ("AdjointMatchingTrainer", {"guidance_scale": 3.0, "decode_batch_size": 1}, None),
     "value network": ("VGGFlowTrainer", {"num_iterations": 2}, 3),
+    "value network, larger rollouts": ("VGGFlowTrainer", {"rollout_batch_size": 4, "decode_batch_size": 3}, None),
     "no value network": ("VGGFlowTrainer", {"value_network": "none", "decode_batch_size": 3}, None),
     "guided value network": ("VGGFlowTrainer", {"guidance_scale": 3.0, "timestep_bins": 1}, None),
     "no value network, larger rollouts": (
