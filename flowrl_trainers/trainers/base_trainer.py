@@ -8,7 +8,7 @@ from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
-from typing import Any, ClassVar, Generic, NoReturn, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NoReturn, TypeVar
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -736,18 +736,28 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         return found
 
     @torch.no_grad()
-    def velocities(self, states: Tensor, sigmas: Tensor, examples: list[Example], *, guidance: bool) -> Tensor:
-        """The velocities (B, K, ...) at states of each image, without gradients.
+    def velocities(
+        self,
+        states: Tensor,
+        sigmas: Tensor,
+        examples: list[Example],
+        *,
+        guidance: bool,
+        part: Literal["velocity", "head"] = "velocity",
+    ) -> Tensor:
+        """The velocities (B, K, ...) at states of each image, or what the head says of them, without gradients.
 
         Args:
             states: (B, K, ...).
             sigmas: Their levels, (B, K).
             examples: B of them.
             guidance: Whether they are the guided ones.
+            part: See `FlowModel.forward`.
         """
         conditioning = self.condition(examples)
         columns = zip(states.unbind(1), sigmas.unbind(1), strict=True)
-        return torch.stack([self.model(x, s, conditioning, guidance=guidance) for x, s in columns], dim=1)
+        found = [self.model(x, s, conditioning, guidance=guidance, part=part) for x, s in columns]
+        return torch.stack(found, dim=1)
 
     def base_velocities(self, states: Tensor, sigmas: Tensor, examples: list[Example], *, guidance: bool) -> Tensor:
         """Those of the base model; arguments as in `velocities`."""

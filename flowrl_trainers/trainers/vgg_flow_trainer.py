@@ -37,7 +37,6 @@ from ..networks import value_network
 from ..pipelines import Conditioning
 from ..sampling.buffer import MicroBatch, Record
 from ..sampling.draws import ImageKey, keyed_generators
-from ..sampling.prompt_groups import Example
 from .reward_gradient_trainer import RewardGradientTrainer
 from .vgg_flow_config import VGGFlowConfig
 
@@ -271,7 +270,7 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
             points.
         """
         states, sigmas = [b.record.states for b in rollout], [b.record.sigmas for b in rollout]
-        residuals = self.at_once(self._residuals, rollout, states, sigmas)
+        residuals = self.at_once(partial(self.velocities, guidance=True, part="head"), rollout, states, sigmas)
         G = [term + c for term, c in zip(reward_terms, residuals, strict=True)]
         targets, base = zip(*map(self._products, rollout, G), strict=True)
         eps = [sigma.clamp(max=self.args.finite_difference_step) for sigma in sigmas]
@@ -294,13 +293,6 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
                 )
             )
         return list(base), records, good
-
-    @torch.no_grad()
-    def _residuals(self, states: Tensor, sigmas: Tensor, examples: list[Example]) -> Tensor:
-        """The value network's c at states (B, K, ...) and levels (B, K) of B examples."""
-        conditioning = self.condition(examples)
-        columns = zip(states.unbind(1), sigmas.unbind(1), strict=True)
-        return torch.stack([self.model(x, s, conditioning, guidance=True, part="head") for x, s in columns], dim=1)
 
     def _products(self, batch: MicroBatch[VGGFlowRollout], G: Tensor) -> tuple[Tensor, Tensor]:
         """J_base^T G and v_base at the states of a batch, (B, K, ...) each; G: (B, K, ...)."""
