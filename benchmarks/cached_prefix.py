@@ -54,12 +54,14 @@ class Run:
         seed: That of the run.
         ratio: `control_to_velocity_ratio`.
         steps: Of the sampler.
+        learning_rate: That of the run.
     """
 
     pool: int | None
     seed: int
     ratio: float
     steps: int = 20
+    learning_rate: float = 1e-3
     equivalents: float = 0.0
     seconds: float = 0.0
     curve: list[Point] = field(default_factory=list)
@@ -69,7 +71,7 @@ class Run:
         config = AdjointMatchingConfig(
             output_dir=tempfile.mkdtemp(), per_device_train_batch_size=BATCH, adjoint_steps=3,
             prefix_pool_size=self.pool, control_to_velocity_ratio=self.ratio, reward_gradient_clip_quantile=0.9,
-            learning_rate=1e-3, guidance_scale=1.0, max_sequence_length=8, seed=self.seed, use_cpu=True,
+            learning_rate=self.learning_rate, guidance_scale=1.0, max_sequence_length=8, seed=self.seed, use_cpu=True,
             report_to="none", disable_tqdm=True, save_strategy="no", num_inference_steps=self.steps,
         )  # fmt: skip
         lora = LoraConfig(r=16, lora_alpha=32)
@@ -126,6 +128,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=16 * BATCH, help="The size of the pool.")
     parser.add_argument("--ratio", type=float, default=0.3, help="`control_to_velocity_ratio` of both.")
     parser.add_argument("--steps", type=int, default=20, help="The steps of the sampler, of which 3 are controlled.")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="That of both.")
     parser.add_argument("--threads", type=int, default=1, help="The number of CPU threads.")
     parser.add_argument("--minutes", type=float, default=None, help="Stop after so many minutes of each seed.")
     parser.add_argument("--out", type=Path, default=None, help="A Markdown file to write.")
@@ -139,7 +142,7 @@ def main() -> None:
     last: dict[int | None, list[Point]] = {pool: [] for pool in names}
     each: dict[int | None, list[tuple[float, float]]] = {pool: [] for pool in names}
     for seed in args.seeds:
-        runs = {pool: Run(pool, seed, args.ratio, args.steps) for pool in names}
+        runs = {pool: Run(pool, seed, args.ratio, args.steps, args.learning_rate) for pool in names}
         started = perf_counter()
         for updates in tqdm(range(args.updates + 1), desc=f"seed {seed}"):
             for run in runs.values():
@@ -180,8 +183,8 @@ def main() -> None:
         "",
         f"Mean and range over seeds {', '.join(map(str, args.seeds))}, up to the first evaluation that is "
         f"{100 * RISE:.0f} points above the base model's; {args.steps} steps, {len(HELD_OUT)} held-out pictures every "
-        f"{args.every} updates of {BATCH}, control_to_velocity_ratio {args.ratio:g}; {args.threads} CPU thread, "
-        f"torch {torch.__version__}.",
+        f"{args.every} updates of {BATCH}, control_to_velocity_ratio {args.ratio:g}, "
+        f"learning rate {args.learning_rate:g}; {args.threads} CPU thread, torch {torch.__version__}.",
         "",
         *curves,
     ]
