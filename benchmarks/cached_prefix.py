@@ -1,10 +1,10 @@
 """What a cached prefix saves: the work until held-out checker accuracy has risen by ten points, with and without it.
 
-    python benchmarks/cached_prefix.py [--seeds 0 1 2] [--updates 120] [--out docs/tables/cached_prefix.md]
+    python benchmarks/cached_prefix.py [--seeds 0 1 2] [--updates 80] [--out docs/tables/cached_prefix.md]
 
 Truncated adjoint matching of the last 3 steps on shapes trains on the CLIP reward; the checker, which it never sees,
-judges held-out prompts, one picture each with fixed seeds, after every few updates. Both settings run in one process
-and take turns, update by update, so that a drift in the machine's speed affects both alike.
+judges held-out prompts, one picture each with fixed seeds, after every few updates. All settings run in one process
+and take turns, update by update, so that a drift in the machine's speed affects all alike.
 
 Work is counted in forward equivalents of a batch: a call of the network is 1, and 2 where its gradient is taken, as
 the backward pass through frozen weights costs about as much again. CPU seconds are those of this process. Both include
@@ -60,8 +60,8 @@ class Run:
     pool: int | None
     seed: int
     ratio: float
-    steps: int = 20
-    learning_rate: float = 1e-3
+    steps: int
+    learning_rate: float
     equivalents: float = 0.0
     seconds: float = 0.0
     curve: list[Point] = field(default_factory=list)
@@ -123,12 +123,13 @@ def main() -> None:
     """Print the tables in Markdown, and write them to `--out`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="The seeds.")
-    parser.add_argument("--updates", type=int, default=120, help="The updates of each run.")
+    parser.add_argument("--updates", type=int, default=80, help="The updates of each run.")
     parser.add_argument("--every", type=int, default=20, help="The updates from one evaluation to the next.")
-    parser.add_argument("--pool", type=int, default=16 * BATCH, help="The size of the pool.")
-    parser.add_argument("--ratio", type=float, default=0.3, help="`control_to_velocity_ratio` of both.")
-    parser.add_argument("--steps", type=int, default=20, help="The steps of the sampler, of which 3 are controlled.")
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="That of both.")
+    pools = "The sizes of the pools that are compared; 0 is a run without one."
+    parser.add_argument("--pools", type=int, nargs="+", default=[0, 16 * BATCH], help=pools)
+    parser.add_argument("--ratio", type=float, default=1.0, help="`control_to_velocity_ratio` of both.")
+    parser.add_argument("--steps", type=int, default=50, help="The steps of the sampler, of which 3 are controlled.")
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="That of both.")
     parser.add_argument("--threads", type=int, default=1, help="The number of CPU threads.")
     parser.add_argument("--minutes", type=float, default=None, help="Stop after so many minutes of each seed.")
     parser.add_argument("--out", type=Path, default=None, help="A Markdown file to write.")
@@ -136,7 +137,7 @@ def main() -> None:
 
     keep_freed_memory()
     torch.set_num_threads(args.threads)
-    names = {None: "no pool", args.pool: f"pool of {args.pool}"}
+    names = {pool or None: f"pool of {pool}" if pool else "no pool" for pool in args.pools}
     found: dict[int | None, list[Point | None]] = {pool: [] for pool in names}
     curves = ["| seed | run | updates: checker accuracy |", "|---:|---|---|"]
     last: dict[int | None, list[Point]] = {pool: [] for pool in names}
