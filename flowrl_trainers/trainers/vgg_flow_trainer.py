@@ -270,7 +270,8 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
             points.
         """
         states, sigmas = [b.record.states for b in rollout], [b.record.sigmas for b in rollout]
-        residuals = self.at_once(partial(self.velocities, guidance=True, part="head"), rollout, states, sigmas)
+        ask_head = partial(self.velocities, guidance=True, part="head")
+        residuals = self.at_once(ask_head, rollout, states, sigmas)
         G = [term + c for term, c in zip(reward_terms, residuals, strict=True)]
         targets, base = zip(*map(self._products, rollout, G), strict=True)
         eps = [sigma.clamp(max=self.args.finite_difference_step) for sigma in sigmas]
