@@ -34,7 +34,7 @@ def main() -> None:
 
 def keep(method: str, trainer: FlowRLTrainer) -> None:
     """The sheet of the last evaluation, the curve, and a line of numbers."""
-    sheet = max((trainer.run_folder.path / "samples").glob("*.png"))
+    sheet = max((trainer.run_folder.path / "samples").glob("step-*.png"))
     shutil.copy(sheet, IMAGES / f"quick_{method}.png")
     name = f"reward/{trainer.rewards[0].name}"
     draw_curve(trainer.state.log_history, trainer.rows, name, IMAGES / f"quick_{method}_curve.png")
