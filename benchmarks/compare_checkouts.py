@@ -50,12 +50,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "VGGFlow",
         {"timestep_bins": 3, "value_network": "none", "guidance_scale": 3.0, "decode_batch_size": 3},
     ),
-    "ac": ("ACFlow", {"critic_warmup_max_steps": 1, "critic_steps": 2, "steps_per_generation": 2}),
+    "ac": (
+        "ACFlow",
+        {"critic": "convolutional", "critic_warmup_max_steps": 1, "critic_steps": 2, "steps_per_generation": 2},
+    ),
     "ac_window": (
         "ACFlow",
         {
-            "critic_warmup_max_steps": 0, "timestep_sampling": "pipeline", "weighting": "linear",
-            "normalize_weights": False,
+            "critic": "convolutional", "critic_warmup_max_steps": 0, "timestep_sampling": "pipeline",
+            "weighting": "linear", "normalize_weights": False,
         },
     ),
     "ac_none": (

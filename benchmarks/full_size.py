@@ -67,7 +67,7 @@ SIZE, IMAGES, MICRO_BATCH, GROUP, RANK = 512, 8, 4, 4, 32
 TRAINERS: dict[type[FlowRLTrainer], dict[str, Any]] = {
     AdjointMatchingTrainer: {},
     VGGFlowTrainer: {},
-    ACFlowTrainer: {"critic_warmup_max_steps": 1},  # the update that is not counted
+    ACFlowTrainer: {"critic": "convolutional", "critic_warmup_max_steps": 1},  # the update that is not counted
     DiffusionNFTTrainer: {},
     TAFSGRPOTrainer: {},
 }

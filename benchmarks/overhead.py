@@ -33,7 +33,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "adjoint_matching": ("AdjointMatching", RATIO),
     ALL_STEPS: ("AdjointMatching", RATIO | {"adjoint_steps": 20}),
     "vgg_flow": ("VGGFlow", RATIO),
-    "ac_flow": ("ACFlow", {"critic_warmup_max_steps": 0}),
+    "ac_flow": ("ACFlow", {"critic": "convolutional", "critic_warmup_max_steps": 0}),
+    "ac_flow, fixed target": ("ACFlow", {"target": "fixed"}),
     "diffusion_nft": ("DiffusionNFT", {}),
     "tafs_grpo": ("TAFSGRPO", {}),
 }

@@ -33,7 +33,7 @@ TRAINERS: dict[str, tuple[str, dict[str, Any]]] = {
     "AdjointMatching": ("AdjointMatching", ADJOINT),
     "AdjointMatching, guided": ("AdjointMatching", ADJOINT | {"guidance_scale": 3.0}),
     "VGGFlow": ("VGGFlow", {"control_to_velocity_ratio": 0.3}),
-    "ACFlow": ("ACFlow", {"critic_warmup_max_steps": 0, "num_generations": 8}),
+    "ACFlow": ("ACFlow", {"critic": "convolutional", "critic_warmup_max_steps": 0, "num_generations": 8}),
     "DiffusionNFT": ("DiffusionNFT", {"num_generations": 8}),
     "TAFSGRPO": ("TAFSGRPO", {"num_generations": 4}),
 }

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from variants import VARIANTS
+from variants import LINEAR, VARIANTS
 
 from flowrl_trainers.cli.demo import METHODS as DEMOS
 from flowrl_trainers.cli.demo import SHARED
@@ -41,7 +41,7 @@ class Method:
 
     Attributes:
         demo: The demo from which its settings come.
-        changes: Those in which it differs.
+        changes: Those in which it differs from `BASES`.
         settings: The settings, keys of `REWARDS`, in which it runs.
         steps: Of the sampler that judges all rows of its table.
     """
@@ -55,11 +55,13 @@ class Method:
 # The last steps alone, as the trainer's defaults have it; the demo controls all of them. One alone is refused.
 WINDOW = {"adjoint_steps": 3, "adjoint_clip_quantile": None}
 DRAFT = {"adjoint": "full", "loss_type": "hamiltonian", "control_cost_weight": 0.0, "reward_scale": 1.0}
+# AC-Flow in all rows; its demo has the fixed target.
+BASES = DEMOS | {"ac_flow": LINEAR | {"num_inference_steps": 8, "per_device_train_batch_size": 128}}
 # The recipes of docs/ac_flow.md, with the pictures and the learning rate of the embedded model.
 CRITIC = {"critic": "reward_of_estimate"}  # the one that sees something of the checker's reward on shapes
 BACKBONE = {"critic": "backbone"}
 NO_CRITIC = {"critic": "none", "critic_warmup_max_steps": 0}
-UNSET = {"weighting": None, "normalize_weights": None, "wasserstein_coefficient": None}  # of the demo of AC-Flow
+UNSET = {"weighting": None, "normalize_weights": None, "wasserstein_coefficient": None}  # of AC-Flow
 RAM = NO_CRITIC | UNSET | {
     "target": "fixed", "reward_multiplier": 100.0, "reward_std": "raw", "reward_clip": None, "advantage_clip": None,
     "rollout_policy": "old", "old_policy_decay": 0.9, "old_policy_ramp": 0.01, "timestep_sampling": "noisy",
@@ -133,9 +135,9 @@ ABLATIONS: dict[str, Method] = {
 }
 
 # At equal scored pictures, at the demo's learning rate. The critic that scores clean estimates would spend five times
-# as many, so AC-Flow stands here with its default one.
+# as many, so AC-Flow stands here with the convolutional one.
 SCORED: dict[str, Method] = {
-    "AC-Flow, linear": Method("ac_flow"),
+    "AC-Flow, linear": Method("ac_flow", {"critic": "convolutional"}),
     "RAM": METHODS["RAM"],
     "AWM": METHODS["AWM"],
     "DiffusionNFT": METHODS["DiffusionNFT"],
@@ -232,7 +234,7 @@ class Run:
         """
         reward = REWARDS[self.setting]
         judges = [name for name in REWARDS.values() if name != reward]
-        found = SHARED | DEMOS[self.method.demo] | dict(self.method.changes)
+        found = SHARED | BASES[self.method.demo] | dict(self.method.changes)
         found |= {
             "seed": self.seed,
             "max_steps": self.length.updates,

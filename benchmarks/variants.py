@@ -17,7 +17,16 @@ import torch
 from demo_runs import run_demo
 from tqdm import tqdm
 
-# The settings in which each variant differs from the method's demo.
+# AC-Flow with signed weights, where its demo has the fixed target.
+LINEAR: dict[str, Any] = {
+    "timestep_sampling": "pipeline", "weighting": "linear", "normalize_weights": False,
+    "wasserstein_coefficient": 0.5, "critic_warmup_max_steps": 3,
+}  # fmt: skip
+# What all variants of a method change in its demo, and then the settings in which each differs from that.
+BASES: dict[str, dict[str, Any]] = {
+    "tafs_grpo": {},
+    "ac_flow": LINEAR | {"target": "weighted", "advantage_clip": 1.0, "critic": "convolutional"},
+}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "tafs_grpo": {
         "TAFS-GRPO": {},
@@ -41,17 +50,21 @@ def run(method: str, changes: dict[str, Any], seed: int, updates: int, folder: P
 
     Args:
         method: The method.
-        changes: The settings in which the variant differs from the method's demo.
+        changes: The settings in which the variant differs from `BASES`.
         seed: The seed.
         updates: The number of updates.
         folder: The folder of the run.
     """
-    settings = changes | {
-        "seed": seed,
-        "max_steps": updates,
-        "reward_funcs": "checker",
-        "eval_reward_funcs": "shapes",
-    }
+    settings = (
+        BASES[method]
+        | changes
+        | {
+            "seed": seed,
+            "max_steps": updates,
+            "reward_funcs": "checker",
+            "eval_reward_funcs": "shapes",
+        }
+    )
     return run_demo(method, settings, folder)
 
 

@@ -30,7 +30,7 @@ class Velocities(nn.Module):
 def ac_flow(folder, network=None, reward=height, given=None, **changes) -> ACFlowTrainer:
     defaults = settings(
         folder, num_inference_steps=16, num_generations=4, max_steps=1, reward_shaping="none", advantage_clip=None,
-        normalize_weights=False, critic="none" if given is None else "default", critic_warmup_max_steps=0,
+        normalize_weights=False, critic="none" if given is None else "module", critic_warmup_max_steps=0,
         wasserstein_coefficient=0.0,
     )  # fmt: skip
     del defaults["reward_gradient_clip_quantile"]

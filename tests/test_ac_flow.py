@@ -169,7 +169,7 @@ def test_a_run_that_ends_in_the_warm_up_says_so(tmp_path, caplog):
 def test_an_image_that_is_not_finite_does_not_stop_the_critic(tmp_path):
     t = ac_flow(
         tmp_path,
-        critic="default",
+        critic="convolutional",
         max_bad_sample_share=0.5,
         reward=lambda images, prompts, **columns: [1.0] * len(images),
     )
@@ -355,7 +355,7 @@ def test_advantages_are_taken_from_a_critic_that_does_not_learn(tmp_path):
             self.modes.append(self.training)
             return self.bias.expand(len(z))
 
-    t = ac_flow(tmp_path, given=Moody(), critic="default", critic_steps=1, timestep_bins=1)
+    t = ac_flow(tmp_path, given=Moody(), critic_steps=1, timestep_bins=1)
     t.prepare([drawn_images(t, 8)])
     assert t.critic.modes == [False, True, False]  # judged, one step, advantages
 
@@ -446,7 +446,18 @@ def test_the_critic_follows_the_latent_and_starts_from_zero(shape):
     ({"temperature": 0.0}, r"`temperature` \(0.0\) must be above 0"),
     ({"advantage_clip": -1.0}, r"`advantage_clip` \(-1.0\) must be above 0"),
     ({"critic_steps": 0}, r"`critic_steps` \(0\) must be at least 1"),
-    ({"critic": "unet"}, "`critic` is 'unet': choose 'default', 'backbone', 'reward_of_estimate' or 'none'"),
+    (
+        {"critic_bins_in_one_call": True},
+        r"`critic_bins_in_one_call` \(True\) has no effect with `critic='reward_of_estimate'`, which is no network",
+    ),
+    (
+        {"reward_shaping": "none"},
+        r"`reward_shaping` \('none'\) must be 'standardise' with `critic='reward_of_estimate'`.*: leave it out, or set",
+    ),
+    (
+        {"critic": "unet"},
+        "`critic` is 'unet': choose 'reward_of_estimate', 'backbone', 'convolutional', 'module' or 'none'",
+    ),
     (
         {"save_only_model": True, "load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"},
         "`load_best_model_at_end` needs the critic of a checkpoint, which `save_only_model` leaves out",

@@ -17,7 +17,7 @@ def test_the_critic_learns_the_conditional_mean_of_the_reward(tmp_path):
     """V* = b z. Mean squared error at most 0.02 Var r in every bin, explained variance of V* at least 0.95 where b z
     explains 10 %.
     """
-    t = ac_flow(tmp_path, critic="default", critic_learning_rate=3e-3, timestep_bins=4)
+    t = ac_flow(tmp_path, critic="convolutional", critic_learning_rate=3e-3, timestep_bins=4)
     for rollout in range(200):
         batch = exact_images(t, 256, rollout)
         for group in t.critic_optimizer.param_groups:
@@ -46,7 +46,7 @@ def spread_after(folder, rounds: int, alpha: float, seed: int = 0, weights=None)
     network = Velocities()
     t = ac_flow(
         folder, network, closeness(1.0), per_device_train_batch_size=256, num_generations=4, max_steps=rounds,
-        learning_rate=0.03, temperature=0.5, seed=seed, critic="default", reward_shaping="standardise",
+        learning_rate=0.03, temperature=0.5, seed=seed, critic="convolutional", reward_shaping="standardise",
         advantage_clip=1.0, normalize_weights=True, wasserstein_coefficient=alpha, critic_warmup_max_steps=5,
         num_iterations=4,
     )  # fmt: skip

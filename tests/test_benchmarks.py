@@ -67,7 +67,7 @@ def test_the_overhead_is_measured(run, tmp_path):
     files = "--out", str(tmp_path / "table.md"), "--json", str(tmp_path / "overhead.json")
     run("overhead", "--repeats", "1", "--images", "2", "--steps", "6", "12", *files)
     report = json.loads((tmp_path / "overhead.json").read_text())
-    for name in ("adjoint_matching", "vgg_flow", "ac_flow", "tafs_grpo"):
+    for name in ("adjoint_matching", "vgg_flow", "ac_flow", "ac_flow, fixed target", "diffusion_nft", "tafs_grpo"):
         assert 0 < report[name]["overhead_ratio"] <= report[name]["upper_quartile"]
     assert report["adjoint_matching"]["peak_mib_12"] <= 1.05 * report["adjoint_matching"]["peak_mib_6"]
     assert "| vgg_flow |" in (tmp_path / "table.md").read_text()
@@ -88,7 +88,7 @@ def test_the_savings_are_measured(run, tmp_path):
 @pytest.mark.slow
 def test_a_cached_prefix_is_compared(run, tmp_path):
     """One update with a pool of its own images, and one without."""
-    few = "--seeds", "0", "--updates", "1", "--every", "1", "--pool", "16", "--steps", "5"
+    few = "--seeds", "0", "--updates", "1", "--every", "1", "--pools", "0", "16", "--steps", "5"
     run("cached_prefix", *few, "--out", str(tmp_path / "table.md"))
     table = (tmp_path / "table.md").read_text()
     assert "| no pool | 0 of 1 |" in table

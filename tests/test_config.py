@@ -268,7 +268,7 @@ def test_every_setting_of_transformers_works_or_is_refused():
     (FlowRLConfig, {"report_to": 1}, "`report_to` (1) must be None, a string or a list of strings."),
     (
         ACFlowConfig, {"critic": nn.Sequential(nn.Linear(2, 2))},
-        "`critic` is a Sequential: choose 'default', 'backbone', 'reward_of_estimate' or 'none'.",
+        "`critic` is a Sequential: choose 'reward_of_estimate', 'backbone', 'convolutional', 'module' or 'none'.",
     ),
     (
         FlowRLConfig, {"use_cache": True},

@@ -60,7 +60,7 @@ def assert_stock_diffusers_redraws_the_tuned_row(folder: Path, steps: int) -> No
 SHORT = {
     "adjoint_matching": ["--num_inference_steps", "3", "--adjoint_steps", "2"],
     "vgg_flow": ["--num_inference_steps", "3", "--timestep_bins", "2"],
-    "ac_flow": ["--num_inference_steps", "3", "--num_generations", "2", "--critic_warmup_max_steps", "0"],
+    "ac_flow": ["--num_inference_steps", "3", "--num_generations", "2"],
     "diffusion_nft": ["--num_inference_steps", "3", "--timestep_bins", "2", "--num_generations", "2"],
     "tafs_grpo": ["--num_inference_steps", "3", "--ode_num_inference_steps", "3", "--num_generations", "2"],
 }

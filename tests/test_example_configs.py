@@ -123,7 +123,7 @@ def test_a_reward_in_the_script_is_named_by_main(tmp_path, start):
         patch.setattr(sys.modules[__name__], "SCRIPTS", tmp_path)
         start(
             "ac_flow", "--model", "shapes", "--dataset", "shapes", "--reward_funcs", "__main__.brightness",
-            "--output_dir", tmp_path / "out", "--num_inference_steps", "2", "--critic_warmup_max_steps", "0",
+            "--output_dir", tmp_path / "out", "--num_inference_steps", "2",
             "--guidance_scale", "1", "--max_sequence_length", "8", *SMALL,
         )  # fmt: skip
     assert "__main__.brightness" in (tmp_path / "out" / "config.yaml").read_text()

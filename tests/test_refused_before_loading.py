@@ -58,7 +58,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], list[str] | None, 
     ),
     "critic": (
         "ACFlow", {"critic": "none"}, {"critic": nn.Linear(1, 1)}, None,
-        "`critic` is passed, but `args.critic` is 'none': leave out one of them.",
+        "`critic` is passed, but `args.critic` is 'none': set it to 'module', or leave `critic` out.",
+    ),
+    "no critic": (
+        "ACFlow", {"critic": "module"}, {}, [], "`args.critic` is 'module', but no `critic` is passed: pass one",
     ),
     "value network": (
         "VGGFlow", {"value_network": "none"}, {"value_network": nn.Linear(1, 1)}, None,

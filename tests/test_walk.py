@@ -70,7 +70,7 @@ OF: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "eta_schedule": st.sampled_from(["quadratic", "linear", "constant"]), "reward_gradient_clip_quantile": CLIP,
     },
     "ACFlowTrainer": {
-        "critic": st.sampled_from(["default", "backbone", "reward_of_estimate", "none"]), "critic_steps": SMALL,
+        "critic": st.sampled_from(["reward_of_estimate", "backbone", "convolutional", "none"]), "critic_steps": SMALL,
         "critic_warmup_max_steps": st.integers(0, 1), "normalize_weights": st.booleans(),
         "weighting": st.sampled_from(["exponential", "softplus", "positive", "indicator", "linear"]),
         "advantage_clip": st.none() | st.floats(0, 2), "temperature": st.floats(0.01, 10),

@@ -56,12 +56,9 @@ METHODS: dict[str, dict[str, Any]] = {
         "max_steps": 50,
         "num_inference_steps": 8,
         "per_device_train_batch_size": 128,
-        "timestep_sampling": "pipeline",
-        # Signed weights: those of mean 1 also teach the model its own pictures, flaws included.
-        "weighting": "linear",
-        "normalize_weights": False,
-        "wasserstein_coefficient": 0.5,
-        "critic_warmup_max_steps": 3,
+        "timestep_sampling": "noisy",
+        "target": "fixed",
+        "advantage_clip": 2.0,
     },
     "diffusion_nft": {
         "max_steps": 50,

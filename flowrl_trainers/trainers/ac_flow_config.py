@@ -78,12 +78,13 @@ class ACFlowConfig(RenoisingConfig):
         help="The weight alpha of the mean squared distance to the base velocity, a bound of the Wasserstein-2 "
         "distance that keeps diversity; 0 for no anchor. Default: 0.3; 0 with a fixed target.",
     )
-    critic: Literal["default", "backbone", "reward_of_estimate", "none"] = HfArg(
-        default="default",
-        help="'default' is a small network sized by the latent; 'backbone' is the base network with an adapter of its "
-        "own and a head at every place, which shares all other weights with it; 'reward_of_estimate' scores the clean "
-        "estimate of every state, times what fitted earlier rollouts best at its level, and suits cheap rewards; with "
-        "'none' every value is zero. Pass a module of your own to the trainer.",
+    critic: Literal["reward_of_estimate", "backbone", "convolutional", "module", "none"] = HfArg(
+        default="reward_of_estimate",
+        help="'reward_of_estimate' scores the clean estimate of every state, `timestep_bins` more of each image, "
+        "times what fitted earlier rollouts best at its level; 'backbone' is the base network with an adapter of its "
+        "own and a head at every place, which shares all other weights with it; 'convolutional' is a small network "
+        "sized by the latent; 'module' is the one that is passed to the trainer; with 'none', which suits rewards "
+        "that cost much, every value is zero.",
     )
     critic_steps: Annotated[int, Range(at_least=1)] = HfArg(
         default=4, help="The updates of the critic per rollout, each on all of its images."
@@ -118,7 +119,7 @@ class ACFlowConfig(RenoisingConfig):
         if self.critic == "reward_of_estimate" and self.reward_shaping == "none":
             raise ValueError(
                 "`reward_shaping` ('none') must be 'standardise' with `critic='reward_of_estimate'`, which compares "
-                "estimates within their prompt as rewards are."
+                "estimates within their prompt as rewards are: leave it out, or set `critic` to 'none'."
             )
         self._refuse_idle_settings()
         if self.target == "fixed":
@@ -140,8 +141,8 @@ class ACFlowConfig(RenoisingConfig):
 
     @property
     def head_kind(self) -> Literal["critic"] | None:
-        """The critic, where it is a network of its own kind."""
-        return "critic" if self.critic == "default" else None
+        """The critic, where it is a network of its own kind; a module counts as if it were the convolutional one."""
+        return "critic" if self.critic in ("convolutional", "module") else None
 
     @property
     def base_pull(self) -> float:
@@ -208,6 +209,11 @@ class ACFlowConfig(RenoisingConfig):
             raise ValueError(
                 "`target_anchor` ('old') has no effect with `target='weighted'`: leave it out, or set "
                 "`target='fixed'`."
+            )
+        if self.critic_bins_in_one_call and self.critic in ("reward_of_estimate", "none"):
+            raise ValueError(
+                f"`critic_bins_in_one_call` (True) has no effect with `critic={self.critic!r}`, which is no network: "
+                "leave it out."
             )
         updates = self.updates_per_rollout * self.num_iterations
         if self.loss_weighting == "huber" and updates > 1:

@@ -97,8 +97,8 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
 
     Args:
         critic: Beside the arguments of `FlowRLTrainer`, a module called with latents (B, ...), sigma (B,), prompt
-            features (B, L, D) and their mask (B, L), which returns values (B,); None for the one that `args.critic`
-            names.
+            features (B, L, D) and their mask (B, L), which returns values (B,); it comes with `critic="module"` in
+            `args`.
     """
 
     _name: ClassVar[str] = "AC-Flow"
@@ -119,10 +119,19 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
         super().__init__(*args, **kwargs)
 
     def check_arguments(self, args: Any, peft_config: LoraConfig | None) -> None:
-        """Raises `ValueError` for a critic that is passed where the settings ask for none."""
+        """Raises `ValueError` for a critic that is passed where the settings name another, and for one that they ask
+        for and that is not passed.
+        """
         super().check_arguments(args, peft_config)
-        if self.given_critic is not None and args.critic in ("none", "reward_of_estimate"):
-            raise ValueError(f"`critic` is passed, but `args.critic` is {args.critic!r}: leave out one of them.")
+        if self.given_critic is not None and args.critic != "module":
+            raise ValueError(
+                f"`critic` is passed, but `args.critic` is {args.critic!r}: set it to 'module', or leave `critic` out."
+            )
+        if self.given_critic is None and args.critic == "module":
+            raise ValueError(
+                "`args.critic` is 'module', but no `critic` is passed: pass one to the trainer in Python, or choose "
+                "'reward_of_estimate', 'backbone', 'convolutional' or 'none'."
+            )
 
     def set_up(self) -> None:
         """The old policy; the critic, its warm-up and its optimizer. Trainer does not see the critic, as it takes
@@ -130,7 +139,7 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
         """
         super().set_up()
         self.critic = self._make_critic()
-        of_estimates = self.critic is None and self.args.critic == "reward_of_estimate"
+        of_estimates = self.args.critic == "reward_of_estimate"
         self.estimate_fit = EstimateFit(self.args.device) if of_estimates else None
         self.warmup = Warmup(0 if self.critic is None else self.args.critic_warmup_max_steps)
         if self.critic is not None:
@@ -142,7 +151,7 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
             return self.given_critic.to(self.args.device)
         if self.args.critic in ("none", "reward_of_estimate"):
             return None
-        if self.args.critic == "default":
+        if self.args.critic == "convolutional":
             return critic(*self.latent_and_prompt_sizes()).to(self.args.device)
         key = ImageKey(0, 0, 0)
         made = BackboneCritic(
