@@ -27,20 +27,22 @@ from .tiny import tiny_sd3
 TRAINERS: dict[str, dict[str, Any]] = {
     "AdjointMatchingTrainer": {"adjoint_steps": 2, "control_to_velocity_ratio": 0.3},
     "VGGFlowTrainer": {"timestep_bins": 2, "control_to_velocity_ratio": 0.3},
-    "ACFlowTrainer": {"num_generations": 2, "critic_warmup_max_steps": 1},
+    "ACFlowTrainer": {"num_generations": 2, "critic": "convolutional", "critic_warmup_max_steps": 1},
     "DiffusionNFTTrainer": {"num_generations": 2, "timestep_bins": 2, "old_policy_ramp": None},
     "TAFSGRPOTrainer": {"num_generations": 2},
 }
-# AC-Flow in its other form, for tests of what a form could break: processes, resumption, kills.
-FIXED_TARGET = {
-    "target": "fixed",
-    "critic": "none",
-    "rollout_policy": "old",
-    "old_policy_decay": 0.5,
-    "timestep_bins": 2,
+FIXED_TARGET = "ACFlowTrainer, fixed target"
+# AC-Flow in its other form too, for tests of what a form could break.
+FORMS = TRAINERS | {
+    FIXED_TARGET: {
+        "num_generations": 2,
+        "target": "fixed",
+        "critic": "reward_of_estimate",
+        "rollout_policy": "old",
+        "old_policy_decay": 0.5,
+        "timestep_bins": 2,
+    }
 }
-FORMS = [*((trainer, {}) for trainer in TRAINERS), ("ACFlowTrainer", FIXED_TARGET)]
-FORM_NAMES = [*TRAINERS, "ACFlowTrainer, fixed target"]
 CAPTIONS = ["a red circle", "a blue square", "a green cross", "a red circle and a blue square"]
 LORA = LoraConfig(r=4, lora_alpha=8)
 
@@ -63,6 +65,11 @@ def seeds(count: int) -> list[torch.Generator]:
 # ---- trainers of a tiny pipeline ---------------------------------------------------------------------------------
 
 
+def trainer_of(form: str) -> str:
+    """The name of the class of a key of `FORMS`."""
+    return form.partition(",")[0]
+
+
 def make_trainer(
     name: str,
     folder: Path,
@@ -73,8 +80,8 @@ def make_trainer(
     lora: bool = True,
     **settings,
 ) -> FlowRLTrainer:
-    """Any of them, for two updates of four images in three steps."""
-    trainer = getattr(flowrl_trainers, name)
+    """Any of `FORMS`, for two updates of four images in three steps."""
+    trainer = getattr(flowrl_trainers, trainer_of(name))
     defaults = dict(
         output_dir=str(folder), max_steps=2, per_device_train_batch_size=4, num_inference_steps=3, guidance_scale=1.0,
         max_sequence_length=8, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, logging_steps=1,
@@ -82,7 +89,7 @@ def make_trainer(
     return trainer(
         tiny_sd3() if pipeline is None else pipeline,
         reward,
-        trainer.config_class(**(defaults | TRAINERS[name] | settings)),
+        trainer.config_class(**(defaults | FORMS[name] | settings)),
         Dataset.from_dict({"prompt": CAPTIONS}) if dataset is None else dataset,
         eval_dataset,
         peft_config=LoraConfig(r=2, lora_alpha=4) if lora else None,

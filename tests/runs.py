@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import forked
-from .helpers import TRAINERS
+from .helpers import FORMS, trainer_of
 
 SCRIPT = Path(__file__).parent / "training_script.py"
 NO_DROPOUT = {"TAFSGRPOTrainer": {"lora_dropout": 0.0}}  # which it refuses
@@ -29,8 +29,8 @@ def write_settings(
     how: str = "SIGKILL",
 ) -> Path:  # fmt: skip
     settings = {
-        "trainer": trainer,
-        "config": TRAINERS[trainer] | NO_DROPOUT.get(trainer, {}) | config | {"output_dir": str(folder)},
+        "trainer": trainer_of(trainer),
+        "config": FORMS[trainer] | NO_DROPOUT.get(trainer, {}) | config | {"output_dir": str(folder)},
         "kill_at": kill_at,
         "how": how,
         "resume": resume,

@@ -29,7 +29,7 @@ from flowrl_trainers.run_folder.curve import draw_reward_curve
 from flowrl_trainers.run_folder.licence import licence_of
 from flowrl_trainers.sampling.pictures import Pictures
 
-from .helpers import TRAINERS, adjoint_matching, check_card, code_block, make_trainer
+from .helpers import FORMS, adjoint_matching, check_card, code_block, make_trainer
 from .tiny import tiny_sd3
 
 NASTY = {
@@ -155,7 +155,7 @@ def test_a_number_that_is_missing_or_not_finite_is_a_dash():
     assert (a.metric_type, a.metric_value, c.metric_type, c.metric_value) == ("a", 0.5, "c", 1.0)
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", FORMS)
 def test_the_code_of_the_card_draws_what_the_trainer_draws(tmp_path, name):
     """Of Stable Diffusion 3; the tests of the other families run theirs after an update."""
     t = make_trainer(name, tmp_path, max_steps=1, learning_rate=0.05)

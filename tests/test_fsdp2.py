@@ -32,7 +32,7 @@ from flowrl_trainers.trainers.loss_scaling import LossScaler
 
 from .forked import flowrl
 from .fsdp2 import ENVIRONMENT, on_two_processes, pretend_gpus
-from .helpers import TRAINERS, adjoint_matching_config, architecture_of, make_trainer, redness, update_rows
+from .helpers import FORMS, adjoint_matching_config, architecture_of, make_trainer, redness, update_rows
 from .quantized import quantize
 from .runs import assert_same
 from .tiny import tiny_sd3
@@ -103,7 +103,7 @@ def share(name: str, folder: Path, lora: bool) -> None:
 
 SHARED = [
     pytest.param(name, lora, id=f"{name}-{'lora' if lora else 'full'}", marks=() if quick else pytest.mark.slow)
-    for name in TRAINERS
+    for name in FORMS
     for lora, quick in ((True, name == "AdjointMatchingTrainer"), (False, False))
 ]
 

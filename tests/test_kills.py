@@ -19,7 +19,7 @@ from flowrl_trainers.run_folder.checkpoints import WEIGHTS, fault
 from flowrl_trainers.run_folder.earlier_run import ADAPTER
 from flowrl_trainers.trainers import checkpointed_trainer
 
-from .helpers import FORM_NAMES, FORMS, make_trainer
+from .helpers import FORMS, make_trainer
 from .runs import assert_same
 
 KILLS = int(os.environ.get("FLOWRL_TEST_KILLS", "20"))
@@ -32,18 +32,17 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.forked", "tests.preloaded", "tests.test_kills"])
 
 
-def train(trainer: str, form: dict[str, Any], folder: Path, started: Any, file: int | None) -> None:
+def train(trainer: str, folder: Path, started: Any, file: int | None) -> None:
     """The run of a child process, which goes on where the one before was killed.
 
     Args:
         trainer: Its name.
-        form: Its settings beside those of all.
         folder: The `output_dir`.
         started: Set after the first update.
         file: The child kills itself after as many files of a checkpoint were written, or reached the disk; or None.
     """
     torch.set_num_threads(1)
-    t = make_trainer(trainer, folder, **(SETTINGS | form))
+    t = make_trainer(trainer, folder, **SETTINGS)
     step_end = t._counter.on_step_end
 
     def say(*arguments: Any, **more: Any) -> None:
@@ -95,26 +94,26 @@ def what_a_run_gives(folder: Path) -> dict[str, Any]:
     }
 
 
-def child(trainer: str, form: dict[str, Any], folder: Path, file: int | None = None) -> tuple[Any, Any]:
+def child(trainer: str, folder: Path, file: int | None = None) -> tuple[Any, Any]:
     started = FORKS.Event()
-    process = FORKS.Process(target=train, args=(trainer, form, folder, started, file))
+    process = FORKS.Process(target=train, args=(trainer, folder, started, file))
     process.start()
     return process, started
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("trainer", "form"), FORMS, ids=FORM_NAMES)
-def test_kills_change_nothing(tmp_path, trainer, form):
+@pytest.mark.parametrize("trainer", FORMS)
+def test_kills_change_nothing(tmp_path, trainer):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     chance, deaths = random.Random(trainer), 0
     start = time.monotonic()
-    undisturbed, _ = child(trainer, form, whole)
+    undisturbed, _ = child(trainer, whole)
     undisturbed.join()
     assert undisturbed.exitcode == 0
     a_run = time.monotonic() - start
     for number in range(KILLS):
         while_saving = number % 2 == 0
-        process, started = child(trainer, form, killed, chance.randrange(40) if while_saving else None)
+        process, started = child(trainer, killed, chance.randrange(40) if while_saving else None)
         if not while_saving:
             started.wait(120)
             time.sleep(chance.uniform(0, a_run / SETTINGS["max_steps"]))
@@ -125,7 +124,7 @@ def test_kills_change_nothing(tmp_path, trainer, form):
         kept = checkpoints.newest_whole(killed)[0]
         assert kept is not None, "the first run saves a checkpoint before it is killed while saving the second"
     assert deaths > 0.8 * KILLS, "the run ended before it could be killed: give it more updates"
-    last, _ = child(trainer, form, killed)
+    last, _ = child(trainer, killed)
     last.join()
     assert last.exitcode == 0
     assert_same(what_a_run_gives(killed), what_a_run_gives(whole))

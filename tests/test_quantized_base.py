@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
 import flowrl_trainers
-from flowrl_trainers import FlowRLTrainer
+from flowrl_trainers import ACFlowTrainer, FlowRLTrainer
 from flowrl_trainers.cli import run
 from flowrl_trainers.cli.demo import demo
 from flowrl_trainers.flow.adjoint import vector_jacobian_product
@@ -23,7 +23,7 @@ from flowrl_trainers.run_folder.identity import weights_identity
 from flowrl_trainers.sampling.buffer import MicroBatch
 from flowrl_trainers.shapes import load_pipeline
 
-from .helpers import CAPTIONS, TRAINERS, first_rollout, make_trainer, redness, seeds
+from .helpers import CAPTIONS, FIXED_TARGET, FORMS, first_rollout, make_trainer, redness, seeds, trainer_of
 from .quantized import KINDS, dequantized, quantize
 from .tiny import tiny_sd3
 from .tiny_families import FAMILIES, tiny
@@ -31,14 +31,15 @@ from .tiny_families import FAMILIES, tiny
 SETTINGS = {"sd 3": {"max_sequence_length": 8, "guidance_scale": 1.0}} | {
     family: FAMILIES[family][1] for family in ("flux", "flux 2 klein", "qwen image")
 }
-QUICK = {  # each kind, family and trainer at least once
+QUICK = {  # each kind, family and form at least once
     ("nf4", "AdjointMatchingTrainer", "sd 3"), ("int8", "ACFlowTrainer", "flux"),
     ("float8", "VGGFlowTrainer", "sd 3"), ("nf4", "DiffusionNFTTrainer", "qwen image"),
     ("int8", "TAFSGRPOTrainer", "flux 2 klein"),
+    ("int8", FIXED_TARGET, "sd 3"),
 }  # fmt: skip
 CASES = [
     pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
-    for case in itertools.product(KINDS, TRAINERS, SETTINGS)
+    for case in itertools.product(KINDS, FORMS, SETTINGS)
 ]
 
 
@@ -51,14 +52,14 @@ TOLERANCE = 1e-4
 
 def make(folder: Path, name: str, pipeline: Any, family: str) -> FlowRLTrainer:
     """A trainer for one update of four images, by a LoRA that is not zero at the start."""
-    cls = getattr(flowrl_trainers, name)
-    short = {"critic_warmup_max_steps": 0} if name == "ACFlowTrainer" else {}
+    cls = getattr(flowrl_trainers, trainer_of(name))
+    short = {"critic_warmup_max_steps": 0} if cls is ACFlowTrainer else {}
     config = cls.config_class(
         **{
             "output_dir": str(folder), "max_steps": 1, "per_device_train_batch_size": 4, "num_inference_steps": 3,
             "learning_rate": 0.01, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True,
             "height": 32, "width": 32,
-        } | TRAINERS[name] | SETTINGS[family] | short
+        } | FORMS[name] | SETTINGS[family] | short
     )  # fmt: skip
     lora = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False)
     return cls(pipeline, redness, config, Dataset.from_dict({"prompt": CAPTIONS}), peft_config=lora)

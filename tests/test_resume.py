@@ -14,7 +14,7 @@ from flowrl_trainers.run_folder.checkpoints import (
     write_manifest,
 )
 
-from .helpers import TRAINERS
+from .helpers import FORMS
 from .runs import WINDOW, assert_same, run
 
 
@@ -34,7 +34,7 @@ def uninterrupted(tmp_path_factory):
     return result
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("trainer", FORMS)
 @pytest.mark.parametrize(
     ("kill_at", "updates"),
     [

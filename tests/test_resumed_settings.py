@@ -23,7 +23,7 @@ from flowrl_trainers.run_folder.identity import FREE, FREE_FIELDS, identity, ref
 from flowrl_trainers.trainers.checkpointed_trainer import WEIGHTS
 from flowrl_trainers.trainers.config_checks import UNSUPPORTED, alternatives, choices_of
 
-from .helpers import TRAINERS, make_trainer
+from .helpers import FORMS, make_trainer, trainer_of
 from .runs import assert_same
 
 CONFIGS = [AdjointMatchingConfig, VGGFlowConfig, ACFlowConfig, DiffusionNFTConfig, TAFSGRPOConfig]
@@ -156,7 +156,7 @@ PROMPTS = Dataset.from_dict({"prompt": ["a red circle", "a blue square"]})
 
 
 def settings_of(trainer: str) -> dict[str, Any]:
-    return RUN | ({"critic_warmup_max_steps": 0, "critic_steps": 1} if trainer == "ACFlowTrainer" else {})
+    return RUN | ({"critic_warmup_max_steps": 0, "critic_steps": 1} if trainer_of(trainer) == "ACFlowTrainer" else {})
 
 
 @pytest.fixture(scope="module")
@@ -191,13 +191,13 @@ def quiet_again():
     "trainer",
     [
         pytest.param(name, marks=[pytest.mark.slow] if name not in ("ACFlowTrainer", "TAFSGRPOTrainer") else [])
-        for name in TRAINERS
+        for name in FORMS
     ],
 )
 def test_a_run_goes_on_bit_for_bit_with_every_free_setting_changed(tmp_path, runs, trainer, monkeypatch, quiet_again):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     folder, args, expected = runs(trainer)
-    left_out = NOT_HERE | NOT_OF.get(trainer, {})
+    left_out = NOT_HERE | NOT_OF.get(trainer_of(trainer), {})
     of_config = {field.name for field in fields(args)}
     changes = {name: value for name, value in CHANGES.items() if name in of_config - set(left_out)}
     resumed = make_trainer(

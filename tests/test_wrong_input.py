@@ -11,13 +11,13 @@ from flowrl_trainers import FlowPipeline
 from flowrl_trainers.rewards import differentiable
 from flowrl_trainers.trainers import optimizer_checks
 
-from .helpers import TRAINERS, make_trainer, redness, update_rows
+from .helpers import FIXED_TARGET, FORMS, make_trainer, redness, update_rows
 from .tiny import tiny_sd3
 
 NEED_GRADIENTS = ["AdjointMatchingTrainer", "VGGFlowTrainer"]
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize(("changes", "sentence"), [
     ({"dataset": Dataset.from_dict({"caption": ["a"], "url": ["b"]})}, r"has 'caption' and 'url' but no 'prompt': pass `train_dataset.rename_column\('caption', 'prompt'\)`"),
     ({"dataset": Dataset.from_dict({"prompt": []})}, "`train_dataset` is empty"),
@@ -80,7 +80,7 @@ def test_a_black_box_reward_is_refused_by_trainers_that_need_gradients(tmp_path,
         make_trainer(name, tmp_path, reward="checker")
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", FORMS)
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, name):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(
@@ -90,7 +90,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, name):
         make_trainer(name, tmp_path / "file" / "run")
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", FORMS)
 def test_a_pipeline_that_carries_a_lora_is_refused_or_trained_further(tmp_path, name):
     pipeline = tiny_sd3()
     pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["attn.to_q"]))
@@ -105,7 +105,7 @@ def test_a_pipeline_that_carries_a_lora_is_refused_or_trained_further(tmp_path, 
     assert all("lora_" in n for n in trained)
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", FORMS)
 def test_settings_of_a_flow_pipeline_are_not_overridden(tmp_path, name):
     with pytest.raises(ValueError, match="`guidance_scale` is set in `args`, but `model` is a `FlowPipeline`"):
         make_trainer(name, tmp_path, FlowPipeline.from_pipeline(tiny_sd3()), guidance_scale=2.0)
@@ -131,8 +131,8 @@ def one_score(images, prompts, **columns):
 
 @pytest.mark.parametrize(("name", "reward", "sentence"), [
     *((name, without_gradient, "Reward 'without_gradient' is marked differentiable, but its scores carry no gradient") for name in NEED_GRADIENTS),
-    *((name, never_finite, "Reward 'never_finite' gave no score that is finite in float32 to 2 probe pictures") for name in TRAINERS),
-    *((name, one_score, r"Reward 'one_score' returned scores of shape \(1,\) for 2 images") for name in TRAINERS),
+    *((name, never_finite, "Reward 'never_finite' gave no score that is finite in float32 to 2 probe pictures") for name in FORMS),
+    *((name, one_score, r"Reward 'one_score' returned scores of shape \(1,\) for 2 images") for name in FORMS),
 ])  # fmt: skip
 def test_a_probe_of_two_pictures_refuses_a_reward_before_training(tmp_path, name, reward, sentence):
     t = make_trainer(name, tmp_path, reward=reward)
@@ -154,11 +154,12 @@ def blind_to_green(images, prompts, **columns):
 ONE_IMAGE = {  # of each prompt, where that can be
     "ACFlowTrainer": {"num_generations": 1, "reward_shaping": "none"},
     "DiffusionNFTTrainer": {"num_generations": 1, "reward_shaping": "none"},
+    FIXED_TARGET: {"num_generations": 2, "per_device_train_batch_size": 8},
     "TAFSGRPOTrainer": {"num_generations": 2, "per_device_train_batch_size": 8},
 }
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", FORMS)
 def test_a_sample_whose_reward_is_not_finite_is_left_out_and_counted(tmp_path, name):
     t = make_trainer(
         name, tmp_path, reward=blind_to_green, max_bad_sample_share=0.5, **ONE_IMAGE.get(name, {"num_generations": 1})
@@ -174,7 +175,7 @@ def test_a_sample_whose_reward_is_not_finite_is_left_out_and_counted(tmp_path, n
     assert any(p.abs().max() > 0 for n, p in t.model.named_parameters() if "lora_B" in n)
 
 
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize("name", FORMS)
 def test_too_large_a_share_of_bad_samples_ends_the_run(tmp_path, name):
     t = make_trainer(
         name, tmp_path, reward=blind_to_green, max_bad_sample_share=0.2, **ONE_IMAGE.get(name, {"num_generations": 1})
