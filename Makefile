@@ -48,7 +48,7 @@ docs: install
 demo: install
 	$(BIN)/flowrl demo
 
-# Whether every trainer still learns on the embedded pipeline as in recorded demos, a few minutes each:
+# Whether every trainer still learns on the embedded pipeline as in recorded demos, up to a quarter of an hour each:
 # `make converge TRAINERS=ac_flow` for one of them.
 TRAINERS ?= adjoint_matching vgg_flow ac_flow diffusion_nft tafs_grpo
 converge: install

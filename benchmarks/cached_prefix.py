@@ -127,9 +127,9 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=20, help="The updates from one evaluation to the next.")
     pools = "The sizes of the pools that are compared; 0 is a run without one."
     parser.add_argument("--pools", type=int, nargs="+", default=[0, 16 * BATCH], help=pools)
-    parser.add_argument("--ratio", type=float, default=1.0, help="`control_to_velocity_ratio` of both.")
+    parser.add_argument("--ratio", type=float, default=1.0, help="`control_to_velocity_ratio` of all.")
     parser.add_argument("--steps", type=int, default=50, help="The steps of the sampler, of which 3 are controlled.")
-    parser.add_argument("--learning_rate", type=float, default=2e-3, help="That of both.")
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="That of all.")
     parser.add_argument("--threads", type=int, default=1, help="The number of CPU threads.")
     parser.add_argument("--minutes", type=float, default=None, help="Stop after so many minutes of each seed.")
     parser.add_argument("--out", type=Path, default=None, help="A Markdown file to write.")
@@ -183,7 +183,8 @@ def main() -> None:
     lines += [
         "",
         f"Mean and range over seeds {', '.join(map(str, args.seeds))}, up to the first evaluation that is "
-        f"{100 * RISE:.0f} points above the base model's; {args.steps} steps, {len(HELD_OUT)} held-out pictures every "
+        f"{100 * RISE:.0f} points above the base model's, of the seeds that have one; {args.steps} steps, "
+        f"{len(HELD_OUT)} held-out pictures every "
         f"{args.every} updates of {BATCH}, control_to_velocity_ratio {args.ratio:g}, "
         f"learning rate {args.learning_rate:g}; {args.threads} CPU thread, torch {torch.__version__}.",
         "",

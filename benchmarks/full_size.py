@@ -240,7 +240,8 @@ def main() -> None:
         f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}. Random weights, bfloat16, LoRA of rank {RANK}, "
         f"{SIZE} x {SIZE} pixels, no guidance, {IMAGES} images per update in micro-batches of {MICRO_BATCH}, no "
         f"gradient checkpointing; reward: PickScore (random ViT-H/14, bfloat16); {GROUP} images per prompt, AC-Flow "
-        f"after a warm-up of one rollout, else the defaults. Seconds: median of {args.updates} updates after a first "
+        "with the convolutional critic after a warm-up of one rollout, else the defaults. Seconds: median of "
+        f"{args.updates} updates after a first "
         "one that is not counted, with rollout, reward and loss."
     )
     with tempfile.TemporaryDirectory() as folder:

@@ -55,7 +55,7 @@ class Method:
 # The last steps alone, as the trainer's defaults have it; the demo controls all of them. One alone is refused.
 WINDOW = {"adjoint_steps": 3, "adjoint_clip_quantile": None}
 DRAFT = {"adjoint": "full", "loss_type": "hamiltonian", "control_cost_weight": 0.0, "reward_scale": 1.0}
-# AC-Flow in all rows; its demo has the fixed target.
+# What every row starts from: its demo, but for AC-Flow's trainer signed weights, as that demo has the fixed target.
 BASES = DEMOS | {"ac_flow": LINEAR | {"num_inference_steps": 8, "per_device_train_batch_size": 128}}
 # The recipes of docs/ac_flow.md, with the pictures and the learning rate of the embedded model.
 CRITIC = {"critic": "reward_of_estimate"}  # the one that sees something of the checker's reward on shapes

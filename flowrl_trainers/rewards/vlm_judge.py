@@ -47,7 +47,8 @@ class VLMJudge(Reward):
     """A vision-language model that answers a question about picture and prompt: 0 to 1. Not differentiable.
 
         vllm serve Qwen/Qwen2.5-VL-7B-Instruct --port 8001
-        VLM_URL=http://127.0.0.1:8001/v1 VLM_MODEL=Qwen/Qwen2.5-VL-7B-Instruct flowrl ac_flow --reward_funcs vlm_judge
+        VLM_URL=http://127.0.0.1:8001/v1 VLM_MODEL=Qwen/Qwen2.5-VL-7B-Instruct \
+            flowrl ac_flow --reward_funcs vlm_judge --critic none
 
     An answer that is none, such as prose, two numbers or one that is out of range, is None, and a log line quotes the
     first of each call. A picture with a value that is not finite is not sent; its score is NaN. A server that is away

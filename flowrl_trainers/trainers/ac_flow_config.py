@@ -87,21 +87,21 @@ class ACFlowConfig(RenoisingConfig):
         "that cost much, every value is zero.",
     )
     critic_steps: Annotated[int, Range(at_least=1)] = HfArg(
-        default=4, help="The updates of the critic per rollout, each on all of its images."
+        default=4, help="The updates per rollout of a critic that is a network, each on all of its images."
     )
     critic_bins_in_one_call: bool = HfArg(
         default=False,
-        help="Whether the critic judges the states of all bins in one call instead of one call per bin: faster, and "
-        "the same but for rounding, unless a critic of your own mixes the images of a batch.",
+        help="Whether a critic that is a network judges the states of all bins in one call instead of one call per "
+        "bin: faster, and the same but for rounding, unless one of your own mixes the images of a batch.",
     )
     critic_learning_rate: Annotated[float, Range(above=0)] = HfArg(
-        default=1e-3, help="The learning rate of the critic's AdamW."
+        default=1e-3, help="The learning rate of the AdamW of a critic that is a network."
     )
     critic_warmup_max_steps: Annotated[int, Range(at_least=0)] = HfArg(
         default=20,
-        help="The most rollouts during which the critic learns alone, from the base model's images; 0 for no warm-up. "
-        "It ends earlier if the critic's explained variance on unseen images stops rising. The updates of these "
-        "rollouts count as updates of the run.",
+        help="The most rollouts during which a critic that is a network learns alone, from the base model's images; 0 "
+        "for no warm-up. It ends earlier if the critic's explained variance on unseen images stops rising. The "
+        "updates of these rollouts count as updates of the run.",
     )
 
     def __post_init__(self) -> None:

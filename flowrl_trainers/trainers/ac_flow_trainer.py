@@ -3,7 +3,8 @@
 With images x of the current model, fresh noise e and a level sigma, at the state z = (1 - sigma) x + sigma e:
 
     (1)  r~ = clip( (r - mean of its prompt) / std of all, +-reward_clip )
-    (2)  critic   V(z, sigma, prompt) regressed onto r~, which is the return of every state
+    (2)  critic   V(z, sigma, prompt) regressed onto r~, which is the return of every state; by default, V = c s with
+                  s the shaped reward of the clean estimate z - sigma v_old(z), and c fitted level by level
     (3)  A = clip( r~ - V, +-advantage_clip ),    w = f(A) / mean f(A)
     (4)  actor    mean_d w (v_theta(z) - (e - x))^2 + alpha mean_d (v_theta(z) - v_base(z))^2
 
@@ -26,9 +27,10 @@ Only the abstract and reviews of 2510.18072 could be read. They name: reward sha
 critic of intermediate states that is regressed onto the final reward, a bounded advantage, a warm-up of the critic,
 weights from the critic, a Wasserstein-2 regulariser, and ORW-CFM-W2 as a special case (V = 0 and no shaping, clipping
 or normalising). All else is our choice: the formulas (1) and (3); re-noised states (on the sampler's own path a
-perfect critic leaves no advantage); the same noise levels for critic and actor; the critic's network, and its warm-up,
-which lasts until its explained variance on a new rollout no longer rises; the velocity distance as the Wasserstein
-term, as in ORW-CFM-W2; the guided velocity throughout, so that guidance is not distilled into the weights.
+perfect critic leaves no advantage); the same noise levels for critic and actor; the critics, and the warm-up of those
+that are networks, which lasts until their explained variance on a new rollout no longer rises; the velocity distance
+as the Wasserstein term, as in ORW-CFM-W2; the guided velocity throughout, so that guidance is not distilled into the
+weights.
 
 The paper runs t = 1 - sigma with v_paper = -v; squares do not see the sign.
 """
