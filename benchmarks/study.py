@@ -47,7 +47,7 @@ def factor_of(run: Run, records: dict[str, Record], runs: list[Run]) -> float | 
     """
     if run.factor is not None:
         return run.factor
-    grid = [r for r in runs if (r.stage, r.setting, r.label) == ("grid", run.setting, run.label)]
+    grid = [r for r in runs if (r.stage, r.label) == ("grid", run.label)]
     found = [records[r.name] for r in grid if is_done(r, records, runs)]
     return best_factor(found, run.method.steps) if len(found) == len(GRID) else None
 

@@ -23,13 +23,13 @@ STAGES = ("grid", "main", "calls", "critic", "long", "ablation")
 CALLS = 8000  # scored pictures of a run of the stage "calls"
 CALLS_IMAGES = 128  # of an update
 LONG_UPDATES = 400
-LONG_IMAGES = 64  # of an update: half of the demos', so that 400 updates fit
+LONG_IMAGES = 32  # of an update: a quarter of the demos', so that 400 updates fit
 MOST_UPDATES = 1000  # of a run that ends by its time
 
 # Seconds of one core, by which runs are planned.
 SET_UP = 20.0  # of a run before its first update, imports included
 SECONDS_PER_PICTURE = 0.06  # of an evaluation in 20 steps
-SECONDS_PER_IMAGE = 0.05  # of an update of the stages that end by their updates
+SECONDS_PER_IMAGE = 0.07  # of an update of the stages that end by their updates
 # Beside 8 passes of the rollout, 4 of the base and 4 to weights, which count three times, a critic of the network's
 # size takes 8 and, in four updates on four levels, 16 to weights.
 BACKBONE_CALLS = (24 + 8 + 3 * 16) / 24
@@ -180,7 +180,7 @@ class Length:
         return (self.evaluations + 1) * self.prompts * self.pictures
 
 
-GRID_LENGTH = Length(seconds=60, updates=MOST_UPDATES, evaluations=1, prompts=64, pictures=4)
+GRID_LENGTH = Length(seconds=40, updates=MOST_UPDATES, evaluations=1, prompts=64, pictures=2)
 LENGTH = Length(seconds=120, updates=MOST_UPDATES, evaluations=3, prompts=64, pictures=4)
 LONG_LENGTH = Length(None, updates=LONG_UPDATES, evaluations=10, prompts=64, pictures=4, images=LONG_IMAGES)
 CALLS_LENGTH = Length(None, updates=CALLS // CALLS_IMAGES, evaluations=2, prompts=64, pictures=4, images=CALLS_IMAGES)
@@ -262,9 +262,9 @@ def plan(quick: bool = False) -> list[Run]:
         ]
     runs = []
     for label, method in METHODS.items():
-        for setting in method.settings:
-            runs += [Run("grid", setting, label, GRID_SEED, GRID_LENGTH, method, factor) for factor in GRID]
-            runs += [Run("main", setting, label, seed, LENGTH, method) for seed in SEEDS]
+        tuned_in = method.settings[-1]  # the black box, where it runs there
+        runs += [Run("grid", tuned_in, label, GRID_SEED, GRID_LENGTH, method, factor) for factor in GRID]
+        runs += [Run("main", setting, label, seed, LENGTH, method) for setting in method.settings for seed in SEEDS]
     for stage, methods, length in (("calls", SCORED, CALLS_LENGTH), ("critic", CRITICS, CRITIC_LENGTH)):
         runs += [
             Run(stage, "black box", label, seed, length, method, 1.0)
