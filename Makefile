@@ -64,7 +64,7 @@ table: install
 bench: install
 	$(BIN)/python benchmarks/overhead.py --out docs/tables/overhead.md --json benchmarks/results/overhead.json
 
-# All methods compared, in about twenty hours of one core; stopped, it goes on where it was. `STUDY='--only AC-Flow --seeds 0'`
+# All methods compared, in about a day of one core; stopped, it goes on where it was. `STUDY='--only AC-Flow --seeds 0'`
 # runs a part, `--jobs 2` two runs at a time; `--plan` says what is missing.
 study: install
 	$(BIN)/python benchmarks/study.py $(STUDY)

@@ -104,7 +104,7 @@ def test_seeds_wait_for_the_grid_and_take_what_it_chose(tmp_path):
     from study import study
     from study_plan import plan
 
-    runs = [run for run in plan() if run.label == "AWM" and run.stage in ("grid", "main")]
+    runs = [run for run in plan() if run.label == "AC-Flow" and run.stage in ("grid", "main")]
     grid, seeds = runs[:3], runs[3:]
     made = []
 
@@ -163,7 +163,7 @@ def test_the_smallest_study_is_run_and_its_page_has_its_numbers(tmp_path):
 
     study_report.write_page(file, tmp_path / "study.md", quick=True)
     page, records = (tmp_path / "study.md").read_text(), json.loads(file.read_text())["runs"]
-    assert "2 of 8 runs have been run" in page
+    assert "2 of 7 runs have been run" in page
     found = tables(page)
     for record in records.values():
         (last,) = record["points"]
@@ -196,7 +196,7 @@ def test_a_long_run_and_a_failed_one_stand_on_the_page():
     text = page({"long/RAM": long, "main/AWM": failed})
     assert tables(text)["method"]["RAM"] == ["1", "120 (accuracy)", "70.0", "60.0", "1.00", "0.75 / -0.75"]
     assert "**main/AWM failed**: ValueError: no" in text
-    assert "**1 of 200 runs have been run, between 2026-11-29 and 2026-11-29, on: m, torch 2.**" in text
+    assert "**1 of 182 runs have been run, between 2026-11-29 and 2026-11-29, on: m, torch 2.**" in text
 
 
 def test_the_page_in_the_docs_is_that_of_the_results_file():
