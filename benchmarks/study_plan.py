@@ -23,7 +23,7 @@ STAGES = ("grid", "main", "calls", "critic", "long", "ablation")
 CALLS = 8000  # scored pictures of a run of the stage "calls"
 CALLS_IMAGES = 128  # of an update
 LONG_UPDATES = 400
-LONG_IMAGES = 32  # of an update: a quarter of the demos', so that 400 updates fit
+LONG_IMAGES = 32  # of an update: fewer than the demos', so that 400 updates fit
 MOST_UPDATES = 1000  # of a run that ends by its time
 
 # Seconds of one core, by which runs are planned.
@@ -56,7 +56,7 @@ class Method:
 WINDOW = {"adjoint_steps": 3, "adjoint_clip_quantile": None}
 DRAFT = {"adjoint": "full", "loss_type": "hamiltonian", "control_cost_weight": 0.0, "reward_scale": 1.0}
 # What every row starts from: its demo, but for AC-Flow's trainer signed weights, as that demo has the fixed target.
-# Where rewards have no gradient, updates are half as large as the demos', so that there are enough of them.
+# Where rewards have no gradient, updates are smaller than the demos', so that there are enough of them.
 BASES = DEMOS | {
     "ac_flow": LINEAR | {"num_inference_steps": 8, "per_device_train_batch_size": 64},
     "diffusion_nft": DEMOS["diffusion_nft"] | {"per_device_train_batch_size": 64},
