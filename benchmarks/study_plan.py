@@ -22,6 +22,8 @@ GRID = (0.5, 1.0, 2.0)  # times the learning rate of the demo: every method's tu
 STAGES = ("grid", "main", "calls", "critic", "long", "ablation")
 CALLS = 8000  # scored pictures of a run of the stage "calls"
 CALLS_IMAGES = 128  # of an update
+# Of updates without gradients of the reward: fewer than the demos', so that there are enough updates.
+FEWER_IMAGES = {"per_device_train_batch_size": 64}
 LONG_UPDATES = 400
 LONG_IMAGES = 32  # of an update: fewer than the demos', so that 400 updates fit
 MOST_UPDATES = 1000  # of a run that ends by its time
@@ -56,11 +58,10 @@ class Method:
 WINDOW = {"adjoint_steps": 3, "adjoint_clip_quantile": None}
 DRAFT = {"adjoint": "full", "loss_type": "hamiltonian", "control_cost_weight": 0.0, "reward_scale": 1.0}
 # What every row starts from: its demo, but for AC-Flow's trainer signed weights, as that demo has the fixed target.
-# Where rewards have no gradient, updates are smaller than the demos', so that there are enough of them.
 BASES = DEMOS | {
-    "ac_flow": LINEAR | {"num_inference_steps": 8, "per_device_train_batch_size": 64},
-    "diffusion_nft": DEMOS["diffusion_nft"] | {"per_device_train_batch_size": 64},
-    "tafs_grpo": DEMOS["tafs_grpo"] | {"per_device_train_batch_size": 64},
+    "ac_flow": LINEAR | {"num_inference_steps": 8} | FEWER_IMAGES,
+    "diffusion_nft": DEMOS["diffusion_nft"] | FEWER_IMAGES,
+    "tafs_grpo": DEMOS["tafs_grpo"] | FEWER_IMAGES,
 }
 # The recipes of docs/ac_flow.md, with the pictures and the learning rate of the embedded model.
 CRITIC = {"critic": "reward_of_estimate"}  # the one that sees something of the checker's reward on shapes

@@ -21,6 +21,7 @@ from study_plan import (
     ABLATIONS,
     CALLS,
     CRITICS,
+    FEWER_IMAGES,
     GRID,
     GRID_LENGTH,
     GRID_SEED,
@@ -83,9 +84,9 @@ papers](papers.md) stay as they are.
   20 steps, on {pictures} pictures of {prompts} held-out prompts, the base model's with the same seeds.
 - **The same tuning budget for every method**: its demo's learning rate times {grid}, on seed {grid_seed}, which
   is not among the three, {grid_seconds:.0f} seconds of one core each, in the black box where the method runs there.
-  The highest checker accuracy at the end wins. All else is the demo's, or the recipe of the method's page, with 64
-  pictures an update where the reward has no gradient; AC-Flow has signed weights (`linear`), an anchor of 0.5 and
-  the critic that scores clean estimates.
+  The highest checker accuracy at the end wins. All else is the demo's, or the recipe of the method's page, with
+  {images} pictures an update where the reward has no gradient; AC-Flow has signed weights (`linear`), an anchor of 0.5
+  and the critic that scores clean estimates.
 - **Equal budgets.** Runs train for {seconds:.0f} seconds of one core, evaluations not counted. At equal time, reward
   calls (scored pictures) or updates means: at the most that every run of the table has spent, on straight lines
   between evaluations.
@@ -136,6 +137,7 @@ def page(records: dict[str, Record], quick: bool = False) -> str:
             seeds=", ".join(map(str, SEEDS)), pictures=length.prompts * length.pictures, prompts=length.prompts,
             grid=", ".join(f"{factor:g}" for factor in GRID), grid_seed=GRID_SEED,
             grid_seconds=GRID_LENGTH.seconds, seconds=length.seconds,
+            images=FEWER_IMAGES["per_device_train_batch_size"],
             kept=KEPT_DIVERSITY, lost=LOST_POINTS,
         )
     ]  # fmt: skip
