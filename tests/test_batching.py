@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import flowrl_trainers
+from flowrl_trainers.flow import dynamics, vector_jacobian_product
+from flowrl_trainers.trainers import vgg_flow_trainer
 
 from .helpers import TRAINERS, make_trainer, update_rows
 
@@ -82,3 +84,32 @@ def test_a_rollout_batch_holds_whole_micro_batches(tmp_path):
     sentence = r"`rollout_batch_size` \(6\) must be a multiple of `per_device_train_batch_size` \(4\)"
     with pytest.raises(ValueError, match=sentence):
         make_trainer("ACFlowTrainer", tmp_path, rollout_batch_size=6)
+
+
+@pytest.mark.parametrize(("product_batch_size", "sizes"), [(None, {6, 2}), (4, {4}), (2, {2})])
+@pytest.mark.parametrize("name", ["AdjointMatchingTrainer", "VGGFlowTrainer"])
+def test_products_are_taken_so_many_at_a_time(tmp_path, monkeypatch, name, product_batch_size, sizes):
+    """As many as are drawn unless a setting says otherwise; all else is the same but for rounding."""
+    taken = []
+
+    def watched(velocity, x, sigma, vector):
+        taken.append(len(x))
+        return vector_jacobian_product(velocity, x, sigma, vector)
+
+    for module in (dynamics, vgg_flow_trainer):
+        monkeypatch.setattr(module, "vector_jacobian_product", watched)
+    small = trained(tmp_path, name, 2, 4)
+    assert set(taken) == {2}
+    taken.clear()
+    large = trained(tmp_path, name, 2, 4, rollout_batch_size=6, product_batch_size=product_batch_size)
+    assert set(taken) == sizes
+    assert_same_but_for_rounding(small, large)
+
+
+def test_products_are_of_whole_micro_batches_and_of_a_value_network(tmp_path):
+    sentence = r"`product_batch_size` \(6\) must be a multiple of `per_device_train_batch_size` \(4\)"
+    with pytest.raises(ValueError, match=sentence):
+        make_trainer("AdjointMatchingTrainer", tmp_path, product_batch_size=6)
+    sentence = r"`product_batch_size` \(4\) has no effect without a value network"
+    with pytest.raises(ValueError, match=sentence):
+        make_trainer("VGGFlowTrainer", tmp_path, product_batch_size=4, value_network="none")

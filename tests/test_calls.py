@@ -38,7 +38,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], int | None]] = {
         3,
     ),
     "one step": ("AdjointMatchingTrainer", {"adjoint_steps": 1, "num_inference_steps": 1, "reward_scale": 10.0}, None),
-    "full": ("AdjointMatchingTrainer", {"adjoint": "full", "adjoint_steps": 3}, None),
+    "full": ("AdjointMatchingTrainer", {"adjoint": "full", "adjoint_steps": 3, "product_batch_size": 4}, None),
     "current": ("AdjointMatchingTrainer", {"adjoint": "current", "adjoint_steps": 3}, None),
     "hamiltonian, all weights": ("AdjointMatchingTrainer", {"loss_type": "hamiltonian", "lora": False}, None),
     "memoryless": (
@@ -54,6 +54,11 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], int | None]] = {
     "guided window": ("AdjointMatchingTrainer", {"guidance_scale": 3.0, "decode_batch_size": 1}, None),
     "value network": ("VGGFlowTrainer", {"num_iterations": 2}, 3),
     "value network, larger rollouts": ("VGGFlowTrainer", {"rollout_batch_size": 4, "decode_batch_size": 3}, None),
+    "value network, smaller products": (
+        "VGGFlowTrainer",
+        {"rollout_batch_size": 4, "product_batch_size": 2, "guidance_scale": 3.0},
+        None,
+    ),
     "no value network": ("VGGFlowTrainer", {"value_network": "none", "decode_batch_size": 3}, None),
     "guided value network": ("VGGFlowTrainer", {"guidance_scale": 3.0, "timestep_bins": 1}, None),
     "no value network, larger rollouts": (

@@ -49,6 +49,7 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "reward_scale": [0.0, -1.0],
     "control_to_velocity_ratio": [0.0, -1.0],
     "reward_gradient_clip_quantile": [0.0, 1.1],
+    "product_batch_size": [0],
     # AdjointMatchingConfig
     "adjoint_steps": [0, 21],
     "prefix_pool_size": [0, 7],

@@ -70,11 +70,11 @@ START = torch.randn(256, 2, generator=torch.Generator().manual_seed(1))
 class WrongPairing(AdjointMatchingTrainer):
     """Pairs the control at step k with g_k."""
 
-    def _adjoints(self, batch, terminal, kind):
-        adjoints, base_velocities = super()._adjoints(batch, terminal, kind)
+    def _adjoints(self, rollout, terminals, kind):
         h = self.window_sigmas[:-1] - self.window_sigmas[1:]
         slope, _ = base_coefficients(self.window_sigmas[:-1], 0.5, 0.5)
-        return adjoints * (1 - h * slope)[None, :, None], base_velocities
+        found = super()._adjoints(rollout, terminals, kind)
+        return [(adjoints * (1 - h * slope)[None, :, None], base) for adjoints, base in found]
 
 
 def train_adjoint_matching(

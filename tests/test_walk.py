@@ -58,7 +58,10 @@ SHARED: dict[str, st.SearchStrategy[Any]] = {
     "seed": st.integers(0, 2**32 - 1),
 }
 CLIP = st.none() | st.floats(0, 1)
-GRADIENT = {"reward_scale": st.none() | st.floats(0.01, 10), "control_to_velocity_ratio": st.none() | st.floats(0, 1)}
+GRADIENT = {
+    "reward_scale": st.none() | st.floats(0.01, 10), "control_to_velocity_ratio": st.none() | st.floats(0, 1),
+    "product_batch_size": st.none() | SMALL,
+}  # fmt: skip
 OF: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "AdjointMatchingTrainer": GRADIENT | {
         "adjoint_steps": st.integers(1, 6), "adjoint": st.sampled_from(["lean", "full", "current"]),

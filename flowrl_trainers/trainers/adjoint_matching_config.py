@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from transformers.hf_argparser import HfArg
 
 from ..cost import Call, Drawing, Kind, Phase
+from ..cost.calls import parts
 from ..flow.control_costs import ControlCostOrder
 from ..flow.dynamics import LATE_SHARE
 from .config_checks import Range
@@ -165,16 +166,16 @@ class AdjointMatchingConfig(RewardGradientConfig):
         return calls
 
     def _adjoint_calls(self, adjoint: str) -> list[Call]:
-        size, micro_batches = self.per_device_train_batch_size, self.micro_steps_per_rollout
-        carried, all_states = (self.adjoint_steps - 1) * micro_batches, self.adjoint_steps * micro_batches
+        carried = self.adjoint_steps - 1
         match adjoint:
             case "lean":
-                counts = {Kind.BASE_PRODUCT: carried, Kind.BASE: micro_batches}
+                counts = {Kind.BASE_PRODUCT: carried, Kind.BASE: 1}
             case "full":
-                counts = {Kind.BASE_PRODUCT: carried, Kind.PRODUCT: carried, Kind.BASE: micro_batches}
+                counts = {Kind.BASE_PRODUCT: carried, Kind.PRODUCT: carried, Kind.BASE: 1}
             case _:
-                counts = {Kind.PRODUCT: carried, Kind.BASE: all_states}
-        calls = [Call(kind, size, count, Phase.TARGET) for kind, count in counts.items()]
+                counts = {Kind.PRODUCT: carried, Kind.BASE: self.adjoint_steps}
+        sizes = parts(self.images_per_device, self.products_at_once).items()
+        calls = [Call(kind, size, n * count, Phase.TARGET) for kind, count in counts.items() for size, n in sizes]
         if adjoint == "full":
-            calls.append(Call(Kind.FORWARD, size, carried, Phase.TARGET, needed=False))
+            calls += [Call(Kind.FORWARD, size, n * carried, Phase.TARGET, needed=False) for size, n in sizes]
         return calls

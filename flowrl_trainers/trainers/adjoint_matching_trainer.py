@@ -42,6 +42,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -64,6 +65,7 @@ from ..pipelines import Conditioning
 from ..sampling.buffer import MicroBatch, Record
 from ..sampling.draws import ImageKey, keyed_generator, keyed_generators, noise
 from ..sampling.prefix_pool import PrefixPool
+from ..sampling.prompt_groups import Example
 from .adjoint_matching_config import AdjointMatchingConfig
 from .reward_gradient_trainer import RewardGradientTrainer
 
@@ -211,9 +213,11 @@ class AdjointMatchingTrainer(RewardGradientTrainer[AdjointMatchingRollout, Adjoi
             )  # the trained steps are the same for all images of a rollout
             generator = keyed_generator(self.args.seed, key, "earlier steps")
             trained = self.dynamics.trained_steps(self.args.adjoint_steps, generator)
+            terminals = [self.known_scale * gradient for gradient in gradients]
+            found = self._adjoints(rollout, terminals, self.args.adjoint)
             batches = [
-                batch.with_record(self._record(batch, gradient, trained)).zero_not_finite()
-                for batch, gradient in zip(rollout, gradients, strict=True)
+                batch.with_record(self._record(batch.record.states, *both, trained)).zero_not_finite()
+                for batch, both in zip(rollout, found, strict=True)
             ]
         self.count_bad_samples("adjoint", ~torch.cat([batch.good for batch in batches]))
         if self.args.adjoint_clip_quantile is not None:
@@ -239,16 +243,15 @@ class AdjointMatchingTrainer(RewardGradientTrainer[AdjointMatchingRollout, Adjoi
         return rollout, [self.clip(gradient, threshold) for gradient in gradients]
 
     def _record(
-        self, batch: MicroBatch[AdjointMatchingRollout], gradient: Tensor, trained: Sequence[int]
+        self, states: Tensor, adjoints: Tensor, base_velocities: Tensor, trained: Sequence[int]
     ) -> AdjointMatchingRecord:
-        """The record of the trained steps, given the gradients (B, ...) of the reward."""
-        adjoints, base_velocities = self._adjoints(batch, self.known_scale * gradient, self.args.adjoint)
+        """The record of the trained ones of K steps, (B, K, ...) each."""
 
         def of_images(table: Tensor) -> Tensor:
-            return table[trained].expand(len(gradient), -1)
+            return table[trained].expand(len(states), -1)
 
         return AdjointMatchingRecord(
-            states=batch.record.states[:, trained],
+            states=states[:, trained],
             sigmas=of_images(self.window_sigmas),
             base_velocities=base_velocities[:, trained],
             adjoints=adjoints[:, trained],
@@ -257,16 +260,22 @@ class AdjointMatchingTrainer(RewardGradientTrainer[AdjointMatchingRollout, Adjoi
         )
 
     def _adjoints(
-        self, batch: MicroBatch[AdjointMatchingRollout], terminal: Tensor, kind: str
-    ) -> tuple[Tensor, Tensor]:
-        """The adjoints g_{k+1} and the base velocities at all K states, (B, K, ...) each.
+        self, rollout: list[MicroBatch[AdjointMatchingRollout]], terminals: list[Tensor], kind: str
+    ) -> list[tuple[Tensor, ...]]:
+        """Of each batch the adjoints g_{k+1} and the base velocities at all K states, (B, K, ...) each.
 
         Args:
-            batch: B images.
-            terminal: g_N, (B, ...).
+            rollout: Its batches.
+            terminals: g_N of each, (B, ...).
             kind: Whose Jacobian carries the adjoint; see `args.adjoint`.
         """
-        conditioning, states = self.condition(batch.examples), batch.record.states.transpose(0, 1)
+        states, at_once = [batch.record.states for batch in rollout], self.args.products_at_once
+        found = self.at_once(partial(self._carried, kind), rollout, states, terminals, images=at_once)
+        return [both.unbind(1) for both in found]
+
+    def _carried(self, kind: str, states: Tensor, terminal: Tensor, examples: list[Example]) -> Tensor:
+        """Adjoints and base velocities, as above, of states (B, K, ...) with g_N (B, ...), as (B, 2, K, ...)."""
+        conditioning, states = self.condition(examples), states.transpose(0, 1)
 
         def velocity(x: Tensor, sigma: Tensor) -> Tensor:
             return self.model(x, sigma, conditioning, guidance=False)
@@ -294,7 +303,7 @@ class AdjointMatchingTrainer(RewardGradientTrainer[AdjointMatchingRollout, Adjoi
         with torch.no_grad(), self.model.reference():
             unknown = zip(states[: len(states) - len(known)], self.window_sigmas, strict=False)
             first = torch.stack([velocity(x, sigma.expand(len(x))) for x, sigma in unknown])
-        return adjoints.transpose(0, 1), torch.cat([first, known]).transpose(0, 1)
+        return torch.stack([adjoints, torch.cat([first, known])], dim=1).transpose(0, 2)
 
     def _target_control(self, adjoints: Tensor, gains: Tensor, batch_dims: int = 1) -> Tensor:
         """Grad L*(gain g) of adjoints (B, ...) and gains (B,), or of (B, T, ...) and (B, T)."""
@@ -305,8 +314,7 @@ class AdjointMatchingTrainer(RewardGradientTrainer[AdjointMatchingRollout, Adjoi
         self.refuse_zero_gradient(gradients)
         # The lean adjoint is linear in the gradient; at a scale near one it does not underflow in half precision.
         unit = 1 / math.sqrt(self.mean_square(gradients))
-        pairs = zip(rollout, gradients, strict=True)
-        found = [self._adjoints(batch, unit * gradient, "lean") for batch, gradient in pairs]
+        found = self._adjoints(rollout, [unit * gradient for gradient in gradients], "lean")
         wanted = self.args.control_to_velocity_ratio * math.sqrt(self.mean_square([base for _, base in found], 2))
         rms = torch.cat([(root_mean_square(adjoints, 2) * self.gains).flatten() for adjoints, _ in found])
         adjoint = self.accelerator.gather(rms).double()

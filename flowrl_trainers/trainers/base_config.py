@@ -380,11 +380,7 @@ class FlowRLConfig(TrainingArguments):
                 f"`steps_per_generation` ({self.steps_per_generation}) must be a multiple of "
                 f"`gradient_accumulation_steps` ({accumulation}): a rollout fills whole updates."
             )
-        if self.rollout_batch_size is not None and self.rollout_batch_size % self.per_device_train_batch_size:
-            raise ValueError(
-                f"`rollout_batch_size` ({self.rollout_batch_size}) must be a multiple of "
-                f"`per_device_train_batch_size` ({self.per_device_train_batch_size}): it holds whole micro-batches."
-            )
+        self.check_whole_micro_batches("rollout_batch_size")
         if self.n_gpu > 1:
             raise ValueError(
                 f"One process sees {self.n_gpu} GPUs, which would share each batch: start one process per GPU with "
@@ -417,4 +413,17 @@ class FlowRLConfig(TrainingArguments):
             raise ValueError(
                 f"`lr_scheduler_type` {name!r} takes less for better unless told: set `lr_scheduler_kwargs` to "
                 "{'mode': 'max'} for a reward."
+            )
+
+    def check_whole_micro_batches(self, name: str) -> None:
+        """Raises `ValueError` where a number of images is set that is no multiple of `per_device_train_batch_size`.
+
+        Args:
+            name: Of the setting.
+        """
+        images, micro_batch = vars(self)[name], self.per_device_train_batch_size
+        if images is not None and images % micro_batch:
+            raise ValueError(
+                f"`{name}` ({images}) must be a multiple of `per_device_train_batch_size` ({micro_batch}): it holds "
+                "whole micro-batches."
             )

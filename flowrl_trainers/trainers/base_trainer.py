@@ -717,15 +717,17 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         function: Callable[..., Tensor],
         batches: Sequence[MicroBatch[Any]],
         *columns: Sequence[Tensor],
+        images: int | None = None,
     ) -> list[Tensor]:
-        """What a function without gradients says of each micro-batch, called with `rollout_batch_size` images.
+        """What a function that trains nothing says of each micro-batch, called with several of them at a time.
 
         Args:
             function: Maps one tensor (M, ...) of each column, and M examples, to (M, ...).
             batches: Micro-batches.
             *columns: One tensor (B, ...) for each of them.
+            images: The most M, a multiple of `per_device_train_batch_size`. Default: `rollout_batch_size`.
         """
-        count = self.args.images_at_once // self.args.per_device_train_batch_size
+        count = (images or self.args.images_at_once) // self.args.per_device_train_batch_size
         found: list[Tensor] = []
         for start in range(0, len(batches), count):
             part = slice(start, start + count)

@@ -38,6 +38,22 @@ class RewardGradientConfig(FlowRLConfig):
         "`reward_decoder_cosine`. Default: the model's own.",
     )
 
+    product_batch_size: Annotated[int, Range(at_least=1)] | None = HfArg(
+        default=None,
+        help="The number of images per device whose vector-Jacobian products, those of adjoints and of VGG-Flow's "
+        "consistency loss, are taken at a time, a multiple of `per_device_train_batch_size`. They hold activations "
+        "nearly as an update of so many images does. Default: `rollout_batch_size`.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_whole_micro_batches("product_batch_size")
+
+    @property
+    def products_at_once(self) -> int:
+        """The images per device whose vector-Jacobian products are taken at a time."""
+        return self.product_batch_size or self.images_at_once
+
     @property
     def reward_decoder_name(self) -> str | None:
         """`reward_decoder`."""

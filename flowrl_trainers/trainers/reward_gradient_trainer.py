@@ -150,7 +150,8 @@ class RewardGradientTrainer(FlowRLTrainer[RolloutT, RecordT]):
         """The reward scale, once it is known."""
         scale = "not found yet" if self.reward_scale is None else f"{self.reward_scale:.4g}"
         decoder = {} if self.tiny_decoder is None else {"reward decoder": self.tiny_decoder.name}
-        return {"reward scale": scale} | decoder
+        size = self.args.product_batch_size
+        return {"reward scale": scale} | decoder | ({"product batch": size} if size else {})
 
     def _identity(self) -> dict[str, Any]:
         tiny = self.tiny_decoder

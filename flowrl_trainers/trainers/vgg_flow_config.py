@@ -60,6 +60,11 @@ class VGGFlowConfig(RewardGradientConfig):
                 f"`timestep_bins` ({self.timestep_bins}) must be between 1 and `num_inference_steps` - 1 "
                 f"({self.num_inference_steps - 1})."
             )
+        if self.product_batch_size is not None and self.value_network == "none":
+            raise ValueError(
+                f"`product_batch_size` ({self.product_batch_size}) has no effect without a value network, whose loss "
+                "alone takes vector-Jacobian products: leave it out."
+            )
         if self.ddp_find_unused_parameters is not False:  # Trainer makes True of None
             raise ValueError(
                 "`ddp_find_unused_parameters` must be False: with a value network the model is called twice before "
@@ -98,7 +103,7 @@ class VGGFlowConfig(RewardGradientConfig):
             calls += [Call(Kind.HEAD, batch, bins * count, Phase.TARGET) for batch, count in sizes]
             calls += drawing.velocities(Kind.FORWARD, images, self.images_at_once, bins, Phase.TARGET)
             calls += drawing.reward_gradients(together, micro_batches, self.decode_batch_size, size)
-            calls += drawing.velocity(Kind.BASE_PRODUCT, size, states, Phase.TARGET)
+            calls += drawing.velocities(Kind.BASE_PRODUCT, images, self.products_at_once, bins, Phase.TARGET)
             last = micro_batches * self.num_iterations
             calls += [Call(Kind.HEAD_TRAIN, 3 * size, last, Phase.UPDATE)]
             calls += [Call(Kind.HEAD_TRAIN, 2 * size, (self.timestep_bins - 1) * last, Phase.UPDATE)]

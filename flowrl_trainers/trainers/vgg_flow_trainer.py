@@ -37,6 +37,7 @@ from ..networks import value_network
 from ..pipelines import Conditioning
 from ..sampling.buffer import MicroBatch, Record
 from ..sampling.draws import ImageKey, keyed_generators
+from ..sampling.prompt_groups import Example
 from .reward_gradient_trainer import RewardGradientTrainer
 from .vgg_flow_config import VGGFlowConfig
 
@@ -273,7 +274,8 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
         ask_head = partial(self.velocities, guidance=True, part="head")
         residuals = self.at_once(ask_head, rollout, states, sigmas)
         G = [term + c for term, c in zip(reward_terms, residuals, strict=True)]
-        targets, base = zip(*map(self._products, rollout, G), strict=True)
+        found = self.at_once(self._products, rollout, states, sigmas, G, images=self.args.products_at_once)
+        targets, base = zip(*(both.unbind(1) for both in found), strict=True)
         eps = [sigma.clamp(max=self.args.finite_difference_step) for sigma in sigmas]
         shifted = [x - expand_like(e, x) * (v_base + g) for x, e, v_base, g in zip(states, eps, base, G, strict=True)]
         levels = [sigma - e for sigma, e in zip(sigmas, eps, strict=True)]
@@ -295,18 +297,24 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
             )
         return list(base), records, good
 
-    def _products(self, batch: MicroBatch[VGGFlowRollout], G: Tensor) -> tuple[Tensor, Tensor]:
-        """J_base^T G and v_base at the states of a batch, (B, K, ...) each; G: (B, K, ...)."""
-        conditioning, record = self.condition(batch.examples), batch.record
+    def _products(self, states: Tensor, sigmas: Tensor, G: Tensor, examples: list[Example]) -> Tensor:
+        """J_base^T G and v_base at states (B, K, ...) of B images and their levels (B, K), as (B, 2, K, ...).
+
+        Args:
+            states: (B, K, ...).
+            sigmas: (B, K).
+            G: (B, K, ...).
+            examples: B of them.
+        """
+        conditioning = self.condition(examples)
 
         def guided(x: Tensor, sigma: Tensor) -> Tensor:
             return self.model(x, sigma, conditioning, guidance=True)
 
         with self.model.reference():
-            columns = zip(record.states.unbind(1), record.sigmas.unbind(1), G.unbind(1), strict=True)
-            found = [vector_jacobian_product(guided, *column) for column in columns]
-        products, velocities = zip(*found, strict=True)
-        return torch.stack(products, dim=1), torch.stack(velocities, dim=1)
+            columns = zip(states.unbind(1), sigmas.unbind(1), G.unbind(1), strict=True)
+            found = [torch.stack(vector_jacobian_product(guided, *column), dim=1) for column in columns]
+        return torch.stack(found, dim=2)
 
     # ---- the loss --------------------------------------------------------------------------------------------------
 
