@@ -183,7 +183,7 @@ def calls_of_the_probe(t: FlowRLTrainer, drawing: Drawing) -> list[Call]:
     steps = len(t.sigmas) - 1
     calls = drawing.velocity(Kind.FORWARD, 2, steps, Phase.ROLLOUT)
     if t.needs_reward_gradient:
-        return calls + drawing.reward_gradients(2, 1, t.args.decode_batch_size, t.args.per_device_train_batch_size)
+        return calls + drawing.reward_gradients(2, 1, t.args.decode_batch_size, t.args.images_at_once)
     decoded = parts(2, min(2, drawing.decoded_together)) if drawing.decodes else {}
     calls += [Call(Kind.DECODE, size, count, Phase.REWARD) for size, count in decoded.items()]
     return [*calls, Call(Kind.REWARD, 2, 1, Phase.REWARD)]

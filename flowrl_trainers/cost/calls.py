@@ -126,17 +126,16 @@ class Drawing:
             calls += [Call(Kind.DECODE, part, count * n, Phase.REWARD, needed) for part, n in decoded.items()]
         return calls
 
-    def reward_gradients(self, pictures: int, count: int, at_a_time: int | None, micro_batch: int) -> list[Call]:
+    def reward_gradients(self, pictures: int, count: int, at_a_time: int | None, at_most: int) -> list[Call]:
         """Decode, score and differentiate `count` times, as `Scorer.score_with_gradient` does.
 
         Args:
             pictures: The pictures of each time.
             count: How often.
-            at_a_time: `decode_batch_size`; None for a megapixel, and at most a micro-batch, which is also what is
-                taken where nothing is decoded.
-            micro_batch: The images of a micro-batch.
+            at_a_time: `decode_batch_size`; None for `at_most`, and of decoded pictures a megapixel's.
+            at_most: `rollout_batch_size`, or its default.
         """
-        together = at_a_time or (min(micro_batch, self.decoded_together) if self.decodes else micro_batch)
+        together = at_a_time or (min(at_most, self.decoded_together) if self.decodes else at_most)
         sizes = parts(pictures, together).items()
         return [Call(Kind.REWARD_GRADIENT, size, count * n, Phase.REWARD) for size, n in sizes]
 

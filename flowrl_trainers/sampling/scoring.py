@@ -234,10 +234,9 @@ class Scorer:
         rewards: R of them.
         weights: (R,), those of their sum.
         context: See `Context`.
-        batch_size: The images scored at a time without a gradient.
+        batch_size: The images scored at a time.
         decode_batch_size: The images decoded and scored at a time; None for `batch_size`, and where a gradient is
-            taken for a megapixel.
-        gradient_batch_size: The images scored at most with a gradient; None for `batch_size`.
+            taken through a decoder for at most a megapixel of them.
         group_size: The images of a prompt, which groupwise rewards see together.
         judging: A context in which decoders and these rewards are on the device; see `Placement`.
     """
@@ -250,14 +249,12 @@ class Scorer:
         context: Context,
         batch_size: int,
         decode_batch_size: int | None = None,
-        gradient_batch_size: int | None = None,
         group_size: int = 1,
         judging: Judging = leave_in_place,
     ) -> None:
         self.flow, self.rewards, self.weights, self.context = flow, rewards, weights, context
         self.batch_size, self.decode_batch_size = batch_size, decode_batch_size
-        self.gradient_batch_size, self.judging = gradient_batch_size or batch_size, judging
-        self.group_size = group_size
+        self.group_size, self.judging = group_size, judging
         self.gradient_decoder: Decoder | None = None
         """Decodes where a gradient is taken; None for the pipeline's own."""
 
@@ -321,8 +318,8 @@ class Scorer:
     def _score_with_gradient(self, latents: Tensor, examples: list[Example]) -> tuple[Tensor, Tensor]:
         decodes = any(reward.sees == "images" for reward in self.rewards)
         decode = self.gradient_decoder or self.flow.decode
-        most = self.gradient_batch_size
-        size = self.decode_batch_size or (pictures_at_a_time(self.flow, most) if decodes else most)
+        together = pictures_at_a_time(self.flow, self.batch_size) if decodes else self.batch_size
+        size = self.decode_batch_size or together
         scores, gradients = [], []
         for start in range(0, len(latents), size):
             x = latents[start : start + size].detach().requires_grad_()

@@ -150,7 +150,7 @@ class AdjointMatchingConfig(RewardGradientConfig):
         calls = drawing.velocities(Kind.FORWARD, images, at_once, steps - last_is_base, Phase.ROLLOUT)
         if last_is_base:
             calls += drawing.velocities(Kind.BASE, images, at_once, 1, Phase.ROLLOUT)
-        calls += drawing.reward_gradients(size, micro_batches, self.decode_batch_size, size)
+        calls += drawing.reward_gradients(images, 1, self.decode_batch_size, at_once)
         calls += self._adjoint_calls(self.adjoint)
         losses = self.trained_steps * micro_batches * self.num_iterations
         return [*calls, Call(Kind.TRAIN, size, losses, Phase.UPDATE)]

@@ -232,15 +232,14 @@ class AdjointMatchingTrainer(RewardGradientTrainer[AdjointMatchingRollout, Adjoi
         self, rollout: list[MicroBatch[AdjointMatchingRollout]]
     ) -> tuple[list[MicroBatch[AdjointMatchingRollout]], list[Tensor]]:
         """The batches, in which images without a gradient are left out, and the clipped gradients (B, ...) of each."""
-        scored = [self.reward_gradient(batch.record.final, batch.examples) for batch in rollout]
-        rollout = [batch.keeping(good) for batch, (*_, good) in zip(rollout, scored, strict=True)]
-        all_scores = torch.cat([scores for scores, *_ in scored])
-        self.log_rewards(all_scores, rollout)
-        self.show_samples(torch.cat([batch.record.final for batch in rollout]), all_scores, rollout)
+        final, sizes = torch.cat([batch.record.final for batch in rollout]), [len(batch.examples) for batch in rollout]
+        scores, gradient, good = self.reward_gradient(final, [e for batch in rollout for e in batch.examples])
+        rollout = [batch.keeping(part) for batch, part in zip(rollout, good.split(sizes), strict=True)]
+        self.log_rewards(scores, rollout)
+        self.show_samples(final, scores, rollout)
         self.count_bad_samples("reward_gradient", ~torch.cat([batch.good for batch in rollout]))
-        gradients = [gradient for _, gradient, _ in scored]
-        threshold = self.clip_threshold(torch.cat([gradient.flatten(1).norm(dim=1) for gradient in gradients]))
-        return rollout, [self.clip(gradient, threshold) for gradient in gradients]
+        threshold = self.clip_threshold(gradient.flatten(1).norm(dim=1))
+        return rollout, list(self.clip(gradient, threshold).split(sizes))
 
     def _record(
         self, states: Tensor, adjoints: Tensor, base_velocities: Tensor, trained: Sequence[int]

@@ -99,10 +99,10 @@ class FlowRLConfig(TrainingArguments):
     num_iterations: Annotated[int, Range(at_least=1)] = HfArg(default=1, help="How many times each rollout is used.")
     rollout_batch_size: Annotated[int, Range(at_least=1)] | None = HfArg(
         default=None,
-        help="The number of images per device that are drawn, scored and given to the base model at a time where no "
-        "gradient is taken, a multiple of `per_device_train_batch_size`: larger batches are faster and need more "
-        "memory, and rewards are called with them. TAFS-GRPO draws in batches of its updates all the same, as "
-        "rounding depends on the size of a batch. Default: `per_device_train_batch_size`.",
+        help="The number of images per device that are drawn, scored and given to the base model at a time, a "
+        "multiple of `per_device_train_batch_size`, which is the size of updates alone: larger batches are faster and "
+        "need more memory, and rewards are called with them. TAFS-GRPO draws in batches of its updates all the same, "
+        "as rounding depends on the size of a batch. Default: `per_device_train_batch_size`.",
     )
     decode_batch_size: Annotated[int, Range(at_least=1)] | None = HfArg(
         default=None,
@@ -226,7 +226,7 @@ class FlowRLConfig(TrainingArguments):
 
     @property
     def images_at_once(self) -> int:
-        """The images per device that phases without gradients take at a time."""
+        """The images per device that phases outside of updates take at a time."""
         return self.rollout_batch_size or self.per_device_train_batch_size
 
     @property

@@ -286,7 +286,6 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             self.reward_context,
             batch_size=args.images_at_once,
             decode_batch_size=args.decode_batch_size,
-            gradient_batch_size=args.per_device_train_batch_size,
             group_size=args.num_generations,
             judging=self.placement.judging,
         )

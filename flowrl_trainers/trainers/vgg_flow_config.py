@@ -94,7 +94,7 @@ class VGGFlowConfig(RewardGradientConfig):
         at_once = self.decode_batch_size or self.images_at_once
         calls += drawing.scores(self.images_per_device, at_once, needed=False)
         together = self.timestep_bins * size
-        calls += drawing.reward_gradients(together, micro_batches, self.decode_batch_size, size)
+        calls += drawing.reward_gradients(together, micro_batches, self.decode_batch_size, self.images_at_once)
         if self.value_network == "none":
             calls += self._base_calls(drawing)
         else:
@@ -102,7 +102,7 @@ class VGGFlowConfig(RewardGradientConfig):
             sizes = parts(images, self.images_at_once).items()
             calls += [Call(Kind.HEAD, batch, bins * count, Phase.TARGET) for batch, count in sizes]
             calls += drawing.velocities(Kind.FORWARD, images, self.images_at_once, bins, Phase.TARGET)
-            calls += drawing.reward_gradients(together, micro_batches, self.decode_batch_size, size)
+            calls += drawing.reward_gradients(together, micro_batches, self.decode_batch_size, self.images_at_once)
             calls += drawing.velocities(Kind.BASE_PRODUCT, images, self.products_at_once, bins, Phase.TARGET)
             last = micro_batches * self.num_iterations
             calls += [Call(Kind.HEAD_TRAIN, 3 * size, last, Phase.UPDATE)]
