@@ -65,9 +65,6 @@ def variants(name: str, micro_batch: int) -> dict[str, dict[str, Any]]:
     if name == "AdjointMatching":
         found["`prefix_pool_size`, once the pool is drawn"] = {"prefix_pool_size": IMAGES}
         everything = everything | {"prefix_pool_size": IMAGES}
-    if name == "VGGFlow":  # half of whose update are gradients of the reward, at all states of a micro-batch
-        found["`decode_batch_size` too"] = larger | compiled | {"decode_batch_size": 4 * micro_batch}
-        everything = everything | {"decode_batch_size": 4 * micro_batch}
     found[ALL] = everything
     if name == "AdjointMatching":
         found[CHECKPOINT] = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
