@@ -80,7 +80,7 @@ def test_few_step_samplers_are_judged_as_they_draw():
 
 
 def test_the_plan_fits_about_a_day_of_one_core_and_every_setting_is_accepted(tmp_path):
-    from study_plan import CRITICS, METHODS, SCORED, SEEDS, plan
+    from study_plan import ABLATIONS, CRITICS, LONG, METHODS, SCORED, SEEDS, plan
 
     from flowrl_trainers.cli.arguments import TRAINERS, parse
 
@@ -93,6 +93,10 @@ def test_the_plan_fits_about_a_day_of_one_core_and_every_setting_is_accepted(tmp
     for stage, methods in (("calls", SCORED), ("critic", CRITICS)):
         named = [(run.label, run.seed) for run in runs if run.stage == stage]
         assert sorted(named) == sorted((label, seed) for label in methods for seed in SEEDS)
+    long = [(run.stage, run.seed) for run in runs if run.stage in ("long", "ablation")]
+    others = ["long"] * len(LONG) * (len(SEEDS) - 1)
+    assert [stage for stage, _ in long] == ["long"] * len(LONG) + ["ablation"] * len(ABLATIONS) + others
+    assert {seed for _, seed in long[: len(LONG) + len(ABLATIONS)]} == {SEEDS[0]}  # what is cut first comes last
     for run in [*{(r.setting, r.label): r for r in runs}.values(), *plan(quick=True)]:
         settings = run.settings(2.0) | {"output_dir": str(tmp_path)}
         _, config = parse("demo", TRAINERS[run.method.demo].config_class, [], settings)
