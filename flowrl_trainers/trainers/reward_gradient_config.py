@@ -37,7 +37,6 @@ class RewardGradientConfig(FlowRLConfig):
         "object is passed to the trainer instead. The first rollout takes both gradients and logs their cosine as "
         "`reward_decoder_cosine`. Default: the model's own.",
     )
-
     product_batch_size: Annotated[int, Range(at_least=1)] | None = HfArg(
         default=None,
         help="The number of images per device whose vector-Jacobian products, those of adjoints and of VGG-Flow's "
