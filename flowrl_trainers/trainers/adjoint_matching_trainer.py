@@ -216,8 +216,8 @@ class AdjointMatchingTrainer(RewardGradientTrainer[AdjointMatchingRollout, Adjoi
             terminals = [self.known_scale * gradient for gradient in gradients]
             found = self._adjoints(rollout, terminals, self.args.adjoint)
             batches = [
-                batch.with_record(self._record(batch.record.states, *both, trained)).zero_not_finite()
-                for batch, both in zip(rollout, found, strict=True)
+                batch.with_record(self._record(batch.record.states, adjoints, base, trained)).zero_not_finite()
+                for batch, (adjoints, base) in zip(rollout, found, strict=True)
             ]
         self.count_bad_samples("adjoint", ~torch.cat([batch.good for batch in batches]))
         if self.args.adjoint_clip_quantile is not None:
