@@ -78,9 +78,10 @@ def make_trainer(
     dataset=None,
     eval_dataset=None,
     lora: bool = True,
+    own_critic: nn.Module | None = None,
     **settings,
 ) -> FlowRLTrainer:
-    """Any of `FORMS`, for two updates of four images in three steps."""
+    """Any of `FORMS`, for two updates of four images in three steps; with a critic, AC-Flow that is given it."""
     trainer = getattr(flowrl_trainers, trainer_of(name))
     defaults = dict(
         output_dir=str(folder), max_steps=2, per_device_train_batch_size=4, num_inference_steps=3, guidance_scale=1.0,
@@ -93,6 +94,7 @@ def make_trainer(
         Dataset.from_dict({"prompt": CAPTIONS}) if dataset is None else dataset,
         eval_dataset,
         peft_config=LoraConfig(r=2, lora_alpha=4) if lora else None,
+        **({} if own_critic is None else {"critic": own_critic}),
     )
 
 

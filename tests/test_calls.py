@@ -77,6 +77,11 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], int | None]] = {
         None,
     ),
     "critic": ("ACFlowTrainer", {"critic_warmup_max_steps": 0, "critic_steps": 3, "decode_batch_size": 3}, None),
+    "critic of one's own": (
+        "ACFlowTrainer",
+        {"critic": "module", "critic_warmup_max_steps": 0, "timestep_bins": 2},
+        None,
+    ),
     "critic that sees": ("ACFlowTrainer", {"critic": "backbone", "critic_warmup_max_steps": 0}, None),
     "reward of the estimate": ("ACFlowTrainer", {"critic": "reward_of_estimate", "decode_batch_size": 3}, None),
     "no critic": ("ACFlowTrainer", {"critic": "none", "timestep_bins": 2, "guidance_scale": 3.0}, 1),
@@ -206,10 +211,14 @@ def test_calls_made_are_the_calls_stated(tmp_path, monkeypatch, option):
     if "reward_decoder" in settings:
         tiny_autoencoder().save_pretrained(tmp_path / "tiny")
         settings["reward_decoder"] = str(tmp_path / "tiny")
+    own = None
+    if settings.get("critic") == "module":
+        own = make_trainer("ACFlowTrainer", tmp_path, critic="convolutional").critic
     monkeypatch.setattr(scoring, "MEGAPIXEL", (together or 1000) * 32**2)
     observer = Observer(sees)
     updates = settings.get("steps_per_generation", 2) // 2 * settings.get("num_iterations", 1)
-    t = make_trainer(name, tmp_path, reward=observer.reward, **(ROLLOUT | settings), max_steps=ROLLOUTS * updates)
+    steps = ROLLOUTS * updates
+    t = make_trainer(name, tmp_path, reward=observer.reward, own_critic=own, **(ROLLOUT | settings), max_steps=steps)
     assert t.args.updates_on_rollout == updates
     observer.watch(t)
     t.train()
