@@ -30,11 +30,12 @@ GPUS = {
 
 LOWER = {
     ENCODE: "`max_sequence_length` does not help: encode elsewhere, or load the text encoders in a lower precision",
-    Phase.ROLLOUT: "`per_device_train_batch_size` (with more `gradient_accumulation_steps`)",
+    Phase.ROLLOUT: "`rollout_batch_size` where it is set, or `per_device_train_batch_size` (with more "
+    "`gradient_accumulation_steps`)",
     Phase.REWARD: "`decode_batch_size: 1`, which decodes and scores one picture at a time; then "
     "`activation_checkpointing: true`",
-    Phase.TARGET: "`per_device_train_batch_size` (with more `gradient_accumulation_steps`), or "
-    "`activation_checkpointing: true`",
+    Phase.TARGET: "`rollout_batch_size` where it is set (of products alone: `product_batch_size`), "
+    "`per_device_train_batch_size` (with more `gradient_accumulation_steps`), or `activation_checkpointing: true`",
     Phase.UPDATE: "`activation_checkpointing: true`, or `per_device_train_batch_size` (with more "
     "`gradient_accumulation_steps`)",
     Phase.EVALUATION: "`per_device_eval_batch_size`",
