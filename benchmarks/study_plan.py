@@ -121,13 +121,15 @@ LONG: dict[str, Method] = {label: METHODS[label] for label in ("AC-Flow", "RAM",
 LONG["TAFS-GRPO"] = METHODS["TAFS-GRPO, mixed"]
 WITHOUT = VARIANTS["ac_flow"]
 EXPONENTIAL = CRITIC | {"weighting": "exponential", "normalize_weights": True}
-# The abstract's three claims: clipping with a warm-up, weights from the critic, and the anchor beside both weightings.
-# The critic that sees needs no warm-up, so that one is left out of a critic that does.
+# The abstract's three claims: shaping, clipping with a warm-up, and weights from the critic; and the anchor, all
+# beside both weightings. The critic that sees needs no warm-up, so that is left out of one that does. Nor does it take
+# rewards as they are, so shaping is left out where there is no critic.
 ABLATIONS: dict[str, Method] = {
     f"AC-Flow, {label}": Method("ac_flow", changes)
     for label, changes in {
         "no clipping of advantages": CRITIC | WITHOUT["no clipping of advantages"],
         "no critic": NO_CRITIC,
+        "no critic, no shaping": NO_CRITIC | {"reward_shaping": "none"},
         "anchor of 0.01 for 0.5": CRITIC | WITHOUT["anchor of 0.01 for 0.5"],
         "backbone critic": BACKBONE,
         "backbone critic, no warm-up": BACKBONE | WITHOUT["no warm-up of the critic"],

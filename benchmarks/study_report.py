@@ -40,6 +40,7 @@ from study_plan import (
 from variants import spread
 
 ROOT = Path(__file__).parent.parent
+CRITICS_TABLE = ROOT / "docs" / "tables" / "critics.md"
 NOT_RUN, NONE_YET = "not run", "None of these has been run yet."
 UNITS = {"seconds": "seconds of training", "reward_calls": "scored pictures", "updates": "updates"}
 
@@ -297,7 +298,8 @@ def _long(records: list[Record]) -> list[str]:
         "## Long runs: what is stable",
         "",
         f"Black box, {LONG_UPDATES} updates of {LONG_IMAGES} pictures or until collapse; the demo's learning rate. "
-        "Collapse is judged by the sampler that a method trains, the rows here are drawn by the ODE.",
+        "Collapse is judged by the sampler that a method trains, the rows here are drawn by the ODE. Levels are the "
+        "quarters of sigma; [what could be explained](ac_flow.md#critics) is the mean of those measured in a quarter.",
         "",
     ]
     if not records:
@@ -306,6 +308,7 @@ def _long(records: list[Record]) -> list[str]:
         "| method | runs | collapsed, at update | best checker accuracy, % | last | kept diversity, last "
         "| explained variance of the critic by level, last quarter |",
         "|---|---:|---|---:|---:|---:|---:|",
+        f"| *what could be explained* | | | | | | {_explainable()} |",
     ]
     for label in [*LONG, *ABLATIONS]:
         found = [r for r in records if r["label"] == label]
@@ -322,6 +325,15 @@ def _long(records: list[Record]) -> list[str]:
             f"| {_explained(found)} |"
         )
     return [*lines, ""]
+
+
+def _explainable() -> str:
+    """The shares that a critic could explain, from the table of `critics.py`, quarter by quarter from the cleanest."""
+    rows = [line.strip("| ").split("|") for line in CRITICS_TABLE.read_text(encoding="utf-8").splitlines()]
+    quarters: list[list[float]] = [[], [], [], []]
+    for level, share in zip(rows[0][3:], rows[2][3:], strict=True):
+        quarters[int(4 * float(level.removeprefix(" sigma ")))].append(float(share))
+    return " / ".join(f"{statistics.mean(shares):.2f}" if shares else "not measured" for shares in quarters)
 
 
 def _explained(records: list[Record]) -> str:

@@ -199,8 +199,12 @@ def test_a_long_run_and_a_failed_one_stand_on_the_page():
     failed = facts | {"stage": "main", "label": "AWM", "seed": 1, "error": "ValueError: no"}
     text = page({"long/RAM": long, "main/AWM": failed})
     assert tables(text)["method"]["RAM"] == ["1", "120 (accuracy)", "70.0", "60.0", "1.00", "0.75 / -0.75"]
+    could = tables((PAGE.parent / "tables" / "critics.md").read_text())["critic"]["*what could be explained*"]
+    at_90, at_75, at_60, at_45, at_30 = (float(share) for share in could[-5:])
+    quarters = f"{(at_30 + at_45) / 2:.2f} / {at_60:.2f} / {(at_75 + at_90) / 2:.2f}"
+    assert tables(text)["method"]["*what could be explained*"][-1] == f"not measured / {quarters}"
     assert "**main/AWM failed**: ValueError: no" in text
-    assert "**1 of 182 runs have been run, between 2026-11-29 and 2026-11-29, on: m, torch 2.**" in text
+    assert "**1 of 183 runs have been run, between 2026-11-29 and 2026-11-29, on: m, torch 2.**" in text
 
 
 def test_the_page_in_the_docs_is_that_of_the_results_file():
