@@ -45,6 +45,8 @@ NOT_RUN, NONE_YET = "not run", "None of these has been run yet."
 UNITS = {"seconds": "seconds of training", "reward_calls": "scored pictures", "updates": "updates"}
 
 RIVALS = ("DRaFT-3", "Flow-GRPO")
+LONG_STAGES = ("long", "ablation")
+ORDER = [*METHODS, *SCORED, *CRITICS, *LONG, *ABLATIONS]  # of the rows of a grid
 MATCHED = ("adjoint matching, K = 3", "VGG-Flow", "AC-Flow", "TAFS-GRPO, mixed")
 
 COLUMNS: dict[str, tuple[str, str]] = {
@@ -166,7 +168,7 @@ def page(records: dict[str, Record], quick: bool = False) -> str:
             lines += _equal(of_setting, setting, "seconds", 4)
     lines += _scored(done, "calls", SCORED, f"Black box: after {CALLS} scored pictures", SCORED_TEXT)
     lines += _scored(done, "critic", CRITICS, "What a critic buys", CRITICS_TEXT)
-    lines += _long([r for r in done if r["stage"] in ("long", "ablation")])
+    lines += _long([r for r in done if r["stage"] in LONG_STAGES])
     if not quick:
         lines.append(PUBLISHED)
     return "\n".join(lines).rstrip() + "\n"
@@ -245,15 +247,20 @@ def _images(records: list[Record], setting: str) -> list[str]:
     name, texts = setting.replace(" ", "_"), {
         "pareto": "Checker accuracy at the end of every run, against kept diversity and against velocity distance",
         "curves": "Checker accuracy against seconds of training and against scored pictures, every run",
-        "grid": f"The same prompts and seeds: {'; '.join(records[0]['prompts'])}",
     }  # fmt: skip
-    return [part for kind, text in texts.items() for part in (f"![{text}](images/study_{name}_{kind}.png)", "")]
+    plots = [part for kind, text in texts.items() for part in (f"![{text}](images/study_{name}_{kind}.png)", "")]
+    return [*plots, *_pictures(records, name)]
+
+
+def _pictures(records: list[Record], name: str) -> list[str]:
+    """The grid of a setting or a stage, with what was asked for."""
+    return [f"![The same prompts and seeds: {'; '.join(records[0]['prompts'])}](images/study_{name}_grid.png)", ""]
 
 
 def _scored(records: list[Record], stage: str, methods: Mapping[str, Method], title: str, text: str) -> list[str]:
-    has_runs = any(r["stage"] == stage for r in records)
-    table = table_at_end(records, stage, methods) if has_runs else [NONE_YET]
-    return [f"## {title}", "", *text.splitlines(), "", *table, ""]
+    found = [r for r in records if r["stage"] == stage]
+    shown = [*table_at_end(records, stage, methods), "", *_pictures(found, stage)] if found else [NONE_YET, ""]
+    return [f"## {title}", "", *text.splitlines(), "", *shown]
 
 
 def table_at_end(records: list[Record], stage: str, methods: Mapping[str, Method]) -> list[str]:
@@ -324,7 +331,7 @@ def _long(records: list[Record]) -> list[str]:
             f"| {label} | {len(found)} | {', '.join(ends) or 'none'} | {best} | {last} | {kept} "
             f"| {_explained(found)} |"
         )
-    return [*lines, ""]
+    return [*lines, "", *_pictures(records, LONG_STAGES[0])]
 
 
 def _explainable() -> str:
@@ -347,10 +354,14 @@ def _explained(records: list[Record]) -> str:
 
 
 def draw(records: dict[str, Record], folder: Path) -> None:
-    """Draw plots and grids of all settings that have runs into a folder."""
-    main = [r for r in records.values() if "error" not in r and r["stage"] in ("main", "quick")]
+    """Draw plots and grids of all settings and stages that have runs into a folder."""
+    done = [r for r in records.values() if "error" not in r]
+    for stages in (("calls",), ("critic",), LONG_STAGES):
+        found = [r for r in done if r["stage"] in stages]
+        if found:
+            _grid(found, folder / f"study_{stages[0]}_grid.png")
     for setting in REWARDS:
-        found = [r for r in main if r["setting"] == setting]
+        found = [r for r in done if r["setting"] == setting and r["stage"] in ("main", "quick")]
         if found:
             name = f"study_{setting.replace(' ', '_')}"
             _pareto(found, folder / f"{name}_pareto.png")
@@ -394,15 +405,17 @@ def _curves(records: list[Record], file: Path) -> None:
 
 
 def _grid(records: list[Record], file: Path) -> None:
-    """A row of pictures for the base model and for each method, of its first seed."""
+    """A row of pictures for each method, of its first seed, below that of the base model by the same sampler."""
     first: dict[str, Record] = {}
-    for record in sorted(records, key=lambda r: r["seed"]):
+    for record in sorted(records, key=lambda r: (r["seed"], ORDER.index(r["label"]))):
         first.setdefault(record["label"], record)
-    rows = {"base": records[0]["pictures"]["base"]} | {label: r["pictures"]["tuned"] for label, r in first.items()}
-    strips = {label: Image.open(io.BytesIO(base64.b64decode(strip))) for label, strip in rows.items()}
-    figure = Figure(figsize=(7, 1.2 * len(strips)), layout="constrained")
-    for plot, (label, strip) in zip(np.atleast_1d(figure.subplots(len(strips), 1)), strips.items(), strict=True):
-        plot.imshow(strip, interpolation="nearest")
+    rows: list[tuple[str, str]] = []
+    for base in dict.fromkeys(record["pictures"]["base"] for record in first.values()):
+        rows.append(("base, drawn as the rows below", base))
+        rows += [(label, r["pictures"]["tuned"]) for label, r in first.items() if r["pictures"]["base"] == base]
+    figure = Figure(figsize=(7, 1.2 * len(rows)), layout="constrained")
+    for plot, (label, strip) in zip(np.atleast_1d(figure.subplots(len(rows), 1)), rows, strict=True):
+        plot.imshow(Image.open(io.BytesIO(base64.b64decode(strip))), interpolation="nearest")
         plot.set_title(label, fontsize=8, loc="left")
         plot.axis("off")
     figure.savefig(file, dpi=90)

@@ -193,7 +193,7 @@ def test_a_long_run_and_a_failed_one_stand_on_the_page():
 
     points = [point(40, 0.5), point(80, 0.7), point(120, 0.6)]
     explained = [{"updates": n, "critic/a_0": 0.1 * n, "critic/a_1": -0.1 * n} for n in range(1, 9)]
-    facts = {"setting": "black box", "date": "2026-11-29", "machine": "m", "torch": "2"}
+    facts = {"setting": "black box", "date": "2026-11-29", "machine": "m", "torch": "2", "prompts": ["a red circle"]}
     long = facts | {"stage": "long", "label": "RAM", "seed": 0, "points": points, "explained_variance": explained}
     long["collapse"] = collapse(points)
     failed = facts | {"stage": "main", "label": "AWM", "seed": 1, "error": "ValueError: no"}
@@ -205,6 +205,28 @@ def test_a_long_run_and_a_failed_one_stand_on_the_page():
     assert tables(text)["method"]["*what could be explained*"][-1] == f"not measured / {quarters}"
     assert "**main/AWM failed**: ValueError: no" in text
     assert "**1 of 183 runs have been run, between 2026-11-29 and 2026-11-29, on: m, torch 2.**" in text
+
+
+def test_methods_stand_below_the_base_that_their_sampler_draws(tmp_path):
+    """Three methods of two samplers, so two rows of base pictures; a second seed adds none."""
+    import torch
+    from PIL import Image
+    from study_report import draw
+    from study_run import strip
+
+    shades = iter(torch.linspace(0, 1, 8).tolist())
+    ode, sde = (strip(torch.full((6, 3, 8, 8), next(shades))) for _ in range(2))
+    drawn = [("RAM", 0, ode), ("Flow-GRPO", 0, sde), ("AWM", 0, ode), ("AWM", 1, sde)]
+    records = {
+        f"{label} {seed}": {
+            "stage": "calls", "setting": "black box", "label": label, "seed": seed,
+            "pictures": {"base": base, "tuned": strip(torch.full((6, 3, 8, 8), next(shades)))},
+        }
+        for label, seed, base in drawn
+    }  # fmt: skip
+    draw(records, tmp_path)
+    with Image.open(tmp_path / "study_calls_grid.png") as grid:
+        assert grid.height == round(1.2 * 90 * (3 + 2))
 
 
 def test_the_page_in_the_docs_is_that_of_the_results_file():
