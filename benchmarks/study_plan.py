@@ -45,13 +45,21 @@ class Method:
         demo: The demo from which its settings come.
         changes: Those in which it differs from `BASES`.
         settings: The settings, keys of `REWARDS`, in which it runs.
-        steps: Of the sampler that judges all rows of its table.
+        steps: Of the ODE that judges it.
     """
 
     demo: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     settings: tuple[str, ...] = BOTH
     steps: int = 20
+
+    @property
+    def tables(self) -> set[int]:
+        """The steps in which the rows of its tables are drawn: 20, or 4; both for a renoising sampler of four steps,
+        beside which every evaluation has the ODE.
+        """
+        renoises_in_four = self.demo == "tafs_grpo" and "num_inference_steps" not in self.changes
+        return {self.steps, 4} if renoises_in_four else {self.steps}
 
 
 # The last steps alone, as the trainer's defaults have it; the demo controls all of them. One alone is refused.
@@ -85,6 +93,7 @@ ORW = NO_CRITIC | {
     "temperature": 0.2, "wasserstein_coefficient": 0.3,
 }  # fmt: skip
 FEW = {"num_inference_steps": 4}
+FLOW_GRPO = VARIANTS["tafs_grpo"]["Flow-GRPO"]
 
 METHODS: dict[str, Method] = {
     "adjoint matching, K = 2": Method(
@@ -112,7 +121,8 @@ METHODS: dict[str, Method] = {
     "TAFS-GRPO, final": Method("tafs_grpo", {"credit_rule": "final"}, BLACK_BOX),
     "TAFS-GRPO, level": Method("tafs_grpo", {"credit_rule": "level"}, BLACK_BOX),
     "TAFS-GRPO, mixed": Method("tafs_grpo"),
-    "Flow-GRPO": Method("tafs_grpo", VARIANTS["tafs_grpo"]["Flow-GRPO"]),
+    "Flow-GRPO": Method("tafs_grpo", FLOW_GRPO | {"num_inference_steps": 10}),
+    "Flow-GRPO, 4 steps": Method("tafs_grpo", FLOW_GRPO, BLACK_BOX),
     "DiffusionNFT, 4 steps": Method("diffusion_nft", FEW, BLACK_BOX, steps=4),
     "AWM, 4 steps": Method("ac_flow", AWM | FEW | {"timestep_bins": 4}, BLACK_BOX, steps=4),
 }
@@ -150,6 +160,7 @@ SCORED: dict[str, Method] = {
     "AWM": METHODS["AWM"],
     "DiffusionNFT": METHODS["DiffusionNFT"],
     "Flow-GRPO": METHODS["Flow-GRPO"],
+    "Flow-GRPO, 4 steps": METHODS["Flow-GRPO, 4 steps"],
 }
 # Where E[u|z] is not the old policy's velocity, which is what a critic is for; judged as it is drawn.
 SHIFTED = {"guidance 2": {"guidance_scale": 2.0}, "4 steps": FEW}

@@ -47,6 +47,11 @@ UNITS = {"seconds": "seconds of training", "reward_calls": "scored pictures", "u
 RIVALS = ("DRaFT-3", "Flow-GRPO")
 LONG_STAGES = ("long", "ablation")
 ORDER = [*METHODS, *SCORED, *CRITICS, *LONG, *ABLATIONS]  # of the rows of a grid
+# By what draws in four steps; all others by the ODE.
+BASES_OF_FOUR = {
+    "tafs_grpo": "base, by the sampler of TAFS-GRPO",
+    "flow_grpo": "base, by the sampler of Flow-GRPO",
+}
 MATCHED = ("adjoint matching, K = 3", "VGG-Flow", "AC-Flow", "TAFS-GRPO, mixed")
 
 COLUMNS: dict[str, tuple[str, str]] = {
@@ -66,7 +71,8 @@ OF_END: dict[str, tuple[str, str]] = {
 OF_RUN: dict[str, tuple[str, str]] = {
     "feature_distance": ("feature distance", ".3f"),
     "seconds_per_update": ("s per update", ".2f"),
-    "peak_mib": ("peak MiB", ".0f"),
+    "peak_mib": ("peak MiB of the process", ".0f"),
+    "factor": ("learning rate, times the demo's", "g"),
 }
 
 HEAD = """# The study: which method, when
@@ -87,17 +93,21 @@ papers](papers.md) stay as they are.
   20 steps, on {pictures} pictures of {prompts} held-out prompts, the base model's with the same seeds.
 - **The same tuning budget for every method**: its demo's learning rate times {grid}, on seed {grid_seed}, which
   is not among the three, {grid_seconds:.0f} seconds of one core each, in the black box where the method runs there.
-  The highest checker accuracy at the end wins. All else is the demo's, or the recipe of the method's page, with
-  {images} pictures an update where the reward has no gradient; AC-Flow has signed weights (`linear`), an anchor of 0.5
-  and the critic that scores clean estimates.
+  The highest checker accuracy on {grid_pictures} pictures wins, the rate nearest to the demo's of equal ones; the
+  tables name it. Twice the rate is the edge of this grid: where it won, a higher one may do better.
+- **The settings.** The equations are those of the method's page, sizes and optimizer the demo's: {images} pictures
+  an update where a method takes no gradient of the reward, LoRAs of rank 16, no moving average; fewer pictures of a
+  prompt and fewer levels than the recipes of RAM and AWM have. AC-Flow has signed weights (`linear`), an anchor of 0.5
+  and, but for one table, the critic that scores clean estimates. Rollouts take 20 steps for a gradient of the reward,
+  8 of DiffusionNFT and AC-Flow's trainer, 4 of TAFS-GRPO; of Flow-GRPO 10, as its recipe has them, or 4.
 - **Equal budgets.** Runs train for {seconds:.0f} seconds of one core, evaluations not counted. At equal time, reward
   calls (scored pictures) or updates means: at the most that every run of the table has spent, on straight lines
-  between evaluations.
+  between evaluations. A clean estimate that is scored, or through which a gradient is taken, counts as a picture.
 - **Diversity** is the mean distance between right pictures of a prompt; **velocity distance** is relative to
   the base velocity; **feature distance** is between tuned and base picture of the same prompt and seed, in the
   space of the shapes reward, at the end of the run.
 - **Over-optimisation** is the training reward since the evaluation before, less the held-out checker accuracy,
-  in points. It compares methods within one setting, and says nothing by itself.
+  in points. It compares runs of one method: rollouts differ in their samplers, and `shapes` is no percentage.
 - **At matched checker accuracy**: the highest that both runs of a seed reached, where each first reached it; the
   difference is in shares of the base model's diversity.
 - **Collapse** was defined before the long runs: the first evaluation at which diversity is below {kept:g} of
@@ -115,7 +125,8 @@ numbers, the guidance regime stated.
 
 
 SCORED_TEXT = """The five methods for rewards without a gradient, at the learning rate of the demos, not tuned on
-a grid. 128 pictures an update; Flow-GRPO, too, is judged by the ODE in 20 steps."""
+a grid. 128 pictures an update; Flow-GRPO, too, is judged by the ODE in 20 steps. AC-Flow stands here with the
+convolutional critic, as the one that scores clean estimates would score five times as many pictures."""
 CRITICS_TEXT = """A critic frees the fixed target of bias wherever the velocity of the old policy is not the mean of
 its own pictures' ([why](ac_flow.md)): where rollouts are guided and the loss is not, and in few steps. RAM with and
 without the critic that scores clean estimates, as many updates as above of half as many pictures; they are judged with
@@ -139,7 +150,8 @@ def page(records: dict[str, Record], quick: bool = False) -> str:
             when=f", between {dates[0]} and {dates[-1]}, on: {'; '.join(where)}" if done else "",
             seeds=", ".join(map(str, SEEDS)), pictures=length.prompts * length.pictures, prompts=length.prompts,
             grid=", ".join(f"{factor:g}" for factor in GRID), grid_seed=GRID_SEED,
-            grid_seconds=GRID_LENGTH.seconds, seconds=length.seconds,
+            grid_seconds=GRID_LENGTH.seconds, grid_pictures=GRID_LENGTH.prompts * GRID_LENGTH.pictures,
+            seconds=length.seconds,
             images=FEWER_IMAGES["per_device_train_batch_size"],
             kept=KEPT_DIVERSITY, lost=LOST_POINTS,
         )
@@ -162,7 +174,7 @@ def page(records: dict[str, Record], quick: bool = False) -> str:
             lines += [
                 "### In four steps",
                 "",
-                "Rows are drawn in 4 steps, TAFS-GRPO's by the sampler that it trains.",
+                "Rows are drawn in 4 steps, those of TAFS-GRPO and Flow-GRPO by the samplers that they train.",
                 "",
             ]
             lines += _equal(of_setting, setting, "seconds", 4)
@@ -175,12 +187,8 @@ def page(records: dict[str, Record], quick: bool = False) -> str:
 
 
 def _labels(setting: str, steps: int) -> list[str]:
-    """The methods of a table, those of TAFS-GRPO in both."""
-    return [
-        label
-        for label, m in METHODS.items()
-        if setting in m.settings and (m.steps == steps or (steps == 4 and label.startswith("TAFS")))
-    ]
+    """The methods of a table."""
+    return [label for label, method in METHODS.items() if setting in method.settings and steps in method.tables]
 
 
 def _equal(records: list[Record], setting: str, axis: str, steps: int) -> list[str]:
@@ -206,11 +214,14 @@ def _equal(records: list[Record], setting: str, axis: str, steps: int) -> list[s
 
 
 def _bases(records: list[Record], steps: int) -> dict[str, list[Record]]:
-    """The runs that say what the base model does; by the sampler of TAFS-GRPO apart, where that is judged."""
+    """The runs that say what the base model does, sampler by sampler."""
     if steps == 20:
         return {"base": records}
-    renoising = [r for r in records if METHODS[r["label"]].demo == "tafs_grpo"]
-    return {"base": [r for r in records if r not in renoising], "base, by the sampler of TAFS-GRPO": renoising}
+    found: dict[str, list[Record]] = {"base": []} | {name: [] for name in BASES_OF_FOUR.values()}
+    for record in records:
+        sampler = record["settings"].get("kernel", METHODS[record["label"]].demo)
+        found[BASES_OF_FOUR.get(sampler, "base")].append(record)
+    return found
 
 
 def _row(label: str, values: list[dict[str, float]], more: Mapping[str, tuple[str, str]]) -> str:
@@ -265,8 +276,8 @@ def _scored(records: list[Record], stage: str, methods: Mapping[str, Method], ti
 
 def table_at_end(records: list[Record], stage: str, methods: Mapping[str, Method]) -> list[str]:
     """The methods of a stage at the end of their runs, under a row for each base that they start from."""
-    names = [title for title, _ in (COLUMNS | OF_END).values()]
-    lines = [f"| {HEADS[stage]} | runs | " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) + 1)]
+    names = [*(title for title, _ in (COLUMNS | OF_END).values()), "collapsed, at update"]
+    lines = [f"| {HEADS[stage]} | runs | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names) + "---|"]
     base: list[dict[str, float]] = []
     for label, method in methods.items():
         found = [r for r in records if (r["stage"], r["label"]) == (stage, label)]
@@ -275,8 +286,8 @@ def table_at_end(records: list[Record], stage: str, methods: Mapping[str, Method
             continue
         before, base = base, [measured(r, None, method.steps) for r in found]
         if base[:1] != before[:1]:
-            lines.append(_row("base", base, OF_END))
-        lines.append(_row(label, [_at_end(r, method.steps) for r in found], OF_END))
+            lines.append(_row("base", base, OF_END) + " |")
+        lines.append(_row(label, [_at_end(r, method.steps) for r in found], OF_END) + f" {_ends(found)} |")
     return lines
 
 
@@ -322,16 +333,18 @@ def _long(records: list[Record]) -> list[str]:
         if not found:
             lines.append(f"| {label} | {NOT_RUN} | | | | | |")
             continue
-        ends = [f"{r['collapse']['updates']} ({r['collapse']['reason']})" for r in found if r["collapse"]]
         values = [[measured(r, point, 20) for point in r["points"]] for r in found]
         best = spread([max(v["checker_accuracy"] for v in each) for each in values], ".1f")
         last = spread([each[-1]["checker_accuracy"] for each in values], ".1f")
         kept = spread([each[-1].get("kept_diversity", 0.0) for each in values], ".2f")
-        lines.append(
-            f"| {label} | {len(found)} | {', '.join(ends) or 'none'} | {best} | {last} | {kept} "
-            f"| {_explained(found)} |"
-        )
+        lines.append(f"| {label} | {len(found)} | {_ends(found)} | {best} | {last} | {kept} | {_explained(found)} |")
     return [*lines, "", *_pictures(records, LONG_STAGES[0])]
+
+
+def _ends(records: list[Record]) -> str:
+    """When and why runs collapsed."""
+    ends = [f"{r['collapse']['updates']} ({r['collapse']['reason']})" for r in records if r["collapse"]]
+    return ", ".join(ends) or "none"
 
 
 def _explainable() -> str:

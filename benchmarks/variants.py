@@ -123,10 +123,9 @@ def main() -> None:
 
 
 def spread(values: list[float], form: str) -> str:
-    """Mean and range of values in a format such as '.2f'; one value by itself."""
-    if len(values) == 1:
-        return f"{values[0]:{form}}"
-    return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+    """Mean and range of values in a format such as '.2f'; the mean alone where both ends read the same."""
+    mean, low, high = (f"{value:{form}}" for value in (statistics.mean(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 if __name__ == "__main__":

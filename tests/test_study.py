@@ -180,6 +180,7 @@ def test_the_smallest_study_is_run_and_its_page_has_its_numbers(tmp_path):
         assert row[4] == f"{last['rows']['tuned']['velocity_distance']:.3f}"
         assert row[5] == f"{100 * (last['training_reward'] - accuracy):+.1f}"
         assert row[6] == f"{record['feature_distance']:.3f}"
+        assert row[9] == "1"  # the demo's learning rate
     assert page.count("None of these has been run yet.") == 3  # at equal calls, critics, long runs
     for setting in ("differentiable", "black_box"):
         for kind in ("pareto", "curves", "grid"):
@@ -204,7 +205,7 @@ def test_a_long_run_and_a_failed_one_stand_on_the_page():
     quarters = f"{(at_30 + at_45) / 2:.2f} / {at_60:.2f} / {(at_75 + at_90) / 2:.2f}"
     assert tables(text)["method"]["*what could be explained*"][-1] == f"not measured / {quarters}"
     assert "**main/AWM failed**: ValueError: no" in text
-    assert "**1 of 183 runs have been run, between 2026-11-29 and 2026-11-29, on: m, torch 2.**" in text
+    assert "**1 of 192 runs have been run, between 2026-11-29 and 2026-11-29, on: m, torch 2.**" in text
 
 
 def test_methods_stand_below_the_base_that_their_sampler_draws(tmp_path):
