@@ -65,7 +65,8 @@ def measured(record: Record, point: Point | None, steps: int) -> dict[str, float
 
 
 def at(record: Record, axis: str, budget: float, steps: int) -> dict[str, float]:
-    """The values of a run when it had spent a budget, on straight lines between its evaluations.
+    """The values of a run when it had spent a budget, on straight lines between its evaluations; those of its last one
+    where it collapsed before.
 
     Args:
         record: The run.
@@ -74,7 +75,7 @@ def at(record: Record, axis: str, budget: float, steps: int) -> dict[str, float]
         steps: See `rows_of`.
 
     Raises:
-        ValueError: If the run never spent as much.
+        ValueError: If the run never spent as much, and did not collapse.
     """
     before, spent = measured(record, None, steps), 0.0
     for point in record["points"]:
@@ -86,6 +87,8 @@ def at(record: Record, axis: str, budget: float, steps: int) -> dict[str, float]
                 name: value for name, value in after.items() if name not in before
             }
         before, spent = after, point[axis]
+    if record["collapse"]:
+        return before
     raise ValueError(f"`budget` ({budget}) must be at most the {axis} of the run ({spent}): lower it.")
 
 
@@ -110,8 +113,9 @@ def matched_diversity(record: Record, rival: Record) -> float | None:
 
 
 def equal_budget(records: list[Record], axis: str) -> float:
-    """The most that every one of the runs has spent."""
-    return min(record["points"][-1][axis] for record in records)
+    """The most that every one of the runs has spent, but for those that collapsed, where there are others."""
+    lasting = [record for record in records if not record["collapse"]]
+    return min(record["points"][-1][axis] for record in lasting or records)
 
 
 def best_factor(records: list[Record], steps: int) -> float:

@@ -68,6 +68,7 @@ OF_END: dict[str, tuple[str, str]] = {
     "reward_calls": ("scored pictures", ".0f"),
     "seconds": ("seconds of one core", ".0f"),
 }
+COLLAPSED = "collapsed, at update"
 OF_RUN: dict[str, tuple[str, str]] = {
     "feature_distance": ("feature distance", ".3f"),
     "seconds_per_update": ("s per update", ".2f"),
@@ -101,8 +102,9 @@ papers](papers.md) stay as they are.
   and, but for one table, the critic that scores clean estimates. Rollouts take 20 steps for a gradient of the reward,
   8 of DiffusionNFT and AC-Flow's trainer, 4 of TAFS-GRPO; of Flow-GRPO 10, as its recipe has them, or 4.
 - **Equal budgets.** Runs train for {seconds:.0f} seconds of one core, evaluations not counted. At equal time, reward
-  calls (scored pictures) or updates means: at the most that every run of the table has spent, on straight lines
-  between evaluations. A clean estimate that is scored, or through which a gradient is taken, counts as a picture.
+  calls (scored pictures) or updates means: at the most that every run of the table has spent that did not collapse,
+  on straight lines between evaluations. A clean estimate that is scored, or through which a gradient is taken, counts
+  as a picture.
 - **Diversity** is the mean distance between right pictures of a prompt; **velocity distance** is relative to
   the base velocity; **feature distance** is between tuned and base picture of the same prompt and seed, in the
   space of the shapes reward, at the end of the run.
@@ -111,7 +113,8 @@ papers](papers.md) stay as they are.
 - **At matched checker accuracy**: the highest that both runs of a seed reached, where each first reached it; the
   difference is in shares of the base model's diversity.
 - **Collapse** was defined before the long runs: the first evaluation at which diversity is below {kept:g} of
-  the base model's, or checker accuracy is {lost:g} points below its best in the run so far. A run ends there.
+  the base model's, or checker accuracy is {lost:g} points below its best in the run so far, the base included. A run
+  ends there, and counts with its last evaluation among runs that went on.
 """
 
 
@@ -198,18 +201,18 @@ def _equal(records: list[Record], setting: str, axis: str, steps: int) -> list[s
     budget = equal_budget(shown, axis) if shown else None
     of_run = OF_RUN if axis == "seconds" else {}
     title = f"At equal {UNITS[axis]}" + (f" ({budget:.0f})" if budget is not None else "")
-    names = [title for title, _ in (COLUMNS | of_run).values()]
-    lines = [f"| {title} | runs | " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) + 1)]
+    names = [*(title for title, _ in (COLUMNS | of_run).values()), COLLAPSED]
+    lines = [f"| {title} | runs | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names) + "---|"]
     for label, of_base in _bases(shown, steps).items():
         rows = [measured(r, None, steps) for r in of_base]
-        lines.append(_row(label, rows, of_run) if rows else _empty(label, names))
+        lines.append(_row(label, rows, of_run) + " |" if rows else _empty(label, names))
     for label in labels:
         found = [r for r in shown if r["label"] == label]
         if not found or budget is None:
             lines.append(_empty(label, names))
             continue
         values = [at(r, axis, budget, steps) | {name: r[name] for name in of_run} for r in found]
-        lines.append(_row(label, values, of_run))
+        lines.append(_row(label, values, of_run) + f" {_ends(found)} |")
     return [*lines, ""]
 
 
@@ -276,7 +279,7 @@ def _scored(records: list[Record], stage: str, methods: Mapping[str, Method], ti
 
 def table_at_end(records: list[Record], stage: str, methods: Mapping[str, Method]) -> list[str]:
     """The methods of a stage at the end of their runs, under a row for each base that they start from."""
-    names = [*(title for title, _ in (COLUMNS | OF_END).values()), "collapsed, at update"]
+    names = [*(title for title, _ in (COLUMNS | OF_END).values()), COLLAPSED]
     lines = [f"| {HEADS[stage]} | runs | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names) + "---|"]
     base: list[dict[str, float]] = []
     for label, method in methods.items():
@@ -323,7 +326,7 @@ def _long(records: list[Record]) -> list[str]:
     if not records:
         return [*lines, NONE_YET, ""]
     lines += [
-        "| method | runs | collapsed, at update | best checker accuracy, % | last | kept diversity, last "
+        f"| method | runs | {COLLAPSED} | best checker accuracy, % | last | kept diversity, last "
         "| explained variance of the critic by level, last quarter |",
         "|---|---:|---|---:|---:|---:|---:|",
         f"| *what could be explained* | | | | | | {_explainable()} |",

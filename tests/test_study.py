@@ -48,15 +48,26 @@ def test_an_equal_budget_is_read_between_two_evaluations():
     """40 % at 0, 50 % at 20 seconds, 70 % at 40: 60 % at 30 seconds, which are 15 updates and 150 scored pictures."""
     from study_measures import at, equal_budget
 
-    record = {"points": [point(10, 0.5), point(20, 0.7, 0.1)]}
+    record = {"points": [point(10, 0.5), point(20, 0.7, 0.1)], "collapse": None}
     for axis, budget in (("seconds", 30.0), ("updates", 15), ("reward_calls", 150.0)):
         found = at(record, axis, budget, 20)
         assert found["checker_accuracy"] == pytest.approx(60)
         assert found["kept_diversity"] == pytest.approx(0.75)
     assert at(record, "seconds", 10.0, 20)["checker_accuracy"] == pytest.approx(45)
-    assert equal_budget([record, {"points": [point(15, 0.5)]}], "updates") == 15
+    assert equal_budget([record, {"points": [point(15, 0.5)], "collapse": None}], "updates") == 15
     with pytest.raises(ValueError, match=r"^`budget` \(41\) must be at most the seconds of the run \(40\.0\)"):
         at(record, "seconds", 41, 20)
+
+
+def test_a_collapsed_run_counts_with_its_end_and_lowers_no_budget():
+    from study_measures import at, equal_budget
+
+    whole = {"points": [point(10, 0.5), point(20, 0.7)], "collapse": None}
+    ended = {"points": [point(10, 0.3)], "collapse": {"updates": 10, "reason": "accuracy"}}
+    assert equal_budget([whole, ended], "updates") == 20
+    assert equal_budget([ended], "updates") == 10
+    assert at(ended, "updates", 20, 20)["checker_accuracy"] == pytest.approx(30)
+    assert at(ended, "updates", 5, 20)["checker_accuracy"] == pytest.approx(35)
 
 
 def test_diversity_is_compared_where_both_runs_first_were_as_good():
