@@ -92,13 +92,15 @@ def at(record: Record, axis: str, budget: float, steps: int) -> dict[str, float]
     raise ValueError(f"`budget` ({budget}) must be at most the {axis} of the run ({spent}): lower it.")
 
 
-def matched_diversity(record: Record, rival: Record) -> float | None:
+def matched_diversity(record: Record, rival: Record) -> tuple[float, float] | None:
     """The diversity that a run keeps less that of a rival of the same seed, at the highest checker accuracy that both
-    reached by the ODE in 20 steps, each where it first reached it; None where that is not above the base model's.
+    reached by the ODE in 20 steps, each where it first reached it; and by how many points that is above the base
+    model's. None where it is not.
     """
     curves = [[measured(r, point, 20) for point in (None, *r["points"])] for r in (record, rival)]
     accuracy = min(max(value["checker_accuracy"] for value in curve) for curve in curves)
-    if accuracy <= curves[0][0]["checker_accuracy"]:
+    rise = accuracy - curves[0][0]["checker_accuracy"]
+    if rise <= 0:
         return None
     kept = []
     for curve in curves:
@@ -109,7 +111,7 @@ def matched_diversity(record: Record, rival: Record) -> float | None:
                 diversities = before.get("kept_diversity", 0.0), after.get("kept_diversity", 0.0)
                 kept.append(diversities[0] + share * (diversities[1] - diversities[0]))
                 break
-    return kept[0] - kept[1]
+    return kept[0] - kept[1], rise
 
 
 def equal_budget(records: list[Record], axis: str) -> float:

@@ -44,7 +44,7 @@ CRITICS_TABLE = ROOT / "docs" / "tables" / "critics.md"
 NOT_RUN, NONE_YET = "not run", "None of these has been run yet."
 UNITS = {"seconds": "seconds of training", "reward_calls": "scored pictures", "updates": "updates"}
 
-RIVALS = ("DRaFT-3", "Flow-GRPO")
+RIVALS = ("DRaFT-3", "Flow-GRPO", "Flow-GRPO, 4 steps")
 LONG_STAGES = ("long", "ablation")
 ORDER = [*METHODS, *SCORED, *CRITICS, *LONG, *ABLATIONS]  # of the rows of a grid
 # By what draws in four steps; all others by the ODE.
@@ -250,9 +250,16 @@ def _matched(records: list[Record], setting: str) -> list[str]:
         for rival in rivals:
             pairs = [(by_run[label, s], by_run[rival, s]) for s in SEEDS if {(label, s), (rival, s)} <= by_run.keys()]
             found = [d for pair in pairs if (d := matched_diversity(*pair)) is not None]
-            cells.append(spread(found, "+.3f") if found else NOT_RUN if not pairs else "never above the base")
+            cells.append(_at_rise(found) if found else NOT_RUN if not pairs else "never above the base")
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return [*lines, ""]
+
+
+def _at_rise(found: list[tuple[float, float]]) -> str:
+    """Differences, and how far above the base they were taken, from those of pairs of runs."""
+    differences, rises = zip(*found, strict=True)
+    pairs = f"{len(found)} pair{'s' if len(found) > 1 else ''}"
+    return f"{spread(list(differences), '+.3f')}, {statistics.mean(rises):.0f} points above the base ({pairs})"
 
 
 def _images(records: list[Record], setting: str) -> list[str]:

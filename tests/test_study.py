@@ -75,7 +75,7 @@ def test_diversity_is_compared_where_both_runs_first_were_as_good():
     from study_measures import matched_diversity
 
     record = {"points": [point(10, 0.5), point(20, 0.7, 0.1), point(30, 0.6, 0.01)]}
-    assert matched_diversity(record, {"points": [point(10, 0.6, 0.12)]}) == pytest.approx(0.75 - 0.6)
+    assert matched_diversity(record, {"points": [point(10, 0.6, 0.12)]}) == pytest.approx((0.75 - 0.6, 20))
     assert matched_diversity(record, {"points": [point(10, 0.3)]}) is None
 
 
