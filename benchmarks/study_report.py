@@ -37,6 +37,7 @@ from study_plan import (
     Method,
     plan,
 )
+from study_text import CLAIMS, CRITICS_TEXT, FAILURES, FINDINGS, HEAD, METHOD, PUBLISHED, SCORED_TEXT
 from variants import spread
 
 ROOT = Path(__file__).parent.parent
@@ -76,65 +77,6 @@ OF_RUN: dict[str, tuple[str, str]] = {
     "factor": ("learning rate, times the demo's", "g"),
 }
 
-HEAD = """# The study: which method, when
-
-All methods on the [embedded model](shapes.md), as `make study` runs them. One script writes this page from
-`benchmarks/results/study.json`; a run that is not in that file is marked "{not_run}" here.
-
-**{done} of {planned} runs have been run{when}.**
-
-A toy of 3.5 million parameters decides defaults of numerics and speed, and not of taste: the [recipes of the
-papers](papers.md) stay as they are.
-
-## How it is measured
-
-- **Two settings.** Differentiable: the reward is the shapes reward, and the checker judges. Black box: the
-  reward is the checker, and the shapes reward judges.
-- **Seeds** {seeds}. Every table has the mean over them, and the range in brackets. Rows are drawn by the ODE in
-  20 steps, on {pictures} pictures of {prompts} held-out prompts, the base model's with the same seeds.
-- **The same tuning budget for every method**: its demo's learning rate times {grid}, on seed {grid_seed}, which
-  is not among the three, {grid_seconds:.0f} seconds of one core each, in the black box where the method runs there.
-  The highest checker accuracy on {grid_pictures} pictures wins, the rate nearest to the demo's of equal ones; the
-  tables name it. Twice the rate is the edge of this grid: where it won, a higher one may do better.
-- **The settings.** The equations are those of the method's page, sizes and optimizer the demo's: {images} pictures
-  an update where a method takes no gradient of the reward, LoRAs of rank 16, no moving average; fewer pictures of a
-  prompt and fewer levels than the recipes of RAM and AWM have. AC-Flow has signed weights (`linear`), an anchor of 0.5
-  and, but for one table, the critic that scores clean estimates. Rollouts take 20 steps for a gradient of the reward,
-  8 of DiffusionNFT and AC-Flow's trainer, 4 of TAFS-GRPO; of Flow-GRPO 10, as its recipe has them, or 4.
-- **Equal budgets.** Runs train for {seconds:.0f} seconds of one core, evaluations not counted. At equal time, reward
-  calls (scored pictures) or updates means: at the most that every run of the table has spent that did not collapse,
-  on straight lines between evaluations. A clean estimate that is scored, or through which a gradient is taken, counts
-  as a picture.
-- **Diversity** is the mean distance between right pictures of a prompt; **velocity distance** is relative to
-  the base velocity; **feature distance** is between tuned and base picture of the same prompt and seed, in the
-  space of the shapes reward, at the end of the run.
-- **Over-optimisation** is the training reward since the evaluation before, less the held-out checker accuracy,
-  in points. It compares runs of one method: rollouts differ in their samplers, and `shapes` is no percentage.
-- **At matched checker accuracy**: the highest that both runs of a seed reached, where each first reached it; the
-  difference is in shares of the base model's diversity.
-- **Collapse** was defined before the long runs: the first evaluation at which diversity is below {kept:g} of
-  the base model's, or checker accuracy is {lost:g} points below its best in the run so far, the base included. A run
-  ends there, and counts with its last evaluation among runs that went on.
-"""
-
-
-PUBLISHED = """## With published weights
-
-`python benchmarks/published.py` tunes a published model for a task that others report, and puts it beside their
-numbers, the guidance regime stated.
-
---8<-- "docs/tables/published.md"
-"""
-
-
-SCORED_TEXT = """The five methods for rewards without a gradient, at the learning rate of the demos, not tuned on
-a grid. 128 pictures an update; Flow-GRPO, too, is judged by the ODE in 20 steps. AC-Flow stands here with the
-convolutional critic, as the one that scores clean estimates would score five times as many pictures."""
-CRITICS_TEXT = """A critic frees the fixed target of bias wherever the velocity of the old policy is not the mean of
-its own pictures' ([why](ac_flow.md)): where rollouts are guided and the loss is not, and in few steps. RAM with and
-without the critic that scores clean estimates, as many updates as above of half as many pictures; they are judged with
-the guidance and the steps of the rollouts. The critic spends four more reward calls for each picture."""
-
 
 def page(records: dict[str, Record], quick: bool = False) -> str:
     """The text of the page.
@@ -151,13 +93,16 @@ def page(records: dict[str, Record], quick: bool = False) -> str:
         HEAD.format(
             not_run=NOT_RUN, done=len(done), planned=len(runs),
             when=f", between {dates[0]} and {dates[-1]}, on: {'; '.join(where)}" if done else "",
+        ),
+        "" if quick else FINDINGS,
+        METHOD.format(
             seeds=", ".join(map(str, SEEDS)), pictures=length.prompts * length.pictures, prompts=length.prompts,
             grid=", ".join(f"{factor:g}" for factor in GRID), grid_seed=GRID_SEED,
             grid_seconds=GRID_LENGTH.seconds, grid_pictures=GRID_LENGTH.prompts * GRID_LENGTH.pictures,
             seconds=length.seconds,
             images=FEWER_IMAGES["per_device_train_batch_size"],
             kept=KEPT_DIVERSITY, lost=LOST_POINTS,
-        )
+        ),
     ]  # fmt: skip
     failed = {name: r["error"] for name, r in records.items() if "error" in r}
     lines += [f"**{name} failed**: {error}\n" for name, error in failed.items()]
@@ -185,7 +130,7 @@ def page(records: dict[str, Record], quick: bool = False) -> str:
     lines += _scored(done, "critic", CRITICS, "What a critic buys", CRITICS_TEXT)
     lines += _long([r for r in done if r["stage"] in LONG_STAGES])
     if not quick:
-        lines.append(PUBLISHED)
+        lines += [CLAIMS, FAILURES, PUBLISHED]
     return "\n".join(lines).rstrip() + "\n"
 
 

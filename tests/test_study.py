@@ -241,6 +241,52 @@ def test_methods_stand_below_the_base_that_their_sampler_draws(tmp_path):
         assert grid.height == round(1.2 * 90 * (3 + 2))
 
 
+def test_the_findings_of_the_page_hold():
+    """Its sentences on the results file: who gains more, moves less and collapses, as means over the seeds."""
+    from study_measures import matched_diversity, measured
+    from study_plan import SEEDS
+
+    runs = json.loads(RESULTS.read_text())["runs"]
+
+    def of(stage, setting, label):
+        return [runs[f"{stage}/{setting}/{label}/seed {seed}"] for seed in SEEDS]
+
+    def rises(records, steps=20):
+        ends = [measured(r, r["points"][-1], steps)["checker_accuracy"] for r in records]
+        starts = [measured(r, None, steps)["checker_accuracy"] for r in records]
+        return [end - start for end, start in zip(ends, starts, strict=True)]
+
+    def mean(records, name, steps=20):
+        return statistics.mean(measured(r, r["points"][-1], steps)[name] for r in records)
+
+    adjoint, vgg, draft, grpo = (
+        of("main", "differentiable", label)
+        for label in ("adjoint matching, K = 3", "VGG-Flow", "DRaFT-3", "Flow-GRPO")
+    )
+    assert min(rises(adjoint) + rises(draft)) > max(rises(vgg) + rises(grpo))
+    assert mean(adjoint, "velocity_distance") < mean(draft, "velocity_distance") / 5
+    assert mean(grpo, "velocity_distance") > 2 * mean(adjoint, "velocity_distance")
+    assert all(matched_diversity(*pair)[0] > 0 for pair in zip(adjoint, draft, strict=True))
+    slower = [v["seconds_per_update"] / a["seconds_per_update"] for v, a in zip(vgg, adjoint, strict=True)]
+    assert min(slower) > 3
+
+    awm, nft, ram, ac_flow = (
+        of("calls", "black box", label) for label in ("AWM", "DiffusionNFT", "RAM", "AC-Flow, linear")
+    )
+    assert min(rises(awm + nft + ram)) > max(rises(ac_flow))
+    assert max(mean(r, "kept_diversity") for r in (awm, nft, ram)) < 0.8
+    assert mean(ac_flow, "velocity_distance") < 0.1 < min(mean(r, "velocity_distance") for r in (awm, nft, ram))
+
+    tafs = of("main", "black box", "TAFS-GRPO, mixed")
+    assert min(rises(tafs, 4)) > 20
+    assert mean(tafs, "kept_diversity", 4) > 0.95
+    for label in ("DiffusionNFT, 4 steps", "AWM, 4 steps"):
+        records = of("main", "black box", label)
+        assert sum(r["collapse"] is not None for r in records) >= 2
+        assert all(rise < 0 for rise in rises([r | {"points": r["points"][:1]} for r in records], 4))
+    assert not any(r["collapse"] for r in tafs)
+
+
 def test_the_page_in_the_docs_is_that_of_the_results_file():
     """Text and pictures follow from the file; each mean of the tables at equal time is computed here again."""
     from study_measures import at, equal_budget

@@ -1,0 +1,102 @@
+"""What the page of the study says in words: how it is measured, what came out, and what failure looks like.
+
+`tests/test_study.py` holds the findings against the results file.
+"""
+
+HEAD = """# The study: which method, when
+
+All methods on the [embedded model](shapes.md), as `make study` runs them. One script writes this page from
+`benchmarks/results/study.json`; a run that is not in that file is marked "{not_run}" here.
+
+**{done} of {planned} runs have been run{when}.**
+
+A toy of 3.5 million parameters decides defaults of numerics and speed, and not of taste: the [recipes of the
+papers](papers.md) stay as they are.
+"""
+
+FINDINGS = """## What it says
+
+- **The reward has a gradient:** DRaFT-3 and adjoint matching with three steps gain most in the same time. Adjoint
+  matching moves the velocity a fifth as far, or less, and keeps more diversity where both are equally accurate, in
+  every seed. VGG-Flow gains more in as many updates, and less in the same time: its updates take three times as long.
+- **It is a score alone:** AWM, DiffusionNFT and RAM gain most from as many scored pictures, and pay with diversity:
+  evaluate often, and keep the checkpoint before it falls. AC-Flow with signed weights gains less and stays near the
+  base. In four steps Flow-GRPO gains little, and in the ten of its recipe it would need more time.
+- **In few steps:** TAFS-GRPO, the one method that gained there in every seed, and with the checker as the reward it
+  lost no diversity.
+- **A critic** pays in few steps, where the fixed target is biased, and perhaps with guidance. What AC-Flow's
+  ingredients bring is [judged below](#ac-flows-three-claims).
+"""
+
+METHOD = """## How it is measured
+
+- **Two settings.** Differentiable: the reward is the shapes reward, and the checker judges. Black box: the
+  reward is the checker, and the shapes reward judges.
+- **Seeds** {seeds}. Every table has the mean over them, and the range in brackets. Rows are drawn by the ODE in
+  20 steps, on {pictures} pictures of {prompts} held-out prompts, the base model's with the same seeds.
+- **The same tuning budget for every method**: its demo's learning rate times {grid}, on seed {grid_seed}, which
+  is not among the three, {grid_seconds:.0f} seconds of one core each, in the black box where the method runs there.
+  The highest checker accuracy on {grid_pictures} pictures wins, the rate nearest to the demo's of equal ones; the
+  tables name it. Twice the rate is the edge of this grid: where it won, a higher one may do better.
+- **The settings.** The equations are those of the method's page, sizes and optimizer the demo's: {images} pictures
+  an update where a method takes no gradient of the reward, LoRAs of rank 16, no moving average; fewer pictures of a
+  prompt and fewer levels than the recipes of RAM and AWM have. AC-Flow has signed weights (`linear`), an anchor of 0.5
+  and, but for one table, the critic that scores clean estimates. Rollouts take 20 steps for a gradient of the reward,
+  8 of DiffusionNFT and AC-Flow's trainer, 4 of TAFS-GRPO; of Flow-GRPO 10, as its recipe has them, or 4.
+- **Equal budgets.** Runs train for {seconds:.0f} seconds of one core, evaluations not counted. At equal time, reward
+  calls (scored pictures) or updates means: at the most that every run of the table has spent that did not collapse,
+  on straight lines between evaluations. A clean estimate that is scored, or through which a gradient is taken, counts
+  as a picture.
+- **Diversity** is the mean distance between right pictures of a prompt; **velocity distance** is relative to
+  the base velocity; **feature distance** is between tuned and base picture of the same prompt and seed, in the
+  space of the shapes reward, at the end of the run.
+- **Over-optimisation** is the training reward since the evaluation before, less the held-out checker accuracy,
+  in points. It compares runs of one method: rollouts differ in their samplers, and `shapes` is no percentage.
+- **At matched checker accuracy**: the highest that both runs of a seed reached, where each first reached it; the
+  difference is in shares of the base model's diversity.
+- **Collapse** was defined before the long runs: the first evaluation at which diversity is below {kept:g} of
+  the base model's, or checker accuracy is {lost:g} points below its best in the run so far, the base included. A run
+  ends there, and counts with its last evaluation among runs that went on.
+"""
+
+
+CLAIMS = """### AC-Flow's three claims
+
+Not judged yet: the runs are not complete.
+"""
+
+
+FAILURES = """## What failure looks like
+
+- **AWM, DiffusionNFT, RAM:** accuracy goes on rising while diversity falls: circles get corners, the pictures of a
+  prompt grow alike, and the velocity becomes longer than the base's. `diversity` in evaluations and
+  `velocity_norm_ratio_N` show it; the reward does not.
+- **The same in four steps:** the mean of the pictures that such a sampler draws is not its velocity, so a model that
+  is taught its own pictures changes before it has learned anything. Accuracy falls first, and where it rises again,
+  diversity is lost. RAM without a critic draws yellow flecks beside the objects.
+- **TAFS-GRPO:** nothing for a third of the time, or a small fall; then it rises.
+- **Flow-GRPO in ten steps:** next to nothing is learned, while the velocity moves twice as far as adjoint matching's.
+- **DRaFT-3:** none in this time but the way that it goes: a velocity far from the base's, which is what the control's
+  cost holds back in adjoint matching.
+- **Adjoint matching:** now and then an object that is neither what the base drew nor what was asked for, as the blue
+  triangle of the grid: the last three steps alone are tuned, and they cannot begin anew.
+- **VGG-Flow, AC-Flow with signed weights:** nothing breaks, and little happens in the time of a run.
+"""
+
+
+PUBLISHED = """## With published weights
+
+`python benchmarks/published.py` tunes a published model for a task that others report, and puts it beside their
+numbers, the guidance regime stated.
+
+--8<-- "docs/tables/published.md"
+"""
+
+
+SCORED_TEXT = """The five methods for rewards without a gradient, at the learning rate of the demos, not tuned on
+a grid. 128 pictures an update; Flow-GRPO, too, is judged by the ODE in 20 steps. AC-Flow stands here with the
+convolutional critic, as the one that scores clean estimates would score five times as many pictures."""
+CRITICS_TEXT = """A critic frees the fixed target of bias wherever the velocity of the old policy is not the mean of
+its own pictures' ([why](ac_flow.md)): where rollouts are guided and the loss is not, and in few steps. RAM with and
+without the critic that scores clean estimates, as many updates as above of half as many pictures; they are judged with
+the guidance and the steps of the rollouts. The critic spends four more reward calls for each picture."""
