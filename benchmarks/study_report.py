@@ -293,7 +293,8 @@ def _long(records: list[Record]) -> list[str]:
         last = spread([each[-1]["checker_accuracy"] for each in values], ".1f")
         kept = spread([each[-1].get("kept_diversity", 0.0) for each in values], ".2f")
         lines.append(f"| {label} | {len(found)} | {_ends(found)} | {best} | {last} | {kept} | {_explained(found)} |")
-    return [*lines, "", *_pictures(records, LONG_STAGES[0])]
+    curves = "![Checker accuracy against updates and against scored pictures, every run](images/study_long_curves.png)"
+    return [*lines, "", curves, "", *_pictures(records, LONG_STAGES[0])]
 
 
 def _ends(records: list[Record]) -> str:
@@ -328,12 +329,14 @@ def draw(records: dict[str, Record], folder: Path) -> None:
         found = [r for r in done if r["stage"] in stages]
         if found:
             _grid(found, folder / f"study_{stages[0]}_grid.png")
+        if found and stages == LONG_STAGES:
+            _curves(found, folder / "study_long_curves.png", ["updates", "reward_calls"])
     for setting in REWARDS:
         found = [r for r in done if r["setting"] == setting and r["stage"] in ("main", "quick")]
         if found:
             name = f"study_{setting.replace(' ', '_')}"
             _pareto(found, folder / f"{name}_pareto.png")
-            _curves(found, folder / f"{name}_curves.png")
+            _curves(found, folder / f"{name}_curves.png", ["seconds", "reward_calls"])
             _grid(found, folder / f"{name}_grid.png")
 
 
@@ -363,13 +366,13 @@ def _pareto(records: list[Record], file: Path) -> None:
     _two_plots(records, file, ["kept_diversity", "velocity_distance"], end)
 
 
-def _curves(records: list[Record], file: Path) -> None:
+def _curves(records: list[Record], file: Path, axes: list[str]) -> None:
     def curve(plot: Axes, axis: str, record: Record, **style: object) -> None:
-        points = [None, *record["points"]]
-        accuracy = [measured(record, point, METHODS[record["label"]].steps)["checker_accuracy"] for point in points]
+        points, steps = [None, *record["points"]], (METHODS | LONG | ABLATIONS)[record["label"]].steps
+        accuracy = [measured(record, point, steps)["checker_accuracy"] for point in points]
         plot.plot([0.0 if point is None else point[axis] for point in points], accuracy, "-", **style)
 
-    _two_plots(records, file, ["seconds", "reward_calls"], curve)
+    _two_plots(records, file, axes, curve)
 
 
 def _grid(records: list[Record], file: Path) -> None:
