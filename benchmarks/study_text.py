@@ -62,7 +62,18 @@ METHOD = """## How it is measured
 
 CLAIMS = """### AC-Flow's three claims
 
-Not judged yet: the runs are not complete.
+One seed of each run, with signed weights; the accuracy of 256 pictures has a standard error of 3 points. The runs with
+exponential weights and with a weaker anchor are not done.
+
+- **Shaping of the reward:** confirmed. Raw rewards, all of which push towards a picture, gained less than half as
+  much as rewards that are centred and scaled; both without a critic, as the default one does not take raw ones.
+- **Clipping with a warm-up:** not confirmed. Advantages clipped at one standard deviation cost eleven points at the
+  end, and nothing became unstable without: no collapse, as much diversity, a velocity that stays near the base's. The
+  warm-up of the network critic makes no difference: it sees nothing in its first hundred updates, with it or without.
+- **Weights from the critic:** not confirmed. Without a critic the run ended as high, within the error, from a fifth of
+  the scores and in two thirds of the time. At no level where that was measured does a critic explain 80 % of what
+  could be explained: the default one judges by the clean estimate of one step, and a network begins to see after some
+  200 updates.
 """
 
 

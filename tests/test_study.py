@@ -286,6 +286,25 @@ def test_the_findings_of_the_page_hold():
         assert all(rise < 0 for rise in rises([r | {"points": r["points"][:1]} for r in records], 4))
     assert not any(r["collapse"] for r in tafs)
 
+    long = {r["label"]: r for r in runs.values() if r["stage"] in ("long", "ablation")}
+
+    def of_long(name):
+        return {label: measured(r, r["points"][-1], 20)[name] for label, r in long.items()}
+
+    end, kept, moved = (of_long(name) for name in ("checker_accuracy", "kept_diversity", "velocity_distance"))
+    assert end["AC-Flow, no clipping of advantages"] - end["AC-Flow"] == pytest.approx(11, abs=0.5)
+    assert abs(end["AC-Flow, backbone critic"] - end["AC-Flow, backbone critic, no warm-up"]) < 3
+    base = measured(long["AC-Flow"], None, 20)["checker_accuracy"]
+    shaped, raw = end["AC-Flow, no critic"] - base, end["AC-Flow, no critic, no shaping"] - base
+    assert shaped > 2 * raw
+    assert abs(end["AC-Flow"] - end["AC-Flow, no critic"]) < 3
+    spent, without = (long[label]["points"][-1] for label in ("AC-Flow", "AC-Flow, no critic"))
+    assert spent["reward_calls"] == 5 * without["reward_calls"]
+    assert without["seconds"] < 0.67 * spent["seconds"]
+    assert not any(r["collapse"] for r in long.values())
+    assert min(kept.values()) > 0.9
+    assert max(moved.values()) < 0.1
+
 
 def test_the_page_in_the_docs_is_that_of_the_results_file():
     """Text and pictures follow from the file; each mean of the tables at equal time is computed here again."""
