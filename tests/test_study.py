@@ -294,6 +294,11 @@ def test_the_findings_of_the_page_hold():
     end, kept, moved = (of_long(name) for name in ("checker_accuracy", "kept_diversity", "velocity_distance"))
     assert end["AC-Flow, no clipping of advantages"] - end["AC-Flow"] == pytest.approx(11, abs=0.5)
     assert abs(end["AC-Flow, backbone critic"] - end["AC-Flow, backbone critic, no warm-up"]) < 3
+    for label in ("AC-Flow, backbone critic", "AC-Flow, backbone critic, no warm-up"):
+        cleanest = [row.get("critic/explained_variance_0", 0.0) for row in long[label]["explained_variance"]]
+        assert abs(statistics.mean(cleanest[:50])) < 0.02
+        assert statistics.mean(cleanest[50:100]) < statistics.mean(cleanest[-100:]) / 2
+        assert statistics.mean(cleanest[-100:]) == pytest.approx(0.25, abs=0.03)
     base = measured(long["AC-Flow"], None, 20)["checker_accuracy"]
     shaped, raw = end["AC-Flow, no critic"] - base, end["AC-Flow, no critic, no shaping"] - base
     assert shaped > 2 * raw
