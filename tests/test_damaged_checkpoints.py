@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainerState
 
+from flowrl_trainers.cli.card import card
 from flowrl_trainers.run_folder import checkpoints
 from flowrl_trainers.run_folder.checkpoints import (
     MANIFEST,
@@ -164,6 +165,14 @@ def test_where_none_is_whole_auto_starts_anew_and_true_refuses(run, caplog):
         f"No checkpoint in {run} is complete: the run starts anew.",
         f"What an earlier run left in {run} is now in {run}.before-1.",
     ]
+
+
+def test_a_card_written_again_leaves_a_checkpoint_whole_and_mends_no_damaged_one(run):
+    flip_a_bit(run / "checkpoint-1" / WEIGHTS)
+    for number in (1, 2):
+        card([str(run / f"checkpoint-{number}"), "--license", "mit"])
+        assert "\nlicense: mit\n" in (run / f"checkpoint-{number}" / "README.md").read_text()
+    assert [fault(run / f"checkpoint-{number}") is None for number in (1, 2)] == [False, True]
 
 
 def test_a_file_beside_those_listed_is_fine(run):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..run_folder.card import read_facts, write_card
+from ..run_folder.checkpoints import fault, write_manifest
 from ..run_folder.licence import licence_of
 
 
@@ -24,5 +25,8 @@ def card(arguments: list[str]) -> None:
     named = {"license": args.license} if args.license else None
     said: dict[str, Any] = {"dataset": args.dataset, "repository": args.hub_model_id}
     said["licence"] = named or facts.licence or licence_of(facts.base_model, offline=True)
+    whole_checkpoint = fault(args.output) is None  # whose manifest lists its card
     write_card(args.output, replace(facts, **{name: value for name, value in said.items() if value is not None}))
+    if whole_checkpoint:
+        write_manifest(args.output)
     print(f"{args.output / 'README.md'} is written.")
