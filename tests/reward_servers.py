@@ -52,6 +52,12 @@ def by_prompt(images, prompts, trainer_state, log_metric, log_extra, **columns):
             raise SystemExit(3)
         case "short":
             return [1.0] * (len(images) - 1)
+        case "text":
+            return "1" * len(images)
+        case "mapping":
+            return dict.fromkeys(range(len(images)), 1.0)
+        case "rows":
+            return images.new_ones(len(images), 1)
         case "none":
             return [None if prompt == "none" else 1.0 for prompt in prompts]
         case "not finite":

@@ -31,6 +31,7 @@ from starlette.routing import Route
 from torch import Tensor
 
 from .base import Reward
+from .scores import WrongScores, checked_scores
 
 logger = logging.getLogger(__name__)
 
@@ -364,8 +365,8 @@ def scores_of(reward: Reward, images: Tensor, batch: Batch) -> list[Score]:
         batch: The request, for its prompts and columns.
 
     Raises:
-        HTTPException: With status 500 if the reward fails or returns too few or too many scores; a failure is logged
-            with its traceback.
+        HTTPException: With status 500 if the reward fails or returns anything but a number or None for each picture; a
+            failure is logged with its traceback.
     """
     try:
         with torch.no_grad():
@@ -379,17 +380,13 @@ def scores_of(reward: Reward, images: Tensor, batch: Batch) -> list[Score]:
             )
             if inspect.isawaitable(scores):
                 scores = asyncio.run(_awaited(scores))
-        values = scores.tolist() if isinstance(scores, Tensor) else list(scores)
-        numbers = [None if v is None else float(v) for v in values]
+        checked = checked_scores(reward.name, scores, len(images))
+    except WrongScores as error:
+        raise HTTPException(500, str(error)) from error
     except (Exception, SystemExit) as error:  # whatever a reward raises must not end the server
         logger.exception("Reward %r failed.", reward.name)
         raise HTTPException(500, f"Reward {reward.name!r} raised {type(error).__name__}: {error!s:.500}") from error
-    if len(numbers) != len(images):
-        raise HTTPException(
-            500,
-            f"Reward {reward.name!r} returned {len(numbers)} scores for {len(images)} pictures: it must return one "
-            "per picture.",
-        )
+    numbers = checked.tolist() if isinstance(checked, Tensor) else checked
     return [v if v is None or math.isfinite(v) else str(v) for v in numbers]
 
 

@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Iterable
-from numbers import Real
 from typing import Any
 
-import numpy as np
 from torch import Tensor
+
+from ..rewards.scores import is_number
 
 # What runs log of themselves; a reward's number under such a name would be taken for the run's.
 OWN_NAMES = re.compile(
@@ -74,10 +74,3 @@ def spread_notes(context: dict[str, Any], rows: list[int], count: int) -> dict[s
 def _check_name(name: Any, reward: str, function: str) -> None:
     if not isinstance(name, str) or not name.strip():
         raise ValueError(f"Reward {reward!r} calls `{function}` with the name {name!r}: pass a text.")
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is one real number of Python, numpy or torch."""
-    if isinstance(value, (Tensor, np.ndarray)):
-        return value.ndim == 0 and not np.iscomplexobj(value.item())
-    return isinstance(value, (Real, np.bool_))

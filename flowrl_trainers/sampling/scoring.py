@@ -3,9 +3,8 @@
 import asyncio
 import copy
 import inspect
-import math
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
@@ -16,9 +15,10 @@ from torch import Tensor
 from ..flow.advantages import with_room
 from ..pipelines import FlowPipeline
 from ..rewards import Reward
+from ..rewards.scores import checked_scores
 from .group_scores import GroupScores
 from .prompt_groups import Example
-from .reward_notes import checked_notes, is_number, spread_notes
+from .reward_notes import checked_notes, spread_notes
 
 MEGAPIXEL = 2**20
 MOST_NAMED = 8  # prompts in a note
@@ -175,37 +175,14 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
 
 def _as_tensor(reward: Reward, scores: Any, count: int, device: torch.device) -> Tensor:
-    """Scores (B,) float32 of whatever a reward returned; raises `ValueError` for what is not one score per image."""
-    rule = f"for {count} images: return one score per image"
+    """Scores (B,) float32 of what a reward returned, in the form of `call_rewards`; raises `ValueError` as it does."""
+    checked = checked_scores(reward.name, scores, count)
     absent = torch.zeros(count, dtype=torch.bool, device=device)
-    if not isinstance(scores, Tensor):
-        if isinstance(scores, (str, bytes, Mapping)) or not isinstance(scores, Iterable):
-            raise ValueError(f"Reward {reward.name!r} returned {_shown(scores)} {rule}.")
-        scores = list(scores)
-        for number, score in enumerate(scores):
-            if not (score is None or is_number(score)):
-                raise ValueError(f"Reward {reward.name!r} returned {_shown(score)} as score {number} {rule}.")
-        if len(scores) == count:
-            absent = torch.tensor([s is None for s in scores], device=device)
-        scores = torch.tensor([0.0 if s is None else _as_float(s) for s in scores])
-    if scores.shape != (count,):
-        raise ValueError(f"Reward {reward.name!r} returned scores of shape {tuple(scores.shape)} {rule}.")
-    if scores.is_complex():
-        raise ValueError(f"Reward {reward.name!r} returned complex scores {rule}, a real number.")
-    scores = scores.to(device, torch.float32)
-    return torch.where(absent, torch.nan, torch.where(scores.isfinite(), scores, torch.inf))
-
-
-def _as_float(score: Any) -> float:
-    try:
-        return float(score)
-    except OverflowError:  # a whole number beyond float
-        return math.inf
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return "None" if value is None else f"a {type(value).__name__} ({text if len(text) < 80 else text[:76] + ' ...'})"
+    if not isinstance(checked, Tensor):
+        absent = torch.tensor([score is None for score in checked], device=device)
+        checked = torch.tensor([0.0 if score is None else score for score in checked])
+    found = checked.to(device, torch.float32)
+    return torch.where(absent, torch.nan, torch.where(found.isfinite(), found, torch.inf))
 
 
 def pictures_at_a_time(flow: FlowPipeline, most: int) -> int:
