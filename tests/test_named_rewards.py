@@ -5,6 +5,7 @@ preprocessing, tokens, scale and gradient.
 """
 
 import asyncio
+import math
 import re
 from pathlib import Path
 
@@ -186,6 +187,16 @@ def test_jpeg_rewards_are_the_size_of_pillows_file(tmp_path, amplitude):
     more, less = as_rewards(["jpeg_incompressibility", "jpeg_compressibility"])
     assert more(images, PROMPTS) == sizes
     assert less(images, PROMPTS) == [-s for s in sizes]
+
+
+@pytest.mark.parametrize("name", ["jpeg_incompressibility", "jpeg_compressibility", "checker"])
+def test_a_picture_that_is_not_finite_has_no_finite_score(name):
+    """Though the pixels of a JPEG, and a colour, can be had of any number."""
+    (reward,) = as_rewards([name])
+    images = torch.rand(3, 3, 32, 32)
+    images[1, 0, 0, 0], images[2] = math.nan, math.inf
+    scores = reward(images, ["a red circle"] * 3)
+    assert [math.isnan(score) for score in scores] == [False, True, True]
 
 
 def test_names_are_those_of_the_classes():

@@ -56,6 +56,13 @@ def test_checker_rejects_what_is_no_clean_picture():
     assert check(torch.cat([blank, noise]), ["a red circle"] * 2) == [False, False]
 
 
+def test_checker_refuses_pictures_that_are_not_square():
+    with pytest.raises(
+        ValueError, match=r"^The checker judges square pictures, not those of 48 x 32 pixels: cut them\.$"
+    ):
+        check(torch.rand(1, 3, 32, 48), ["a red circle"])
+
+
 def test_checker_counts_objects(asked):
     one, two = ["a red circle"], ["a red circle and a blue square"]
     assert check(drawn(one), two) == [False]

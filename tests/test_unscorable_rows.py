@@ -1,11 +1,13 @@
 """A row that a reward could not score is refused before anything is drawn, wherever in the data set it stands."""
 
+import re
+
 import pytest
 from datasets import Dataset
 from PIL import Image
 
 from flowrl_trainers.cli import main
-from flowrl_trainers.rewards import GenEvalJudge, differentiable
+from flowrl_trainers.rewards import GenEvalJudge, VLMJudge, differentiable
 from flowrl_trainers.shapes import prompts
 
 from .helpers import make_trainer
@@ -74,8 +76,29 @@ def test_pictures_of_such_a_prompt_are_refused_before_any_is_scored(tmp_path, mo
     assert SENTENCE in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_judge_refuses_objects_without_a_class():
+@pytest.mark.parametrize(("include", "sentence"), [
+    ([{"class": None}], "holds {'class': None}, which has no 'class': name the object"),
+    ('[{"class": "cow"}]', "make it a list of objects such as {'class': 'cow', 'count': 2}"),
+    (None, "holds None: make it a list"),
+    (["cow"], r"holds ['cow']: make it a list"),
+    ([{"class": "cow", "count": 0}], "the count 0 of 'cow': make it 1 or more"),
+    ([{"class": "cow", "count": "2"}], "the count '2' of 'cow': make it 1 or more"),
+    ([{"class": "cow", "color": 3}], "the color 3 of 'cow': make it a word"),
+    ([{"class": "cow", "position": ["left of"]}], "the position ['left of']: name a relation and the number of an"),
+    ([{"class": "cow", "position": ["left of", "it"]}], "the position ['left of', 'it']: name a relation"),
+    ([{"class": "cow", "position": ["left of", "1"]}], "the position ['left of', '1'] for 1 objects: number them"),
+])  # fmt: skip
+def test_a_judge_refuses_what_is_no_list_of_objects(include, sentence):
     judge = GenEvalJudge("http://127.0.0.1:9", "some-vlm")
-    judge.check_rows(Dataset.from_dict({"prompt": ["a cow"], "include": [[{"class": "cow", "count": 1}]]}))
-    with pytest.raises(ValueError, match="which has no 'class': name the object"):
-        judge.check_rows(Dataset.from_dict({"prompt": ["a", "b"], "include": [[{"class": "a"}], [{"class": None}]]}))
+    right = [{"class": "cow", "count": 1, "position": ["left of", "0"]}]
+    judge.check_rows(Dataset.from_dict({"prompt": ["a cow"], "include": [right]}))
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        judge.check_rows(Dataset.from_dict({"prompt": ["a"], "include": [include]}))
+
+
+def test_a_judge_refuses_a_row_that_its_question_cannot_hold():
+    judge = VLMJudge("http://127.0.0.1:9", "some-vlm", "How far is {prompt} from {place[city]}?")
+    rows = {"prompt": ["a cow", "a dog"], "place": [{"city": "Rome"}, {"city": "Bern"}]}
+    judge.check_rows(Dataset.from_dict(rows))
+    with pytest.raises(ValueError, match="cannot be filled in for the prompt 'a cow' .*: mend what stands in its"):
+        judge.check_rows(Dataset.from_dict(rows | {"place": ["Rome", "Bern"]}))

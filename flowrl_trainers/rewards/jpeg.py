@@ -1,5 +1,6 @@
 """How large a picture is as a JPEG file: rewards without a model, from DDPO (arXiv 2305.13301, section 5.1)."""
 
+import math
 from io import BytesIO
 from typing import Any
 
@@ -13,8 +14,10 @@ from .base import Reward
 def jpeg_kilobytes(image: Tensor) -> float:
     """Size of Pillow's JPEG of quality 95 of an image (3, H, W) in [0, 1], in kilobytes of 1000 bytes.
 
-    The image is rounded to 8 bits per channel first.
+    The image is rounded to 8 bits per channel first. NaN for one that is not finite, which would be stored as black.
     """
+    if not image.isfinite().all():
+        return math.nan
     pixels = (image.permute(1, 2, 0) * 255).round().clamp(0, 255).to(torch.uint8)
     file = BytesIO()
     Image.fromarray(pixels.cpu().numpy()).save(file, format="JPEG", quality=95)

@@ -1,5 +1,6 @@
 """The two judges of the embedded default: a CLIP trained on correct captions, and a checker without training."""
 
+import math
 from typing import Any
 
 from datasets import Dataset
@@ -30,7 +31,9 @@ class CheckerReward(Reward):
     differentiable = False
 
     def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> list[float]:
-        return [float(right) for right in check(images, prompts)]
+        finite = images.isfinite().flatten(1).all(dim=1).tolist()
+        pairs = zip(check(images, prompts), finite, strict=True)
+        return [float(right) if seen else math.nan for right, seen in pairs]
 
     def check_rows(self, rows: Dataset) -> None:
         for prompt in rows["prompt"]:

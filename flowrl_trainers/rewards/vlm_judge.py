@@ -116,8 +116,19 @@ class VLMJudge(Reward):
 
     def needed_columns(self) -> list[str]:
         """Those in braces in the question."""
-        fields = (name for _, name, _, _ in string.Formatter().parse(self.question.text) if name)
+        fields = _fields(self.question.text)
         return [name for name in dict.fromkeys(re.split(r"[.\[]", field)[0] for field in fields) if name != "prompt"]
+
+    def check_rows(self, rows: Dataset) -> None:
+        for row in rows.select_columns(["prompt", *self.needed_columns()]):
+            prompt = row.pop("prompt")
+            try:
+                self.questions(prompt, row)
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"`question` ({self.question.text!r}) cannot be filled in for the prompt {prompt!r} ({error}): mend "
+                    "what stands in its braces, or the row."
+                ) from error
 
     def __call__(
         self,
@@ -257,12 +268,17 @@ class VLMJudge(Reward):
 
     def _checked(self, question: str | Question, answer: str) -> Question:
         if isinstance(question, str):
-            if question not in QUESTIONS and "{" not in question:
+            if question not in QUESTIONS and not _fields(question):
                 raise ValueError(
                     f"`question` ({question!r}) is none of {', '.join(QUESTIONS)} and does not mention '{{prompt}}': "
                     "write a text that does."
                 )
             question = QUESTIONS[question] if question in QUESTIONS else NumberQuestion(question)
+        if any(re.match(r"[.\[]|\d|$", field) for field in _fields(question.text)):
+            raise ValueError(
+                f"`question` ({question.text!r}) has braces without a name: write '{{prompt}}' or the name of a column "
+                "in them."
+            )
         several = [number for number in question.answers() if len(number) > 1 and number.isdigit()]
         if answer == "expected" and (several or (isinstance(question, NumberQuestion) and question.marker)):
             raise ValueError(
@@ -312,6 +328,14 @@ def expected_score(question: Question, likely: Sequence[Any]) -> float | None:
                 weight = math.exp(logprob)
                 total, mass = total + weight * answers[token.strip().lower()], mass + weight
     return total / mass if mass > 0 else None
+
+
+def _fields(text: str) -> list[str]:
+    """What stands in the braces of a question; raises `ValueError` for braces that do not match."""
+    try:
+        return [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"`question` ({text!r}) cannot be filled in: {error}.") from error
 
 
 def _given(value: str | None, argument: str, variable: str) -> str:

@@ -126,30 +126,46 @@ def geneval_questions(include: Sequence[Mapping[str, Any]]) -> list[Question]:
             the object of a number: `["left of", 0]`.
 
     Raises:
-        ValueError: If an object has no class, or a position names no object.
+        ValueError: For anything else.
     """
+    if not isinstance(include, (list, tuple)) or not all(isinstance(thing, Mapping) for thing in include):
+        raise ValueError(
+            f"The column `include` holds {include!r}: make it a list of objects such as {{'class': 'cow', 'count': 2}}."
+        )
     questions: list[Question] = []
     for thing in include:
-        name, count = thing.get("class"), thing.get("count") or 1
-        color, position = thing.get("color"), thing.get("position")
-        if not name:
+        name, count, color = (thing.get(key) for key in ("class", "count", "color"))
+        if not name or not isinstance(name, str):
             raise ValueError(f"The column `include` holds {dict(thing)!r}, which has no 'class': name the object.")
-        if count > 1:
+        if not (count is None or (isinstance(count, int) and count >= 1)):
+            raise ValueError(f"The column `include` holds the count {count!r} of {name!r}: make it 1 or more.")
+        if not (color is None or isinstance(color, str)):
+            raise ValueError(f"The column `include` holds the color {color!r} of {name!r}: make it a word.")
+        if count is not None and count > 1:
             questions.append(_yes_or_no(f"Does this picture show exactly {count} objects of the kind '{name}'?"))
         else:
             questions.append(_yes_or_no(f"Does this picture show a {name}?"))
         if color:
             questions.append(_yes_or_no(f"Is the {name} in this picture {color}?"))
-        if position:
-            relation, number = position
-            if not 0 <= int(number) < len(include):
-                raise ValueError(
-                    f"The column `include` holds the position {list(position)!r} for {len(include)} objects: number "
-                    "them from 0."
-                )
-            other = include[int(number)]["class"]
-            questions.append(_yes_or_no(f"Is the {name} {relation} the {other} in this picture?"))
+        if thing.get("position"):
+            relation, number = _position(thing["position"], len(include))
+            questions.append(_yes_or_no(f"Is the {name} {relation} the {include[number]['class']} in this picture?"))
     return questions
+
+
+def _position(position: Any, count: int) -> tuple[str, int]:
+    """The relation and the number of the other object, of `count`; raises `ValueError` if that is not what it is."""
+    match position:
+        case [str(relation), int() | str() as number] if str(number).lstrip("-").isdecimal():
+            if 0 <= int(number) < count:
+                return relation, int(number)
+            raise ValueError(
+                f"The column `include` holds the position {position!r} for {count} objects: number them from 0."
+            )
+    raise ValueError(
+        f"The column `include` holds the position {position!r}: name a relation and the number of an object, such as "
+        "['left of', 0]."
+    )
 
 
 def _yes_or_no(question: str) -> YesNoQuestion:

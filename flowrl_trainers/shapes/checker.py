@@ -92,7 +92,11 @@ def _object(
 def check(images: Tensor, prompts: list[str]) -> list[bool]:
     """Whether each picture shows exactly the objects of its prompt.
 
-    images: (B, 3, H, H) in [0, 1]. prompts: B captions of the world of shapes. Raises `ValueError` for another prompt.
+    images: (B, 3, H, H) in [0, 1]. prompts: B captions of the world of shapes. Raises `ValueError` for another prompt,
+    and for pictures that are not square.
     """
+    height, width = images.shape[-2:]
+    if height != width:
+        raise ValueError(f"The checker judges square pictures, not those of {width} x {height} pixels: cut them.")
     pictures = images.detach().float().cpu().permute(0, 2, 3, 1).numpy().astype(np.float64)
     return [Counter(objects_in(p)) == Counter(parse(prompt)) for p, prompt in zip(pictures, prompts, strict=True)]
