@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from flowrl_trainers.sampling.draws import ImageKey
+
 from .helpers import make_trainer
 from .tiny import tiny_sd3
 from .tolerances import UNIT_ROUNDOFF
@@ -58,6 +60,31 @@ def test_weights_come_back_after_an_error(tmp_path):
     with pytest.raises(KeyError), t.model.merged_adapter.in_place():
         raise KeyError
     assert all(torch.equal(weight, before[name]) for name, weight in adapted_weights(t).items())
+
+
+@pytest.mark.parametrize(
+    ("trainer", "settings"),
+    [
+        ("DiffusionNFTTrainer", {}),
+        ("ACFlowTrainer", {"rollout_policy": "old", "old_policy_decay": 0.9, "critic": "none"}),
+    ],
+    ids=["DiffusionNFT", "AC-Flow"],
+)
+def test_the_old_policy_draws_the_same_pictures_merged(tmp_path, monkeypatch, trainer, settings):
+    """Which lags: it is the base model yet, while the present policy has moved."""
+    drawn = []
+    for merge in (False, True):
+        t = make_trainer(trainer, tmp_path / str(merge), tiny_sd3(), merge_adapter=merge, **settings, **STEPS)
+        monkeypatch.setattr(t, "before_rollout", lambda: None)  # at which the old policy would follow
+        monkeypatch.setattr(t, "prepare", lambda rollout: [drawn.append(batch.record.final) for batch in rollout][:0])
+        moved(t)
+        examples = [t.train_dataset[ImageKey(row, 0, 0)] for row in range(2)]
+        t.make_rollout(examples)
+    old, merged = drawn
+    with torch.no_grad():
+        present = t.rollout(t.condition(examples), [e.key for e in examples]).final
+    assert torch.equal(merged, old)  # an adapter whose B is zero adds nothing to any weight
+    assert float((present - old).abs().max()) > 0.01
 
 
 def test_an_update_learns_from_merged_rollouts(tmp_path, monkeypatch):

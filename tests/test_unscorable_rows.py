@@ -100,5 +100,7 @@ def test_a_judge_refuses_a_row_that_its_question_cannot_hold():
     judge = VLMJudge("http://127.0.0.1:9", "some-vlm", "How far is {prompt} from {place[city]}?")
     rows = {"prompt": ["a cow", "a dog"], "place": [{"city": "Rome"}, {"city": "Bern"}]}
     judge.check_rows(Dataset.from_dict(rows))
-    with pytest.raises(ValueError, match="cannot be filled in for the prompt 'a cow' .*: mend what stands in its"):
+    with pytest.raises(
+        ValueError, match=r"cannot be filled in for the prompt 'a cow' \(.*\): mend what stands in its"
+    ):
         judge.check_rows(Dataset.from_dict(rows | {"place": ["Rome", "Bern"]}))

@@ -126,8 +126,8 @@ class VLMJudge(Reward):
                 self.questions(prompt, row)
             except (AttributeError, LookupError, TypeError, ValueError) as error:
                 raise ValueError(
-                    f"`question` ({self.question.text!r}) cannot be filled in for the prompt {prompt!r} ({error}): mend "
-                    "what stands in its braces, or the row."
+                    f"`question` ({self.question.text!r}) cannot be filled in for the prompt {prompt!r} ({error}): "
+                    "mend what stands in its braces, or the row."
                 ) from error
 
     def __call__(
@@ -276,8 +276,8 @@ class VLMJudge(Reward):
             question = QUESTIONS[question] if question in QUESTIONS else NumberQuestion(question)
         if any(re.match(r"[.\[]|\d|$", field) for field in _fields(question.text)):
             raise ValueError(
-                f"`question` ({question.text!r}) has braces without a name: write '{{prompt}}' or the name of a column "
-                "in them."
+                f"`question` ({question.text!r}) has braces without a name: write '{{prompt}}' or the name of a "
+                "column in them."
             )
         several = [number for number in question.answers() if len(number) > 1 and number.isdigit()]
         if answer == "expected" and (several or (isinstance(question, NumberQuestion) and question.marker)):

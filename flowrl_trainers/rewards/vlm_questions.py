@@ -130,7 +130,8 @@ def geneval_questions(include: Sequence[Mapping[str, Any]]) -> list[Question]:
     """
     if not isinstance(include, (list, tuple)) or not all(isinstance(thing, Mapping) for thing in include):
         raise ValueError(
-            f"The column `include` holds {include!r}: make it a list of objects such as {{'class': 'cow', 'count': 2}}."
+            f"The column `include` holds {include!r}: make it a list of objects such as "
+            "{'class': 'cow', 'count': 2}."
         )
     questions: list[Question] = []
     for thing in include:

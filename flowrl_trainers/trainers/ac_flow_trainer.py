@@ -37,7 +37,7 @@ The paper runs t = 1 - sigma with v_paper = -v; squares do not see the sign.
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -188,10 +188,9 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
 
     # ---- the rollout -----------------------------------------------------------------------------------------------
 
-    def rollout(self, conditioning: Conditioning, keys: list[ImageKey]) -> RenoisingRollout:
-        """The Euler ODE with guidance, of the policy that `rollout_policy` names; keeps its end."""
-        with self.old_policy() if self.args.rollout_policy == "old" else nullcontext():
-            return super().rollout(conditioning, keys)
+    def drawing_policy(self) -> AbstractContextManager[None]:
+        """The one that `rollout_policy` names."""
+        return self.old_policy() if self.args.rollout_policy == "old" else super().drawing_policy()
 
     # ---- once per rollout ------------------------------------------------------------------------------------------
 

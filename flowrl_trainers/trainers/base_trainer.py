@@ -682,7 +682,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         with self.metrics.timed("rollout"), torch.no_grad():
             for start in range(0, len(examples), at_once):
                 part = examples[start : start + at_once]
-                with self._merged():
+                with self.drawing_policy(), self._merged():  # what is merged are the weights of that policy
                     record = self.rollout(self.condition(part), [e.key for e in part])
                 for first in range(0, len(part), size):
                     images = slice(first, first + size)
@@ -697,8 +697,12 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
                 )
         return prepared
 
+    def drawing_policy(self) -> AbstractContextManager[None]:
+        """A context in which the model is the policy that draws rollouts: the present one by default."""
+        return nullcontext()
+
     def _merged(self) -> AbstractContextManager[None]:
-        """The context in which a rollout is drawn."""
+        """A context in which the adapter is added to the weights, where `merge_adapter` asks for it."""
         adapter = self.model.merged_adapter
         return adapter.in_place() if self.args.merge_adapter and adapter is not None else nullcontext()
 

@@ -22,6 +22,7 @@ The paper's loss holds in our time direction as it stands: sigma = t, v = e - x.
 """
 
 import logging
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -33,7 +34,6 @@ from ..flow import root_mean_square, velocity_between
 from ..pipelines import Conditioning
 from ..pipelines.checkpoints import CHECKPOINTS
 from ..sampling.buffer import MicroBatch, Record
-from ..sampling.draws import ImageKey
 from .diffusion_nft_config import DiffusionNFTConfig
 from .renoising_trainer import RenoisingRollout, RenoisingTrainer, Returns
 
@@ -101,10 +101,9 @@ class DiffusionNFTTrainer(RenoisingTrainer[DiffusionNFTRecord]):
                 known.id,
             )
 
-    def rollout(self, conditioning: Conditioning, keys: list[ImageKey]) -> RenoisingRollout:
-        """The Euler ODE of the old policy; keeps its end."""
-        with self.old_policy():
-            return super().rollout(conditioning, keys)
+    def drawing_policy(self) -> AbstractContextManager[None]:
+        """The old one."""
+        return self.old_policy()
 
     # ---- once per rollout ------------------------------------------------------------------------------------------
 
