@@ -374,6 +374,19 @@ def test_a_pipeline_that_is_quantised_so_is_refused_before_work_starts(tmp_path,
         make_trainer("AdjointMatchingTrainer", tmp_path, pipeline)
 
 
+@pytest.mark.parametrize(("name", "settings", "sentence"), [
+    ("ACFlowTrainer", {"critic": "backbone"}, "`critic` ('backbone') shares the weights of the whole network"),
+    ("AdjointMatchingTrainer", {"prefix_pool_size": 8, "adjoint_steps": 2}, "`prefix_pool_size` is 8, but all processes must"),
+])  # fmt: skip
+def test_what_needs_the_whole_network_is_refused_before_anything_is_loaded(
+    tmp_path, monkeypatch, name, settings, sentence
+):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr(base_trainer, "refuse_other_sharding", lambda **settings: None)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        make_trainer(name, tmp_path, "no/model", **settings)
+
+
 def test_they_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)

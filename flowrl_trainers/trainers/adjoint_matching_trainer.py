@@ -46,6 +46,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from peft import LoraConfig
 from torch import Generator, Tensor, nn
 
 from ..flow import (
@@ -66,6 +67,7 @@ from ..sampling.buffer import MicroBatch, Record
 from ..sampling.draws import ImageKey, keyed_generator, keyed_generators, noise
 from ..sampling.prefix_pool import PrefixPool
 from ..sampling.prompt_groups import Example
+from ..sampling.sharding import asks_for_sharding
 from .adjoint_matching_config import AdjointMatchingConfig
 from .reward_gradient_trainer import RewardGradientTrainer
 
@@ -125,6 +127,16 @@ class AdjointMatchingTrainer(RewardGradientTrainer[AdjointMatchingRollout, Adjoi
     record_class = AdjointMatchingRecord
 
     args: AdjointMatchingConfig
+
+    def check_arguments(self, args: Any, peft_config: LoraConfig | None) -> None:
+        """Raises `ValueError` for a pool of prefixes where processes share the network."""
+        super().check_arguments(args, peft_config)
+        if args.prefix_pool_size is not None and asks_for_sharding():
+            raise ValueError(
+                f"`prefix_pool_size` is {args.prefix_pool_size}, but all processes must call a sharded network "
+                "together, and one that has its states already would not: leave it out, or take "
+                "`--accelerate_config ddp`."
+            )
 
     def set_up(self) -> None:
         """The window of controlled steps; raises `ValueError` if it opens where nothing is left to learn."""
