@@ -356,6 +356,7 @@ def test_advantages_are_taken_from_a_critic_that_does_not_learn(tmp_path):
             return self.bias.expand(len(z))
 
     t = ac_flow(tmp_path, given=Moody(), critic_steps=1, timestep_bins=1)
+    t.critic.modes.clear()  # of its trial on two images
     t.prepare([drawn_images(t, 8)])
     assert t.critic.modes == [False, True, False]  # judged, one step, advantages
 

@@ -7,11 +7,11 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from flowrl_trainers import FlowPipeline
+from flowrl_trainers import FlowPipeline, VGGFlowConfig, VGGFlowTrainer
 from flowrl_trainers.rewards import differentiable
 from flowrl_trainers.trainers import optimizer_checks
 
-from .helpers import FIXED_TARGET, FORMS, make_trainer, redness, update_rows
+from .helpers import CAPTIONS, FIXED_TARGET, FORMS, make_trainer, redness, update_rows
 from .tiny import tiny_sd3
 
 NEED_GRADIENTS = ["AdjointMatchingTrainer", "VGGFlowTrainer"]
@@ -109,6 +109,39 @@ def test_a_pipeline_that_carries_a_lora_is_refused_or_trained_further(tmp_path, 
 def test_settings_of_a_flow_pipeline_are_not_overridden(tmp_path, name):
     with pytest.raises(ValueError, match="`guidance_scale` is set in `args`, but `model` is a `FlowPipeline`"):
         make_trainer(name, tmp_path, FlowPipeline.from_pipeline(tiny_sd3()), guidance_scale=2.0)
+
+
+# ---- networks of the user's -----------------------------------------------------------------------------------------
+
+
+class Returning(torch.nn.Module):
+    """A network that returns zeros of a shape for each image."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, latents, sigma, features, mask):
+        return latents.new_zeros(len(latents), *self.shape)
+
+
+@pytest.mark.parametrize(("network", "error", "sentence"), [
+    (Returning(1), ValueError, r"^`critic` returned \(2, 1\) for two images: return \(2,\)\.$"),
+    (torch.nn.Linear(1, 1), ValueError, r"^`critic` failed on two images \(TypeError: .*\): it is called with latents \(2, 4, 16, 16\)"),
+    (lambda *arguments: 0, TypeError, r"^`critic` is a function: pass a `torch.nn.Module`\.$"),
+], ids=["a column", "another call", "a function"])  # fmt: skip
+def test_a_critic_that_cannot_judge_two_images_is_refused(tmp_path, network, error, sentence):
+    with pytest.raises(error, match=sentence):
+        make_trainer("ACFlowTrainer", tmp_path, own_critic=network, critic="module")
+
+
+def test_a_value_network_of_one_channel_is_refused_and_not_spread_over_all(tmp_path):
+    args = VGGFlowConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_sequence_length=8, max_steps=1)
+    rows = Dataset.from_dict({"prompt": CAPTIONS * 2})
+    with pytest.raises(
+        ValueError, match=r"^`value_network` returned \(2, 1, 16, 16\) for two images: return \(2, 4, 16, 16\)"
+    ):
+        VGGFlowTrainer(tiny_sd3(), redness, args, rows, value_network=Returning(1, 16, 16))
 
 
 # ---- the probe ------------------------------------------------------------------------------------------------------

@@ -93,8 +93,10 @@ def flow_grpo_step(
     """Mean (B, ...) and standard deviation (B, 1, ...) of one Euler-Maruyama step of Flow-GRPO (arXiv 2505.05470, in
     our time).
 
-        g = eta sqrt(sigma / (1 - sigma)),   with sigma' in place of the second sigma where sigma = 1,   dt = sigma' -
-        sigma mean = (1 + g^2 dt / (2 sigma)) x + (1 + g^2 (1 - sigma) / (2 sigma)) dt velocity,    std = g sqrt(-dt)
+        g    = eta sqrt(sigma / (1 - sigma)),    with sigma' in place of the second sigma where sigma = 1
+        dt   = sigma' - sigma
+        mean = (1 + g^2 dt / (2 sigma)) x + (1 + g^2 (1 - sigma) / (2 sigma)) dt velocity
+        std  = g sqrt(-dt)
 
     With few steps the noise of the next state exceeds sigma'.
 

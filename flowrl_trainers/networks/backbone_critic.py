@@ -58,8 +58,8 @@ class BackboneCritic(nn.Module):
         if not isinstance(network, PeftAdapterMixin) or not target_modules:
             raise ValueError(
                 f"`critic` ('backbone') needs a network that takes adapters and the `lora_target_modules` of its "
-                f"pipeline, but {type(network).__name__} lacks one of them: take 'default', or pass a critic of your "
-                "own."
+                f"pipeline, but {type(network).__name__} lacks one of them: take 'reward_of_estimate', or "
+                "'module' with a critic of your own."
             )
         backbone = _with_the_same_weights(network)
         config = LoraConfig(

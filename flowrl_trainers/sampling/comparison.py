@@ -97,7 +97,7 @@ class Comparison:
 
         Returns:
             `velocity_distance`, the root mean square of the distance relative to the base velocity; and
-                `velocity_norm_ratio_N`, |v| / |v_base| in the N-th quarter of the noise levels, see `norm_ratios`.
+            `velocity_norm_ratio_N`, |v| / |v_base| in the N-th quarter of the noise levels, see `norm_ratios`.
         """
         moved = length = 0.0
         seen: list[Tensor] = []  # level, |v| and |v_base| of every state

@@ -185,6 +185,13 @@ def _as_tensor(reward: Reward, scores: Any, count: int, device: torch.device) ->
     return torch.where(absent, torch.nan, torch.where(found.isfinite(), found, torch.inf))
 
 
+def _no_gradient(reward: Reward) -> ValueError:
+    return ValueError(
+        f"Reward {reward.name!r} is marked differentiable, but its scores carry no gradient: compute them from "
+        f"`{reward.sees}` by torch operations alone, without `detach`, `no_grad` or `item`."
+    )
+
+
 def pictures_at_a_time(flow: FlowPipeline, most: int) -> int:
     """How many pictures of the pipeline's size make a megapixel, from one to `most`; `most` if that is unknown."""
     asked = flow.call_arguments()
@@ -290,10 +297,23 @@ class Scorer:
             ValueError: For a reward whose scores carry no gradient.
         """
         with self.judging(self.rewards):
-            return self._score_with_gradient(latents, examples)
+            return self._score_with_gradient(self.rewards, self.weights, latents, examples)
 
-    def _score_with_gradient(self, latents: Tensor, examples: list[Example]) -> tuple[Tensor, Tensor]:
-        decodes = any(reward.sees == "images" for reward in self.rewards)
+    def probe_gradients(self, latents: Tensor, examples: list[Example]) -> Tensor:
+        """The scores of `score_with_gradient`, but reward by reward, so that none hides that another is no function of
+        the images.
+        """
+        with self.judging(self.rewards):
+            columns = (
+                self._score_with_gradient([reward], weight[None], latents, examples)[0]
+                for reward, weight in zip(self.rewards, self.weights, strict=True)
+            )
+            return torch.cat(list(columns), dim=1)
+
+    def _score_with_gradient(
+        self, rewards: list[Reward], weights: Tensor, latents: Tensor, examples: list[Example]
+    ) -> tuple[Tensor, Tensor]:
+        decodes = any(reward.sees == "images" for reward in rewards)
         decode = self.gradient_decoder or self.flow.decode
         together = pictures_at_a_time(self.flow, self.batch_size) if decodes else self.batch_size
         size = self.decode_batch_size or together
@@ -301,18 +321,19 @@ class Scorer:
         for start in range(0, len(latents), size):
             x = latents[start : start + size].detach().requires_grad_()
             images, part = decode(x) if decodes else None, examples[start : start + size]
-            columns = [call_rewards([reward], images, part, x, **self.context()) for reward in self.rewards]
-            for reward, column in zip(self.rewards, columns, strict=True):
+            columns = [call_rewards([reward], images, part, x, **self.context()) for reward in rewards]
+            for reward, column in zip(rewards, columns, strict=True):
                 if not column.requires_grad and rows_of(reward, part):
-                    raise ValueError(
-                        f"Reward {reward.name!r} is marked differentiable, but its scores carry no gradient: compute "
-                        f"them from `{reward.sees}` by torch operations alone, without `detach`, `no_grad` or `item`."
-                    )
+                    raise _no_gradient(reward)
             values = torch.cat(columns, dim=1)
-            total = (torch.where(values.isfinite(), values, 0.0) * self.weights).sum()
-            # No reward may apply to any of these images.
-            gradients += [torch.autograd.grad(total, x)[0] if total.requires_grad else torch.zeros_like(x)]
-            scores += [values.detach()]
+            total = (torch.where(values.isfinite(), values, 0.0) * weights).sum()
+            gradient: Tensor | None = torch.zeros_like(x)
+            if total.requires_grad:  # else no reward applies to any of these images
+                (gradient,) = torch.autograd.grad(total, x, allow_unused=True)
+            if gradient is None:  # what requires one are the weights of a reward, and not the images
+                raise _no_gradient(next(reward for reward in rewards if rows_of(reward, part)))
+            gradients.append(gradient)
+            scores.append(values.detach())
         return torch.cat(scores), torch.cat(gradients)
 
     def summary(self, scores: Tensor) -> tuple[dict[str, Tensor], float | None]:

@@ -215,12 +215,11 @@ class ACFlowConfig(RenoisingConfig):
                 f"`critic_bins_in_one_call` (True) has no effect with `critic={self.critic!r}`, which is no network: "
                 "leave it out."
             )
-        updates = self.updates_per_rollout * self.num_iterations
-        if self.loss_weighting == "huber" and updates > 1:
+        if self.loss_weighting == "huber" and self.updates_on_rollout > 1:
             raise ValueError(
-                f"`loss_weighting` ('huber') needs one update per rollout, but there are {updates}: AWM's likelihood "
-                "ratio, which is 1 in the first of them, is not computed. Set `steps_per_generation` to "
-                "`gradient_accumulation_steps` and `num_iterations` to 1."
+                f"`loss_weighting` ('huber') needs one update per rollout, but there are {self.updates_on_rollout}: "
+                "AWM's likelihood ratio, which is 1 in the first of them, is not computed. Set `steps_per_generation` "
+                "to `gradient_accumulation_steps` and `num_iterations` to 1."
             )
 
     def _resolve_fixed_target(self) -> None:

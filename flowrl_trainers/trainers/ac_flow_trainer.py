@@ -60,6 +60,7 @@ from ..networks.warmup import Warmup
 from ..pipelines import Conditioning
 from ..sampling.buffer import MicroBatch, Record
 from ..sampling.draws import ImageKey
+from ..sampling.sharding import asks_for_sharding
 from .ac_flow_config import ACFlowConfig
 from .estimate_fit import EstimateFit
 from .renoising_trainer import RenoisingRollout, RenoisingTrainer, Returns
@@ -134,6 +135,11 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
                 "`args.critic` is 'module', but no `critic` is passed: pass one to the trainer in Python, or choose "
                 "'reward_of_estimate', 'backbone', 'convolutional' or 'none'."
             )
+        if args.critic == "backbone" and asks_for_sharding():
+            raise ValueError(
+                "`critic` ('backbone') shares the weights of the whole network, which FSDP2 spreads over the "
+                "processes: take another one, such as 'reward_of_estimate', or `--accelerate_config ddp`."
+            )
 
     def set_up(self) -> None:
         """The old policy; the critic, its warm-up and its optimizer. Trainer does not see the critic, as it takes
@@ -150,7 +156,7 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
 
     def _make_critic(self) -> nn.Module | None:
         if self.given_critic is not None:
-            return self.given_critic.to(self.args.device)
+            return self.tried("critic", self.given_critic, ())
         if self.args.critic in ("none", "reward_of_estimate"):
             return None
         if self.args.critic == "convolutional":

@@ -2,7 +2,7 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import fields
 from functools import cached_property
@@ -471,7 +471,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
     # ---- set-up ----------------------------------------------------------------------------------------------------
 
     def _encode_prompts(self, args: FlowRLConfig, train_dataset: Dataset, eval_dataset: Dataset | None) -> None:
-        """Only those prompts that the run will ask for."""
+        """Those of evaluations, and of training only those that the run will ask for."""
         encoders = self.flow.text_encoders()
         for module in encoders:
             module.requires_grad_(False).eval()
@@ -479,14 +479,25 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         if args.cache_encoded_prompts:
             facts = {"text encoders": [weights_identity(module) for module in encoders]} | encoding_facts(self.flow)
         self.conditioning = ConditioningCache(self.flow, most_in_memory=args.embedding_memory_gib, facts=facts)
+        held_out = [] if eval_dataset is None else list(eval_dataset["prompt"])
+        show_progress = args.local_process_index == 0 and is_live(args)
+        self.conditioning.encode(self._prompts_of_run(args, train_dataset) + held_out, args.device, show_progress)
+
+    def _prompts_of_run(self, args: FlowRLConfig, train_dataset: Dataset) -> list[str]:
+        """The prompts of the probe and of all rollouts."""
         rows = list(range(len(train_dataset)))
         if args.max_steps > 0:
-            rollouts = -(-args.max_steps // (args.updates_per_rollout * args.num_iterations))
+            rollouts = -(-args.max_steps // args.updates_on_rollout)
             rows = sorted({*range(min(PROBE_IMAGES, len(train_dataset))), *self.sampler.rows_of(rollouts)})
         prompts = list(train_dataset["prompt"])
-        wanted = [prompts[row] for row in rows] + (list(eval_dataset["prompt"]) if eval_dataset is not None else [])
-        show_progress = args.local_process_index == 0 and is_live(args)
-        self.conditioning.encode(wanted, args.device, show_progress)
+        return [prompts[row] for row in rows]
+
+    def _encode_new(self, prompts: Iterable[str]) -> None:
+        """Encode prompts that were not asked for when the trainer was made."""
+        new = [prompt for prompt in prompts if prompt not in self.conditioning.index]
+        if new:
+            with self.placement.network_away():
+                self.conditioning.encode(new, self.args.device, show_progress=False)
 
     def _place_frozen_parts(self) -> None:
         for module in self.flow.decoders():
@@ -520,6 +531,38 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             for tensor in [*network.parameters(), *network.buffers()]:
                 tensor.copy_(broadcast(tensor.detach().clone()))
         return network
+
+    def tried(self, argument: str, network: Any, per_image: Sequence[int]) -> nn.Module:
+        """A network that a user passes, on the device, once it gave two images what it has to give.
+
+        Args:
+            argument: What the caller calls it.
+            network: Called with latents (B, ...), sigma (B,), prompt features (B, L, D) and their mask (B, L).
+            per_image: The shape of what it returns for each image.
+
+        Raises:
+            TypeError: For what is no module.
+            ValueError: For one that fails, or returns another shape.
+        """
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"`{argument}` is a {type(network).__name__}: pass a `torch.nn.Module`.")
+        network, was_training = network.to(self.args.device), network.training
+        keys = [ImageKey(0, number, 0) for number in range(2)]
+        features, mask = self.flow.prompt_features(self.condition([self.train_dataset[key] for key in keys]))
+        latents = self.initial_latents(keys, "shape")
+        try:
+            with torch.no_grad():
+                found = network.eval()(latents, latents.new_full((2,), 0.5), features.float(), mask)
+        except Exception as error:
+            raise ValueError(
+                f"`{argument}` failed on two images ({type(error).__name__}: {error}): it is called with latents "
+                f"{tuple(latents.shape)}, sigma (2,), prompt features {tuple(features.shape)} and their mask "
+                f"{tuple(mask.shape)}."
+            ) from error
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        if shape != (2, *per_image):
+            raise ValueError(f"`{argument}` returned {shape} for two images: return {(2, *per_image)}.")
+        return network.train(was_training)
 
     def latent_and_prompt_sizes(self) -> tuple[torch.Size, int]:
         """The shape of one latent, and the width of the prompt's features: what a network that reads both needs."""
@@ -560,6 +603,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             )
         if self.args.activation_checkpointing:  # as Trainer will, so that the probe meets a family that refuses it
             self.model.activation_checkpointing_enable(self.args.activation_checkpointing_kwargs)
+        # `max_steps` may have been raised since the trainer was made.
+        self._encode_new(self._prompts_of_run(self.args, self.train_dataset.dataset))
         self.probe()
         self.buffer.reset()
 
@@ -579,13 +624,15 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
                 "is too low for them (float16 takes `fp16` and `dtype`)."
             )
         if self.needs_reward_gradient:
-            scores, _ = self.scorer.score_with_gradient(latents, examples)
+            scores = self.scorer.probe_gradients(latents, examples)
         else:
             with torch.no_grad(), self.placement.judging(self.rewards):
                 images = seen_images(self.flow, self.rewards, latents)
                 scores = call_rewards(self.rewards, images, examples, latents, **self.reward_context())
-        # On the first and the last row of the evaluation, where they are known: their columns may be others.
-        judges, asked = self.eval_rewards, examples
+        # On the first and the last row of the evaluation, where they are known: their columns may be others. Else by
+        # those judges for which the columns of training are enough; `evaluate` is told others.
+        known = set(self.train_dataset.dataset.column_names)
+        judges, asked = [judge for judge in self.eval_rewards if known.issuperset(judge.needed_columns())], examples
         if self.eval_dataset is not None:
             held_out = PromptDataset(self.eval_dataset)
             rows = (number * (len(held_out) - 1) // (PROBE_IMAGES - 1) for number in range(PROBE_IMAGES))
@@ -648,7 +695,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
 
     def get_train_dataloader(self) -> DataLoader[Example]:
         """Batches of one process's share of a rollout, once per micro-step in which it is used."""
-        size = self.args.per_device_train_batch_size * self.args.micro_steps_per_rollout
+        size = self.args.images_per_device
         loader = DataLoader(self.train_dataset, batch_size=size, sampler=self.sampler, collate_fn=list)
         return self.accelerator.prepare(loader)
 
@@ -907,9 +954,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             metric_key_prefix: Of the names.
 
         Returns:
-            With the prefix, and logged: what `Evaluator.row` finds (`reward/<name>`, the mean over all rows,
-                `diversity`,
-            statistics that betray a hacked reward), the same of the base model with the same seeds under
+            With the prefix, and logged: what `Evaluator.row` finds (`reward/<name>`, which is the mean over all rows,
+            `diversity`, statistics that betray a hacked reward), the same of the base model with the same seeds under
             `base_reward/<name>` and so on, and `velocity_distance`, how far the velocity has moved from the base's,
             relative to it, with `velocity_norm_ratio_N`, its length beside the base's in the N-th quarter of the noise
             levels. Further samplers of an algorithm have rows of their own, such as `ode_reward/<name>` and
@@ -924,8 +970,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         dataset = check_dataset(source, "eval_dataset")
         check_columns(self.evaluated_rewards, dataset, "eval_dataset")
         with self.one_for_all(), self.at_work(), self.judges_at_hand():
-            with self.placement.network_away():
-                self.conditioning.encode(list(dataset["prompt"]), self.args.device, show_progress=False)
+            self._encode_new(dataset["prompt"])
             start = perf_counter()
             rows, errors = self.comparison.rows(dataset, self.evaluation_samplers(), self.sigmas)
             self.run_folder.rows, self.run_folder.sheet = rows, None
@@ -974,6 +1019,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         if count < 1:
             raise ValueError(f"`count` ({count}) must be at least 1.")
         with self.at_work(), self.judges_at_hand():
+            self._encode_new(dataset["prompt"])
             return self.comparison.pictures(dataset, next(iter(self.evaluation_samplers().values())), count)
 
     def _show_in_trackers(self, name: str, sheet: Image.Image, text: str) -> None:

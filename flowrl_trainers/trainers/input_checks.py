@@ -292,7 +292,7 @@ def check_dataset(source: PromptSource | None, argument: str, args: FlowRLConfig
             "prompt one."
         )
     if args is not None:
-        needed = args.images_per_update * args.updates_per_rollout // args.num_generations
+        needed = args.images_per_rollout // args.num_generations
         if len(dataset) < needed:
             raise ValueError(
                 f"`{argument}` has {len(dataset)} prompts but one rollout takes {needed}: pass more prompts, lower "

@@ -48,6 +48,12 @@ class LoopCallback(TrainerCallback):
         # accelerate does not reach a sampler behind both a shard and a resumed position.
         self.sampler.set_epoch(int(state.epoch or 0))
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if args.logging_strategy == IntervalStrategy.NO:  # else what is noted would be kept for a log that never comes
+            self.metrics.clear()
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

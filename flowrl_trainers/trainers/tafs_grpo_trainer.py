@@ -231,7 +231,7 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
         sizes = [len(batch.examples) for batch in rollout]
         parts = zip(rollout, advantages.split(sizes), (~(bad | absent)).split(sizes), strict=True)
         base_velocities: list[Tensor] | list[None] = [None] * len(rollout)
-        if self._needs_base:
+        if self.args.compares_with_base:
             base_velocities = self.at_once(self._base_velocities, rollout, [batch.record.states for batch in rollout])
         batches = [
             self._finite(
@@ -297,10 +297,6 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
             for reward, values in zip(self.rewards, column.unbind(dim=1), strict=True):
                 if values.isfinite().any():
                     self.metrics.note(f"reward_of_step_{step}/{reward.name}", values.nanmean())
-
-    @property
-    def _needs_base(self) -> bool:
-        return self.args.beta > 0 or self.args.max_velocity_distance is not None
 
     @torch.no_grad()
     def _base_velocities(self, states: Tensor, examples: list[Example]) -> Tensor:

@@ -65,7 +65,7 @@ class VGGFlowConfig(RewardGradientConfig):
                 f"`product_batch_size` ({self.product_batch_size}) has no effect without a value network, whose loss "
                 "alone takes vector-Jacobian products: leave it out."
             )
-        if self.ddp_find_unused_parameters is not False:  # Trainer makes True of None
+        if self.value_network != "none" and self.ddp_find_unused_parameters is not False:  # Trainer makes True of None
             raise ValueError(
                 "`ddp_find_unused_parameters` must be False: with a value network the model is called twice before "
                 "each backward pass."

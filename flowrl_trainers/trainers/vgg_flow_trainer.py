@@ -134,7 +134,10 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
         """The value network."""
         if self.args.value_network == "none":
             return None
-        return "value_network", self.given_network or value_network(*self.latent_and_prompt_sizes())
+        latent, width = self.latent_and_prompt_sizes()
+        if self.given_network is not None:
+            return "value_network", self.tried("value_network", self.given_network, latent)
+        return "value_network", value_network(latent, width)
 
     def head_learning_rate(self) -> float:
         """`value_network_learning_rate`."""
