@@ -427,9 +427,7 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
             distance = (v - record.old_velocities[:, state]).flatten(1).square().mean(dim=1)
             losses = losses + args.old_policy_coefficient * distance
         if record.base_lengths is not None:
-            self.note_norm_ratios(v, record.base_lengths[:, state], sigma, batch.good)
-            if args.norm_guard > 0:
-                losses = losses + args.norm_guard * self._excess_length(v, record.base_lengths[:, state])
+            losses = losses + self._norm_guard(v, record.base_lengths[:, state], sigma, batch.good)
         return losses
 
     def _level_weights(self, sigma: Tensor, error: Tensor) -> Tensor:

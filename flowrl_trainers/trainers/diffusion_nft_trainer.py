@@ -171,9 +171,7 @@ class DiffusionNFTTrainer(RenoisingTrainer[DiffusionNFTRecord]):
             omega = sigma / (u - v_old).flatten(1).abs().mean(dim=1) if args.adaptive_weighting else sigma.new_ones(1)
             self.metrics.note("effective_eta", self.mean_of_good(omega, batch.good) / args.reference_coefficient)
         if record.base_lengths is not None:
-            self.note_norm_ratios(v, record.base_lengths[:, state], sigma, batch.good)
-            if args.norm_guard > 0:
-                losses = losses + args.norm_guard * self._excess_length(v, record.base_lengths[:, state])
+            losses = losses + self._norm_guard(v, record.base_lengths[:, state], sigma, batch.good)
         return losses
 
     def _branch_loss(self, error: Tensor, sigma: Tensor) -> Tensor:

@@ -92,15 +92,19 @@ def encoding_facts(flow: FlowPipeline) -> dict[str, Any]:
     return facts
 
 
-def writable_folder(path: str | PathLike[str]) -> Path:
-    """The folder of an `output_dir`, made where there was none.
+def writable_folder(path: str | PathLike[str], argument: str = "output_dir") -> Path:
+    """A folder to write into, made where there was none.
+
+    Args:
+        path: Of the folder.
+        argument: What the caller calls it.
 
     Raises:
         TypeError: For anything but a path.
         ValueError: Where nothing can be written.
     """
     if not isinstance(path, (str, PathLike)):
-        raise TypeError(f"`output_dir` ({path!r}) must be a path.")
+        raise TypeError(f"`{argument}` ({path!r}) must be a path.")
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +112,7 @@ def writable_folder(path: str | PathLike[str]) -> Path:
             file.write(b"0" * 4096)
     except OSError as error:
         raise ValueError(
-            f"`output_dir` ({path}) cannot be written to ({error.strerror}): choose another folder."
+            f"`{argument}` ({path}) cannot be written to ({error.strerror}): choose another folder."
         ) from error
     return folder
 

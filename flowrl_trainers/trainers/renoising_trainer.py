@@ -204,6 +204,20 @@ class RenoisingTrainer(FlowRLTrainer[RenoisingRollout, RecordT]):
         self.metrics.note("velocity_distance", (moved / of.clamp(min=1e-12)).sqrt())
         return distance
 
+    def _norm_guard(self, v: Tensor, base_lengths: Tensor, sigma: Tensor, good: Tensor) -> Tensor:
+        """`norm_guard` relu( |v| / |v_base| - 1 )^2, (B,); notes the ratios of `good`, see `note_norm_ratios`.
+
+        Args:
+            v: Velocities (B, ...).
+            base_lengths: The root mean squares (B,) of the base's.
+            sigma: Their levels (B,).
+            good: (B,).
+        """
+        self.note_norm_ratios(v, base_lengths, sigma, good)
+        if self.args.norm_guard == 0:
+            return torch.zeros_like(base_lengths)
+        return self.args.norm_guard * self._excess_length(v, base_lengths)
+
     def _excess_length(self, v: Tensor, base_lengths: Tensor) -> Tensor:
         """relu( |v| / |v_base| - 1 )^2 of velocities (B, ...), with the root mean squares (B,) of the base's."""
         length = v.flatten(1).square().mean(dim=1).clamp(min=1e-12).sqrt()
