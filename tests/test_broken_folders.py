@@ -58,6 +58,10 @@ DAMAGES = {
     "no weights": (lambda f: (f / "vae" / WEIGHTS).unlink(), r"cannot be loaded \(OSError: .*vae\): .* with a `variant`"),
     "index": (lambda f: cut(f / "model_index.json", 20), r"model_index.json is not valid JSON \(.*\): download or save"),
     "no class": (lambda f: (f / "model_index.json").write_text("{}"), "model_index.json names no `_class_name`"),
+    "code of its own": (
+        lambda f: (f / "model_index.json").write_text('{"_class_name": ["pipeline", "Mine"]}'),
+        r"holds a \['pipeline', 'Mine'\], which is not a supported family",
+    ),
     "a list": (lambda f: (f / "model_index.json").write_text("[]"), "model_index.json holds a list where an object"),
     "config": (lambda f: cut(f / "transformer" / "config.json", 9), "transformer/config.json is not valid JSON"),
     "empty": (empty, "is no diffusers pipeline, but an empty folder: pass a Hub id or a folder that holds"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -199,3 +200,82 @@ def test_prompts_and_columns_come_from_a_file_or_a_data_set(tmp_path):
     (only,) = find_pictures(str(tmp_path / "pictures" / "train.parquet"), None, "caption", "train")
     assert only.example.prompt == "first"
     assert only.load().size == (8, 8)
+
+
+@pytest.mark.parametrize(("rows", "sentence"), [
+    ('{"file_name": "a.png", "prompt": 2020}\n', "has a prompt that is no string in row 0 (2020)"),
+    ('{"file_name": "a.png", "prompt": "a", "images": "b"}\n', "`prompts` has a column 'images', which is what rewards"),
+    ('{"file_name": "a.png", "prompt": "a"}\n{"file_name": "a.png", "prompt": "b"}\n', "has two rows whose 'file_name' is 'a.png'"),
+], ids=["a number", "a name that is taken", "a name twice"])  # fmt: skip
+def test_rows_of_pictures_are_checked_as_those_of_a_run(tmp_path, rows, sentence):
+    PILImage.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "rows.jsonl").write_text(rows)
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        find_pictures(str(tmp_path), str(tmp_path / "rows.jsonl"), "prompt", "train")
+
+
+def test_rows_beside_those_of_the_pictures_are_counted(tmp_path, capsys):
+    PILImage.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"file_name": "{name}.png", "prompt": "{name}"}}\n' for name in "abc"))
+    assert len(find_pictures(str(tmp_path), str(rows), "prompt", "train")) == 1
+    assert capsys.readouterr().err == f"flowrl: 2 of the rows of {str(rows)!r} name no picture here.\n"
+
+
+def test_a_column_of_paths_is_no_column_of_pictures(tmp_path):
+    (tmp_path / "pictures.csv").write_text("image,prompt\na.png,a red circle\n")
+    with pytest.raises(ValueError, match=r"holds 'a.png' in row 0, which is no picture: name the folder of the"):
+        find_pictures(str(tmp_path / "pictures.csv"), None, "prompt", "train")
+
+
+def test_pictures_are_read_as_viewers_show_them_or_refused(tmp_path):
+    def loaded(picture: PILImage.Image, **settings) -> PILImage.Image:
+        picture.save(tmp_path / "p.png", **settings)
+        return find_pictures(str(tmp_path), None, "prompt", "train")[0].load()
+
+    lying = PILImage.Exif()
+    lying[0x0112] = 6  # turned by a quarter
+    assert loaded(PILImage.new("RGB", (8, 4)), exif=lying).size == (4, 8)
+    assert loaded(PILImage.new("RGBA", (8, 4), (9, 8, 7, 255))).getpixel((0, 0)) == (9, 8, 7)
+    with pytest.raises(
+        ValueError, match=r"^The picture 'p.png' has transparent pixels, .*: save it on a background\.$"
+    ):
+        loaded(PILImage.new("RGBA", (8, 4), (9, 8, 7, 254)))
+    with pytest.raises(ValueError, match=r"has pixels of the mode 'I;16': save it with 8 bits per colour\.$"):
+        loaded(PILImage.new("I;16", (8, 4)))
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (["drawn", "--split", "test"], "`split` ('test') has no effect, as 'drawn' is a folder with pictures: leave it out"),
+    (["drawn", "--prompt_column", "text"], "`prompt_column` ('text') has no effect without `prompts`: leave it out"),
+    (["nowhere", "--prompts", "a.txt"], "`prompts` ('a.txt') has no effect, as 'nowhere' is no folder: leave it out"),
+    (["nowhere"], "'nowhere' is no folder with pictures, and as a data set: The prompts 'nowhere', split 'train', cannot"),
+    (["drawn", "--out", "taken"], "`out` (taken) cannot be written to (File exists): choose another folder"),
+    (["drawn", "--device", "gpu"], "`device` ('gpu') cannot be used (Expected one of cpu, cuda"),
+    (["drawn", "--device", "meta:x"], "`device` ('meta:x') cannot be used"),
+])  # fmt: skip
+def test_arguments_are_refused_before_a_picture_is_scored(tmp_path, monkeypatch, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(score_command, "_scores", lambda *arguments: pytest.fail("pictures are scored"))
+    (tmp_path / "drawn").mkdir()
+    PILImage.new("RGB", (32, 32)).save(tmp_path / "drawn" / "a_red_circle.png")
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        score_command.score([*arguments, "--rewards", "jpeg_compressibility"])
+
+
+def test_a_picture_that_cannot_be_read_costs_no_scores(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(score_command, "_scores", lambda *arguments: pytest.fail("pictures are scored"))
+    PILImage.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"^The picture 'b.png' cannot be read"):
+        score_command.score([".", "--rewards", "jpeg_compressibility", "--device", "cpu"])
+
+
+def test_the_sheets_of_an_earlier_call_are_no_pictures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    PILImage.new("RGB", (32, 32)).save(tmp_path / "a_red_circle.png")
+    for _ in range(2):
+        score_command.score([".", "--rewards", "jpeg_compressibility", "--device", "cpu"])
+        assert len(json.loads((tmp_path / "flowrl-scores" / "table.json").read_text())) == 1

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from flowrl_trainers.cli import main
 from flowrl_trainers.cli.arguments import TRAINERS, RunArguments, parse
+from flowrl_trainers.cli.launch import DDP, take_launch_arguments
 from flowrl_trainers.cli.run import load_prompts, make_trainer
 from flowrl_trainers.shapes import prompts
 from flowrl_trainers.trainers import FlowRLConfig
@@ -132,6 +133,12 @@ def test_env_prints_what_a_bug_report_needs():
     assert result.returncode == 0
     for package in ("Python", "flowrl-trainers", "torch", "trl", "diffusers", "devices"):
         assert f"{package}: " in result.stdout
+
+
+def test_one_process_of_ddp_needs_no_launcher():
+    for count, launcher in (("1", None), ("2", [*DDP, "--num_processes", "2"])):
+        found = take_launch_arguments(["--seed", "3", "--accelerate_config", "ddp", "--num_processes", count])
+        assert found == (launcher, ["--seed", "3"])
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [

@@ -5,9 +5,10 @@ import re
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from flowrl_trainers.cli import main
+from flowrl_trainers.cli.export_comfyui import export_comfyui
 from flowrl_trainers.pipelines import FlowPipeline
 from flowrl_trainers.run_folder.comfyui import comfyui_adapter
 
@@ -89,3 +90,24 @@ def test_a_dora_is_refused(tmp_path):
     flow_with_adapter(tiny_sd3(), use_dora=True).save_lora(tmp_path)
     with pytest.raises(ValueError, match="ComfyUI is given plain LoRAs alone, without DoRA or biases"):
         comfyui_adapter(tmp_path / "pytorch_lora_weights.safetensors")
+
+
+def test_an_export_goes_into_a_folder_or_says_why_it_cannot(tmp_path):
+    flow_with_adapter(tiny_sd3()).save_lora(tmp_path)
+    (tmp_path / "loras").mkdir()
+    export_comfyui([str(tmp_path), str(tmp_path / "loras")])
+    assert (tmp_path / "loras" / "comfyui_lora.safetensors").is_file()
+    with pytest.raises(ValueError, match=r"none/a\.safetensors cannot be written \(.*\): name another file\.$"):
+        export_comfyui([str(tmp_path), str(tmp_path / "none" / "a.safetensors")])
+
+
+@pytest.mark.parametrize("damage", ["cut off", "no metadata"])
+def test_a_file_that_is_no_adapter_of_a_run_is_refused(tmp_path, damage):
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    flow_with_adapter(tiny_sd3()).save_lora(tmp_path)
+    if damage == "cut off":
+        file.write_bytes(file.read_bytes()[:1000])
+    else:
+        save_file(load_file(file), file)
+    with pytest.raises(ValueError, match=r"is no adapter of a run \(.*\): name the `output_dir` of a run\.$"):
+        comfyui_adapter(file)

@@ -7,6 +7,7 @@ preprocessing, tokens, scale and gradient.
 import asyncio
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from flowrl_trainers.rewards import (
     as_rewards,
 )
 from flowrl_trainers.rewards.preprocessing import resize_and_crop, resize_and_pad
-from flowrl_trainers.shapes.models import new_tokenizer
+from flowrl_trainers.shapes.models import WEIGHTS, new_tokenizer
 
 from .tiny_image_reward import official_score
 from .tiny_rewards import CONTEXT, LEVEL, PROMPTS, SIZE, SIZES, clip_config, resized_by_pillow, to_pillow, waves
@@ -228,3 +229,13 @@ def test_the_rewards_of_the_docs_are_rewards():
     assert rewards[2](images, PROMPTS).shape == (3,)
     assert float(rewards[3](images, PROMPTS)[0]) == 0
     assert all(f"| `{name}` | `{reward.__name__}` |" in page for name, reward in NAMED_REWARDS.items())
+
+
+def test_weights_that_were_cut_off_are_refused_by_name(tmp_path):
+    shutil.copytree(WEIGHTS / "clip", tmp_path / "clip")
+    weights = tmp_path / "clip" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(
+        ValueError, match=r"^The weights of checkpoint '.*clip' were cut off or damaged \(.*\): get them again\.$"
+    ):
+        CLIPScore(tmp_path / "clip")

@@ -1,5 +1,7 @@
 """Reward gradients through an `AutoencoderTiny`, and how far they are from those through the model's own decoder."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -71,9 +73,16 @@ def test_an_object_is_copied_and_belongs_to_the_identity(tmp_path):
 
 def test_wrong_decoders_are_refused(tmp_path, folder):
     tiny_sd3().vae.save_pretrained(tmp_path / "full")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    shutil.copytree(folder, tmp_path / "cut")
+    weights = next((tmp_path / "cut").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:100])
     for source, error, sentence in (
         ("no/such/folder", ValueError, r"`reward_decoder` \('no/such/folder'\) cannot be loaded: pass the Hub id or"),
         (str(tmp_path / "full"), ValueError, r"`reward_decoder` \('.*full'\) is a AutoencoderKL: pass the Hub id"),
+        (str(tmp_path / "other"), ValueError, r"`reward_decoder` \('.*other'\) is a model without a `_class_name`"),
+        (str(tmp_path / "cut"), ValueError, r"`reward_decoder` \('.*cut'\) cannot be loaded: pass the Hub id or"),
     ):
         with pytest.raises(error, match=sentence):
             vgg_flow(tmp_path, None, reward_decoder=source)

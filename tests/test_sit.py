@@ -457,3 +457,6 @@ def test_refuses_a_list_of_names_of_another_length(tmp_path, checkpoint):
         convert_checkpoint(checkpoint, tmp_path / "out", class_names=NAMES[:3], num_attention_heads=HEADS)
     with pytest.raises(ValueError, match=r"`--class_names` .*none\.txt' cannot be read"):
         convert_sit([str(checkpoint), str(tmp_path / "out"), "--class_names", str(tmp_path / "none.txt")])
+    (tmp_path / "latin.txt").write_bytes("Möwe\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"`--class_names` .*latin\.txt' cannot be read: pass a text file in UTF-8"):
+        convert_sit([str(checkpoint), str(tmp_path / "out"), "--class_names", str(tmp_path / "latin.txt")])

@@ -110,7 +110,7 @@ def _run(command: str, arguments: list[str]) -> int:
         case "env":
             from .env import print_environment
 
-            print_environment()
+            print_environment(arguments)
         case "estimate":
             from .estimate import estimate
 

@@ -22,7 +22,7 @@ from ..sampling.flow_model import FlowModel
 from ..sampling.prompt_groups import Example
 from ..sampling.prompt_sources import is_prompt_file
 from ..sampling.reward_trial import Trial, try_reward
-from ..trainers.input_checks import check_columns, check_dataset
+from ..trainers.input_checks import check_columns, check_dataset, writable_folder
 from .evaluate import CONTEXT, DTYPES, ready_to_draw
 from .named_reward import named_reward
 from .reward_report import report_of
@@ -47,9 +47,12 @@ def check_reward(arguments: list[str]) -> None:
     (reward,) = as_rewards(named_reward(args.NAME), "NAME")
     refuse_all_but_pictures([reward], "NAME")
     check_columns([reward], rows, "dataset")
+    folder = writable_folder(args.out, "out")
     reward.to(accelerator.device)
     loaded = _megabytes(accelerator.device) - before
     examples, images = _draw(args, rows, accelerator)
+    if accelerator.device.type == "cuda":  # else the peak would be that of drawing
+        torch.cuda.reset_peak_memory_stats(accelerator.device)
     before = _megabytes(accelerator.device)
     generator = torch.Generator().manual_seed(args.seed)
     noise = torch.rand((min(SHOWN, args.prompts), *images.shape[1:]), generator=generator)
@@ -57,8 +60,6 @@ def check_reward(arguments: list[str]) -> None:
     memory = loaded + _megabytes(accelerator.device) - before
     drawn = f"{args.pictures} pictures of each of {args.prompts} prompts, drawn by {args.model}"
     report = report_of(reward.name, trial, memory, drawn)
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "check.md", report + "\n")
     write_json(folder / "check.json", asdict(trial) | {"megabytes": memory})
     _save_pictures(folder / "pictures.png", trial, examples, images, hacked)

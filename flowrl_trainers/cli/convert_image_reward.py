@@ -4,6 +4,7 @@ import argparse
 
 from ..rewards.convert_image_reward import convert_checkpoint
 from ..rewards.image_reward import FOLDER
+from ..trainers.input_checks import writable_folder
 
 
 def convert_image_reward(arguments: list[str]) -> None:
@@ -19,6 +20,7 @@ def convert_image_reward(arguments: list[str]) -> None:
         help="The folder to write. Default: %(default)s, where the name `image_reward` looks for it.",
     )
     args = parser.parse_args(arguments)
+    writable_folder(args.out, "out")
     model = convert_checkpoint(args.checkpoint, args.out)
     use = "the name `image_reward` in this folder" if args.out == FOLDER else f'`ImageReward("{args.out}")`'
     print(f"{args.out}/: ImageReward of {model.num_parameters() / 1e6:.0f} million parameters.\nUse it by {use}.")

@@ -4,11 +4,13 @@ import argparse
 from pathlib import Path
 
 from ..sit.convert import VAE, convert_checkpoint
+from ..trainers.input_checks import writable_folder
 
 
 def convert_sit(arguments: list[str]) -> None:
     """Convert the checkpoint and print its sizes. Raises `ValueError` for a file that cannot be converted."""
     args = _parser().parse_args(arguments)
+    writable_folder(args.out, "out")
     names = _lines(args.class_names) if args.class_names is not None else None
     pipeline = convert_checkpoint(args.checkpoint, args.out, args.vae, names, args.num_attention_heads)
     config = pipeline.transformer.config
@@ -44,5 +46,7 @@ def _parser() -> argparse.ArgumentParser:
 def _lines(path: str) -> list[str]:
     try:
         return Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ValueError(f"`--class_names` {path!r} cannot be read: pass a text file with one name a line.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"`--class_names` {path!r} cannot be read: pass a text file in UTF-8 with one name a line."
+        ) from error

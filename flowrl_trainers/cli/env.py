@@ -1,5 +1,6 @@
-"""`flowrl env`."""
+"""`flowrl env`: the versions of the packages, and the devices."""
 
+import argparse
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -11,8 +12,11 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def print_environment() -> None:
+def print_environment(arguments: list[str]) -> None:
     """Print the versions of the packages and the devices, one per line."""
+    argparse.ArgumentParser("flowrl env", description=__doc__.split(": ", 1)[1], allow_abbrev=False).parse_args(
+        arguments
+    )
     print(f"Python: {platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
         try:

@@ -24,7 +24,7 @@ from ..sampling.pictures import Pictures
 from ..sampling.prompt_sources import is_prompt_file
 from ..sampling.sharding import asks_for_sharding, refuse_other_sharding
 from ..trainers.base_trainer import PIPELINE_SETTINGS
-from ..trainers.input_checks import check_columns, check_dataset
+from ..trainers.input_checks import check_columns, check_dataset, writable_folder
 from .arguments import beside
 from .evaluate_arguments import EvaluateArguments
 from .named_reward import named_reward
@@ -55,13 +55,12 @@ def evaluate(arguments: list[str]) -> None:
     rewards = as_rewards([named_reward(name) for name in args.rewards], "rewards")
     refuse_groupwise(rewards, "rewards")
     check_columns(rewards, prompts, "dataset")
+    folder = writable_folder(args.out, "out")
     # A function given as `module.function` is a reward called `function`.
     called = {name: reward.name for name, reward in zip(args.rewards, rewards, strict=True)}
     rows, scores, pictures = _rows(args, labels, rewards, prompts)
     if not PartialState().is_main_process:
         return
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
     table = _table(rows, args)
     write_text(folder / "table.md", table + "\n")
     write_json(folder / "table.json", rows)

@@ -18,7 +18,8 @@ def take_launch_arguments(arguments: list[str]) -> tuple[list[str] | None, list[
         The arguments of `accelerate launch`, None if neither flag is there; and the other arguments of the command.
 
     Raises:
-        ValueError: If the name is none of `NAMED` and no file, or if `--num_processes` comes alone.
+        ValueError: If the name is none of `NAMED` and no file, if `--num_processes` comes alone, or if it is no whole
+            number from 1 on.
     """
     rest: list[str] = []
     taken: dict[str, str] = {}
@@ -42,6 +43,10 @@ def take_launch_arguments(arguments: list[str]) -> tuple[list[str] | None, list[
         )
     launcher = NAMED.get(config, ["--config_file", config])
     processes = taken.get("--num_processes")
+    if processes is not None and not (processes.isdecimal() and int(processes) >= 1):
+        raise ValueError(f"`--num_processes` ({processes!r}) must be a whole number from 1 on.")
+    if config == "ddp" and processes is not None and int(processes) == 1:
+        return None, rest  # which accelerate refuses, and a script on a machine with one GPU asks for
     return [*launcher, *(["--num_processes", processes] if processes is not None else [])], rest
 
 

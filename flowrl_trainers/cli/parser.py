@@ -10,7 +10,8 @@ from trl import TrlParser
 
 from ..suggestions import did_you_mean
 
-READ_BEFORE = ("config", "accelerate_config", "num_processes", "trainer")
+FOR_LAUNCHER = ("accelerate_config", "num_processes")
+READ_BEFORE = ("config", *FOR_LAUNCHER, "trainer")
 """Flags that `flowrl` takes off the arguments itself."""
 
 
@@ -44,6 +45,11 @@ class SettingsParser(TrlParser):
             keys = [] if file is None else _keys(file)
             flags = [part.split("=")[0] for part in arguments if part.startswith("--") and part != "--"]
             known = {action.dest for action in self._actions} - {"help"}
+            for key in set(FOR_LAUNCHER) & (set(keys) - known):
+                raise ValueError(
+                    f"{key!r} in the YAML file says how processes are started: give it on the command line, as "
+                    f"`--{key}`."
+                )
             self._refuse_unknown(
                 [(key, "the YAML file") for key in keys if key not in known | {"env"}]
                 + [(f[2:], "the command line") for f in flags if f not in {"--config", *self._option_string_actions}]
@@ -62,7 +68,8 @@ class SettingsParser(TrlParser):
         if named:
             listed = " and ".join(part for part in (", ".join(named[:-1]), named[-1]) if part)
             are = "is no setting" if len(named) == 1 else "are no settings"
-            meant = did_you_mean([name for name, _ in names], known)
+            wrong = [name for name, _ in names]
+            meant = did_you_mean(wrong, [name for name in known if name not in wrong])
             raise ValueError(f"{listed} {are} of `{self.prog}`{meant}: see `{self.prog} --help`.")
 
 

@@ -1,13 +1,16 @@
 """The pictures that `flowrl score` is given, with their prompts: a folder, or a data set with pictures in it."""
 
 import re
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..sampling.prompt_groups import Example, ImageKey
+from ..trainers.input_checks import check_dataset
 from .run import load_prompts
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -23,17 +26,32 @@ class NamedPicture:
     example: Example
 
     def load(self) -> Image.Image:
-        """The picture in red, green and blue. Raises `ValueError` for a file that is none."""
+        """The picture as viewers show it, in red, green and blue of 8 bits.
+
+        Raises `ValueError` for a file that is none, for pixels of more than 8 bits, and for transparent ones.
+        """
         try:
             picture = Image.open(self.source) if isinstance(self.source, Path) else self.source
-            return picture.convert("RGB")
-        except OSError as error:
+            picture = ImageOps.exif_transpose(picture)
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(
                 f"The picture {self.name!r} cannot be read ({error}): mend it or take it away."
             ) from error
+        if picture.mode[0] in "IF":  # Pillow would cut off what is above 255
+            raise ValueError(
+                f"The picture {self.name!r} has pixels of the mode {picture.mode!r}: save it with 8 bits per colour."
+            )
+        if picture.has_transparency_data and picture.convert("RGBA").getextrema()[3][0] < 255:
+            raise ValueError(
+                f"The picture {self.name!r} has transparent pixels, whose colour is what lies behind: save it on a "
+                "background."
+            )
+        return picture.convert("RGB")
 
 
-def find_pictures(source: str, prompts: str | None, column: str, split: str) -> list[NamedPicture]:
+def find_pictures(
+    source: str, prompts: str | None, column: str, split: str, leave_out: Sequence[Path] = ()
+) -> list[NamedPicture]:
     """The pictures of a folder or a data set.
 
     Args:
@@ -42,6 +60,7 @@ def find_pictures(source: str, prompts: str | None, column: str, split: str) -> 
             else in the order of the names. None for the file names: `a_red_circle_03.png` shows "a red circle".
         column: The column with the prompts.
         split: The split of a data set.
+        leave_out: Files that are none of these pictures, though they may lie inside.
 
     Raises:
         ValueError: If there are no pictures, or if prompts and pictures do not match.
@@ -49,7 +68,10 @@ def find_pictures(source: str, prompts: str | None, column: str, split: str) -> 
     folder = Path(source)
     if not folder.is_dir():
         return _of_data_set(source, column, split)
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    ours = {path.resolve() for path in leave_out}
+    files = sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.resolve() not in ours
+    )
     if not files:
         raise ValueError(f"The folder {source!r} has no pictures: it needs files with {', '.join(SUFFIXES)}.")
     names = [path.relative_to(folder).as_posix() for path in files]
@@ -72,7 +94,7 @@ def _prompt_in_name(path: Path) -> str:
 
 
 def _rows_of_file(path: str, column: str, names: list[str]) -> list[dict[str, Any]]:
-    rows = load_prompts(path, None, "train", column)
+    rows = check_dataset(load_prompts(path, None, "train", column), "prompts")
     if NAMED_BY not in rows.column_names:
         if len(rows) != len(names):
             raise ValueError(
@@ -80,18 +102,33 @@ def _rows_of_file(path: str, column: str, names: list[str]) -> list[dict[str, An
                 f"order of their names, or add a column {NAMED_BY!r}."
             )
         return list(rows)
-    by_name = {row[NAMED_BY]: row for row in rows}
+    by_name: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row[NAMED_BY] in by_name:
+            raise ValueError(f"`prompts` ({path!r}) has two rows whose {NAMED_BY!r} is {row[NAMED_BY]!r}: keep one.")
+        by_name[row[NAMED_BY]] = row
     missing = [name for name in names if name not in by_name]
     if missing:
         raise ValueError(
             f"`prompts` ({path!r}) has no row whose {NAMED_BY!r} is {missing[0]!r}, and {len(missing)} such pictures "
             "in all: add them, or take the pictures away."
         )
+    if len(by_name) > len(names):
+        print(f"flowrl: {len(by_name) - len(names)} of the rows of {path!r} name no picture here.", file=sys.stderr)
     return [by_name[name] for name in names]
 
 
 def _of_data_set(name: str, column: str, split: str) -> list[NamedPicture]:
-    rows = load_prompts(name, None, split, column)
+    try:
+        rows = check_dataset(load_prompts(name, None, split, column), name)
+    except ValueError as error:
+        raise ValueError(f"{name!r} is no folder with pictures, and as a data set: {error}") from error
     if "image" not in rows.column_names:
         raise ValueError(f"The data set {name!r} has no column 'image': rename the one with the pictures.")
+    for number, picture in enumerate(rows["image"]):
+        if not isinstance(picture, Image.Image):
+            raise ValueError(
+                f"The column 'image' of {name!r} holds {picture!r} in row {number}, which is no picture: name the "
+                "folder of the pictures, with this file as `prompts`."
+            )
     return [_named(i, f"{i:05d}", row.pop("image"), row) for i, row in enumerate(rows)]

@@ -50,7 +50,10 @@ def _numbers(trial: Trial, megabytes: float) -> list[tuple[str, str]]:
     return [
         *rows,
         ("time", f"{1000 * trial.seconds:.3g} ms per picture"),
-        ("memory", f"{megabytes:.0f} MB for weights and scoring"),
+        (
+            "memory",
+            f"{megabytes:.0f} MB for weights and scoring; on a CPU without what drawing left free for it",
+        ),
     ]
 
 

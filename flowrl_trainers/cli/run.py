@@ -120,7 +120,7 @@ def load_prompts(name: str, config: str | None, split: str, column: str) -> Data
         else:
             try:
                 dataset = load_dataset(name, config, split=split)
-            except (OSError, ValueError, DatasetsError) as error:
+            except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: a loading script
                 raise ValueError(f"The prompts {name!r}, split {split!r}, cannot be loaded: {error}") from error
         if column not in dataset.column_names:
             columns = ", ".join(dataset.column_names)

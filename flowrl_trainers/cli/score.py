@@ -18,12 +18,14 @@ from ..rewards.named import refuse_all_but_pictures
 from ..run_folder.score_sheets import SHOWN, draw_histograms, picture_rows
 from ..run_folder.text_files import write_json, write_text
 from ..sampling.scoring import call_rewards
-from ..trainers.input_checks import check_columns
+from ..trainers.input_checks import check_columns, writable_folder
+from .device import device_of
 from .evaluate import CONTEXT
 from .named_reward import named_reward
 from .picture_files import NamedPicture, find_pictures
 
 WRITTEN = "table.md, table.json, histogram.png and pictures.png"
+SHEETS = ("histogram.png", "pictures.png")
 
 
 def score(arguments: list[str]) -> None:
@@ -38,8 +40,8 @@ def score(arguments: list[str]) -> None:
         help="A file (.jsonl, .csv, .txt, ...) with a row per picture, matched by a column 'file_name' where there is "
         "one, else in the order of the pictures' names. Default: the names of the files.",
     )
-    parser.add_argument("--prompt_column", default="prompt", help="The column with the prompts. Default: 'prompt'.")
-    parser.add_argument("--split", default="train", help="The split of a data set. Default: 'train'.")
+    parser.add_argument("--prompt_column", help="The column with the prompts. Default: 'prompt'.")
+    parser.add_argument("--split", help="The split of a data set. Default: 'train'.")
     parser.add_argument("--batch_size", type=int, default=8, help="The pictures of one size scored at a time.")
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where the rewards compute."
@@ -48,23 +50,42 @@ def score(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     if args.batch_size < 1:
         raise ValueError(f"`batch_size` ({args.batch_size}) must be at least 1.")
-    pictures = find_pictures(args.FOLDER, args.prompts, args.prompt_column, args.split)
+    _refuse_idle(args)
+    device, folder = device_of(args.device), Path(args.out)
+    sheets = [folder / name for name in SHEETS]  # of an earlier call, where the folder lies among the pictures
+    pictures = find_pictures(
+        args.FOLDER, args.prompts, args.prompt_column or "prompt", args.split or "train", leave_out=sheets
+    )
     rewards = as_rewards([named_reward(name) for name in args.rewards], "rewards")
     refuse_all_but_pictures(rewards, "rewards")
     rows = [p.example.columns | {"prompt": p.example.prompt} for p in pictures]
     check_columns(rewards, Dataset.from_list(rows), "prompts")
+    writable_folder(folder, "out")
+    for picture in pictures:  # one that cannot be read would cost the scores of those before it
+        picture.load()
     for reward in rewards:
-        reward.to(torch.device(args.device))
-    scores = torch.cat(list(_scores(rewards, pictures, args.batch_size, torch.device(args.device))))
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
+        reward.to(device)
+    scores = torch.cat(list(_scores(rewards, pictures, args.batch_size, device)))
     by_reward = {reward.name: column.tolist() for reward, column in zip(rewards, scores.unbind(dim=1), strict=True)}
     summary = summary_table(by_reward)
     write_text(folder / "table.md", f"{summary}\n\n{_picture_table(pictures, by_reward)}\n")
     write_json(folder / "table.json", _json_rows(pictures, by_reward))
-    draw_histograms(folder / "histogram.png", {name: _finite(values) for name, values in by_reward.items()})
-    _best_and_worst(pictures, by_reward).save(folder / "pictures.png")
+    draw_histograms(sheets[0], {name: _finite(values) for name, values in by_reward.items()})
+    _best_and_worst(pictures, by_reward).save(sheets[1])
     print(f"\n{summary}\n\n{WRITTEN} are in {folder}/.")
+
+
+def _refuse_idle(args: argparse.Namespace) -> None:
+    """Raises `ValueError` for arguments that have no effect beside the others."""
+    is_folder = Path(args.FOLDER).is_dir()
+    for name, needs in (("prompts", is_folder), ("split", not is_folder)):
+        if getattr(args, name) is not None and not needs:
+            given = "a folder with pictures" if is_folder else "no folder"
+            raise ValueError(
+                f"`{name}` ({getattr(args, name)!r}) has no effect, as {args.FOLDER!r} is {given}: leave it out."
+            )
+    if args.prompt_column is not None and is_folder and args.prompts is None:
+        raise ValueError(f"`prompt_column` ({args.prompt_column!r}) has no effect without `prompts`: leave it out.")
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from ..rewards import as_rewards
 from ..rewards.bearer import TOKEN_VARIABLE, checked_token
 from ..rewards.named import refuse_all_but_pictures
+from .device import device_of
 from .named_reward import named_reward
 
 KEEP_ALIVE = 5  # seconds that a connection may idle
@@ -80,7 +81,7 @@ def serve_reward(arguments: list[str]) -> None:
     )
     args = parser.parse_args(arguments)
     limits = Limits(args.max_pixels, args.max_batch, args.max_bytes, args.max_upload_seconds, args.max_seconds)
-    token = _token(args.token_file)
+    token, device = _token(args.token_file), device_of(args.device)
     if not 0 <= args.port <= 65535:
         raise ValueError(f"`port` ({args.port}) must be between 0 and 65535.")
     if not _is_loopback(args.host):
@@ -97,7 +98,7 @@ def serve_reward(arguments: list[str]) -> None:
     (reward,) = as_rewards(named_reward(args.NAME), "NAME")
     refuse_all_but_pictures([reward], "NAME")
     uvicorn.run(
-        reward_app(reward, limits, torch.device(args.device), token),
+        reward_app(reward, limits, device, token),
         host=args.host,
         port=args.port,
         http=TimedConnection,

@@ -152,7 +152,7 @@ def load(id_or_folder: str | Path, loading: Loading, settings: dict[str, Any]) -
     if "_class_name" not in config:
         raise ValueError(f"{index} names no `_class_name`, the class of the pipeline: download or save it again.")
     class_name = config["_class_name"]
-    if class_name not in FAMILIES:
+    if not isinstance(class_name, str) or class_name not in FAMILIES:  # it is a list where code of its own is named
         raise ValueError(f"{name!r} holds a {class_name}, which is not a supported family ({SUPPORTED}).")
     _known(settings, class_name)
     variant = check_parts(Path(name), config) if Path(name).is_dir() else None

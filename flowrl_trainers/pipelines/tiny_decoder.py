@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderTiny
+from safetensors import SafetensorError
 from torch import Tensor
 
 from .base import FlowPipeline
@@ -66,10 +67,10 @@ class TinyDecoder:
 
 def _loaded(source: str | Path) -> AutoencoderTiny:
     try:
-        kind = AutoencoderTiny.load_config(source)["_class_name"]
+        kind = AutoencoderTiny.load_config(source).get("_class_name", "model without a `_class_name`")
         if kind == "AutoencoderTiny":
             return AutoencoderTiny.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"`reward_decoder` ({str(source)!r}) cannot be loaded: pass the Hub id or folder of an `AutoencoderTiny`, "
             f"{EXAMPLE}."

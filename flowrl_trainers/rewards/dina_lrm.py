@@ -9,6 +9,7 @@ import yaml
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from huggingface_hub import snapshot_download
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .base import Reward, Sees
@@ -172,7 +173,7 @@ def _pipeline(source: str | Path, dtype: torch.dtype) -> StableDiffusion3Pipelin
     """Without the autoencoder. Raises `ValueError` for a folder or an id that holds none."""
     try:
         return StableDiffusion3Pipeline.from_pretrained(source, vae=None, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"`pipeline` ({str(source)!r}) cannot be had: pass the Stable Diffusion 3.5 medium that the checkpoint "
             "was trained on, loaded or as a folder or Hub id."
@@ -185,7 +186,12 @@ def _settings(folder: Path) -> dict[str, Any]:
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{str(folder)!r} has no {missing[0]}: pass a checkpoint with {LAYOUT}.")
-    settings = yaml.safe_load((folder / "config.json").read_text(encoding="utf-8"))["model"]
+    try:
+        settings = yaml.safe_load((folder / "config.json").read_text(encoding="utf-8"))["model"]
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'} says nothing of a model: pass a checkpoint with {LAYOUT}."
+        ) from error
     if not settings["use_lora"] or settings.get("use_logistic", False) or not settings["text_head_idx"]:
         raise ValueError(
             f"{str(folder)!r} is a DiNa-LRM without a LoRA, without text or with a logistic output, which is not read "

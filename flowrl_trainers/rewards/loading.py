@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import is_offline_mode
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor
 
@@ -36,6 +37,10 @@ def load_model(
         model, found = model_class.from_pretrained(
             checkpoint, revision=revision, dtype=dtype, output_loading_info=True
         )
+    except SafetensorError as error:
+        raise ValueError(
+            f"The weights of checkpoint {str(checkpoint)!r} were cut off or damaged ({error}): get them again."
+        ) from error
     except (OSError, ValueError) as error:
         raise ValueError(_how_to_get(checkpoint, files)) from error
     if found["missing_keys"]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft.utils.other import get_pattern_key
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 PREFIX = "transformer."
@@ -70,5 +70,5 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 {key: opened.get_tensor(key) for key in opened.keys()},  # noqa: SIM118  # it is no dictionary
                 json.loads(opened.metadata()["lora_adapter_metadata"]),
             )
-    except (OSError, KeyError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError) as error:  # TypeError: there is no metadata
         raise ValueError(f"{file} is no adapter of a run ({error!r}): name the `output_dir` of a run.") from error

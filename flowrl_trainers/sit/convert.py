@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -70,7 +71,7 @@ def convert_checkpoint(
         )
     try:
         autoencoder = AutoencoderKL.from_pretrained(vae)
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"The autoencoder {str(vae)!r} cannot be loaded: pass a folder or a Hub id that holds an AutoencoderKL."
         ) from error
