@@ -8,6 +8,7 @@ import base64
 import io
 import json
 import statistics
+from bisect import bisect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -42,6 +43,7 @@ from variants import spread
 
 ROOT = Path(__file__).parent.parent
 CRITICS_TABLE = ROOT / "docs" / "tables" / "critics.md"
+BIN_EDGES = (0.5, 0.75, 0.9)  # of the four bins of `timestep_sampling="pipeline"` in the embedded model
 NOT_RUN, NONE_YET = "not run", "None of these has been run yet."
 UNITS = {"seconds": "seconds of training", "reward_calls": "scored pictures", "updates": "updates"}
 
@@ -272,7 +274,8 @@ def _long(records: list[Record]) -> list[str]:
         "",
         f"Black box, {LONG_UPDATES} updates of {LONG_IMAGES} pictures or until collapse; the demo's learning rate. "
         "Collapse is judged by the sampler that a method trains, the rows here are drawn by the ODE. Levels are the "
-        "quarters of sigma; [what could be explained](ac_flow.md#critics) is the mean of those measured in a quarter.",
+        "bins of these runs, quarters of the sampler's steps: sigma up to 0.5, 0.75, 0.9 and 1; [what could be "
+        "explained](ac_flow.md#critics) is the mean of the levels measured in a bin.",
         "",
     ]
     if not records:
@@ -304,12 +307,12 @@ def _ends(records: list[Record]) -> str:
 
 
 def _explainable() -> str:
-    """The shares that a critic could explain, from the table of `critics.py`, quarter by quarter from the cleanest."""
+    """The shares that a critic could explain, from the table of `critics.py`, bin by bin from the cleanest."""
     rows = [line.strip("| ").split("|") for line in CRITICS_TABLE.read_text(encoding="utf-8").splitlines()]
-    quarters: list[list[float]] = [[], [], [], []]
+    bins: list[list[float]] = [[], [], [], []]
     for level, share in zip(rows[0][3:], rows[2][3:], strict=True):
-        quarters[int(4 * float(level.removeprefix(" sigma ")))].append(float(share))
-    return " / ".join(f"{statistics.mean(shares):.2f}" if shares else "not measured" for shares in quarters)
+        bins[bisect(BIN_EDGES, float(level.removeprefix(" sigma ")))].append(float(share))
+    return " / ".join(f"{statistics.mean(shares):.2f}" for shares in bins)
 
 
 def _explained(records: list[Record]) -> str:

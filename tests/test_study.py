@@ -213,10 +213,26 @@ def test_a_long_run_and_a_failed_one_stand_on_the_page():
     assert tables(text)["method"]["RAM"] == ["1", "120 (accuracy)", "70.0", "60.0", "1.00", "0.75 / -0.75"]
     could = tables((PAGE.parent / "tables" / "critics.md").read_text())["critic"]["*what could be explained*"]
     at_90, at_75, at_60, at_45, at_30 = (float(share) for share in could[-5:])
-    quarters = f"{(at_30 + at_45) / 2:.2f} / {at_60:.2f} / {(at_75 + at_90) / 2:.2f}"
-    assert tables(text)["method"]["*what could be explained*"][-1] == f"not measured / {quarters}"
+    bins = f"{(at_30 + at_45) / 2:.2f} / {at_60:.2f} / {at_75:.2f} / {at_90:.2f}"
+    assert tables(text)["method"]["*what could be explained*"][-1] == bins
     assert "**main/AWM failed**: ValueError: no" in text
     assert "**1 of 192 runs have been run, between 2026-11-29 and 2026-11-29, on: m, torch 2.**" in text
+
+
+def test_the_bins_of_a_critic_are_those_of_the_runs():
+    """Quarters of the steps of the embedded model's sampler, whose levels are shifted."""
+    from study_plan import ABLATIONS, BASES, LONG
+    from study_report import BIN_EDGES
+
+    from flowrl_trainers import FlowPipeline
+    from flowrl_trainers.shapes import load_pipeline
+
+    for method in (LONG["AC-Flow"], *ABLATIONS.values()):
+        settings = BASES[method.demo] | dict(method.changes)
+        assert settings["timestep_sampling"] == "pipeline"
+        assert settings.get("timestep_bins", 4) == 4
+    levels = FlowPipeline.from_pipeline(load_pipeline()).sigmas(4, "uniform").tolist()
+    assert levels == pytest.approx([1.0, *reversed(BIN_EDGES), 0.0])
 
 
 def test_methods_stand_below_the_base_that_their_sampler_draws(tmp_path):
