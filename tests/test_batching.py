@@ -16,7 +16,9 @@ from .helpers import TRAINERS, make_trainer, update_rows
 def trained(
     folder: Path, name: str, size: int, accumulation: int, **settings
 ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """What is trained, heads too, after an update of eight images, or two where the first is a critic's warm-up."""
+    """By how much an update of eight images changes what is trained, heads too; or two where the first is a critic's
+    warm-up.
+    """
     t = make_trainer(
         name, folder, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, num_generations=2,
         optim="sgd", learning_rate=1.0, max_steps=2 if name == "ACFlowTrainer" else 1, height=16, width=16,
@@ -24,9 +26,8 @@ def trained(
     )  # fmt: skip
     before = {n: p.detach().clone() for n, p in t.model.named_parameters() if p.requires_grad}
     t.train()
-    after = {n: p.detach().clone() for n, p in t.model.named_parameters() if p.requires_grad}
-    assert any(not torch.equal(before[n], after[n]) for n in after if "lora_" in n)
-    return after, update_rows(t)
+    after = dict(t.model.named_parameters())
+    return {n: after[n].detach() - start for n, start in before.items()}, update_rows(t)
 
 
 @pytest.mark.parametrize("name", TRAINERS)
@@ -39,13 +40,18 @@ def test_eight_images_at_once_and_one_by_one_make_the_same_update(tmp_path, name
 
 
 def assert_same_but_for_rounding(one: tuple[dict, list], other: tuple[dict, list]) -> None:
+    """Changes within a thousandth of the largest, which is what is left of a sum of products in float32."""
     (whole, rows), (parts, others) = one, other
     assert whole.keys() == parts.keys()
-    for parameter, value in whole.items():
-        torch.testing.assert_close(value, parts[parameter], atol=1e-5, rtol=1e-4)
+    moved = max(float(change.abs().max()) for name, change in whole.items() if "lora_" in name)
+    assert moved > 0
+    for parameter, change in whole.items():
+        torch.testing.assert_close(change, parts[parameter], atol=1e-3 * moved, rtol=1e-3)
     for row, other in zip(rows, others, strict=True):
-        for key in ("loss", "grad_norm", "reward", "reward/redness"):
-            assert row[key] == pytest.approx(other[key], rel=1e-3, abs=1e-5), key
+        for key in ("grad_norm", "reward", "reward/redness"):
+            assert row[key] == pytest.approx(other[key], rel=1e-3, abs=1e-7), key
+        # The terms of a policy's loss, which are of the order of 1, cancel: what is left is their rounding.
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", TRAINERS)

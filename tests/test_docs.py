@@ -83,7 +83,8 @@ def test_the_yaml_example_is_understood(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["RewardGradientConfig", "FlowRLConfig", *(t.config_class.__name__ for t in TRAINERS.values())]
+    "name",
+    ["RewardGradientConfig", "RenoisingConfig", "FlowRLConfig", *(t.config_class.__name__ for t in TRAINERS.values())],
 )
 def test_every_setting_stands_in_the_reference(name):
     config = getattr(trainers, name)
@@ -92,7 +93,9 @@ def test_every_setting_stands_in_the_reference(name):
     )
     for field in fields(config):
         if field.name in config.__annotations__:
-            assert f"| `{field.name}` | `{field.default!r}` | {field.metadata['help']} |" in page
+            assert (
+                f"| `{field.name}` | `{field.default!r}` | {field.metadata['help'].replace('|', '&#124;')} |" in page
+            )
 
 
 def test_the_pages_of_the_navigation_exist():

@@ -21,9 +21,13 @@ TILTED_MEAN = TILTED_VARIANCE * (MEAN / STD**2 + SCALE * TARGET)
 
 
 def affine_step(sigma: float, sigma_next: float, slope: float, offset: float) -> tuple[float, float, float]:
-    """A memoryless step with velocity `slope x + offset`: factor and constant of its mean, and its variance."""
-    h = sigma - sigma_next
-    return 1 - h / (1 - sigma_next) - 2 * h * slope, -2 * h * offset, 2 * h * (sigma + h) / (1 - sigma_next)
+    """The step of the package with velocity `slope x + offset`: factor and constant of its mean, and its variance."""
+    x = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    levels = (torch.full((2,), level, dtype=torch.float64) for level in (sigma, sigma_next))
+    mean, std = MemorylessDynamics().step(x, slope * x + offset, *levels)
+    assert std is not None
+    at_zero, at_one = mean.flatten().tolist()
+    return at_one - at_zero, at_zero, float(std[0]) ** 2
 
 
 def fixed_point(steps: int) -> list[tuple[float, float]]:

@@ -15,9 +15,9 @@ class DiffusionNFTConfig(RenoisingConfig):
     r"""Settings of `DiffusionNFTTrainer`, beside those of `RenoisingConfig`.
 
     Different from `RenoisingConfig`: `guidance_scale` 1, `timestep_sampling` "steps", `loss_guidance` False,
-    `old_policy_decay` 0.5 with an `old_policy_ramp` of 0.001, `learning_rate` 1e-4. The published runs on Stable
-    Diffusion 3.5 Medium have 24 images per prompt, 9 of 10 levels, a learning rate of 3e-4, `reward_std="raw"` and a
-    `reference_coefficient` of 1e-4.
+    `old_policy_decay` 0.5 with an `old_policy_ramp` of 0.001. The published runs on Stable Diffusion 3.5 Medium have
+    24 images per prompt, 9 of 10 levels, a learning rate of 3e-4, `reward_std="raw"` and a `reference_coefficient` of
+    1e-4.
     """
 
     learning_rate: float = HfArg(default=1e-4, help="The learning rate. Published: 3e-4.")
