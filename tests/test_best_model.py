@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
+from transformers import EarlyStoppingCallback
 
 from flowrl_trainers import AdjointMatchingConfig
 from flowrl_trainers.rewards import differentiable
@@ -136,3 +137,51 @@ def test_the_card_names_the_update_of_the_best_checkpoint(tmp_path, tiny_pipelin
     t.evaluate()
     assert t.run_folder.sheet.name == "step-000002.png"
     assert last.read_bytes() == of_the_last  # not of the weights as they are now
+
+
+STOPPED = {
+    "learning_rate": 0.0, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
+    "load_best_model_at_end": True, "metric_for_best_model": "reward/redness", "max_steps": 9, "log_images": 0,
+}  # fmt: skip
+
+
+def stopped(folder, patience: int, **settings):
+    """With a learning rate of 0, no evaluation is better than the first."""
+    callback = EarlyStoppingCallback(patience)
+    return adjoint_matching(
+        folder, tiny_sd3(), eval_dataset=["a red circle"], callbacks=[callback], **(STOPPED | settings)
+    )
+
+
+def test_patience_goes_on_counting_where_the_checkpoint_was(tmp_path, caplog):
+    whole = stopped(tmp_path / "whole", patience=2)
+    assert whole.train().global_step == 3
+    stopped(tmp_path / "parts", patience=2, max_steps=2).train()
+    assert stopped(tmp_path / "parts", patience=2).train(resume_from_checkpoint=True).global_step == 3
+    again = stopped(tmp_path / "whole", patience=2)
+    assert again.train(resume_from_checkpoint=True).global_step == 3
+    assert "nothing is left to train: 2 evaluations brought nothing better" in caplog.text
+    longer = stopped(tmp_path / "whole", patience=3)
+    assert longer.train(resume_from_checkpoint=True).global_step == 4
+
+
+def test_the_best_of_another_number_is_forgotten(tmp_path, caplog):
+    """Edge densities and rewards are not compared."""
+    settings = {"max_steps": 1, "metric_for_best_model": "colour_entropy"}
+    stopped(tmp_path, patience=9, **settings).train()
+    t = stopped(tmp_path, patience=9, max_steps=3)
+    t.train(resume_from_checkpoint=True)
+    assert "The best number so far is not of `metric_for_best_model` (reward/redness)" in caplog.text
+    assert t.state.best_metric == pytest.approx(t.rows["tuned"]["reward/redness"])
+    assert t.state.best_global_step == 2
+
+
+def test_what_a_learning_rate_follows_may_not_change(tmp_path):
+    follows = {
+        "learning_rate": 0.01, "lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"mode": "max"},
+        "max_steps": 1,
+    }  # fmt: skip
+    stopped(tmp_path, patience=9, **follows).train()
+    t = stopped(tmp_path, patience=9, **(follows | {"max_steps": 2, "eval_num_inference_steps": 3}))
+    with pytest.raises(ValueError, match="was saved with eval_num_inference_steps None, but this run has 3"):
+        t.train(resume_from_checkpoint=True)

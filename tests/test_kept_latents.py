@@ -47,3 +47,17 @@ def test_another_evaluation_is_drawn_anew(tmp_path, assets, changed):
     assert len(list(assets.rglob("*.safetensors"))) > known
     fresh, _ = evaluated(tmp_path / "third", **(changed | {"cache_base_pictures": False}))
     assert kept == fresh
+
+
+def test_a_run_that_was_evaluated_before_its_checkpoint_is_resumed(tmp_path, assets):
+    """While the base model draws, the adapter takes no gradient; it belongs to the base model as little as ever."""
+    settings = SETTINGS | {"save_strategy": "steps", "save_steps": 1, "learning_rate": 0.05, "max_steps": 2}
+    t = make_trainer("ACFlowTrainer", tmp_path / "run", tiny_sd3(), **settings)
+    t.evaluate(PROMPTS)
+    t.train()
+    t.evaluate(PROMPTS)
+    known = len(list(assets.rglob("*.safetensors")))
+    t = make_trainer("ACFlowTrainer", tmp_path / "run", tiny_sd3(), **settings)
+    assert t.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1")).global_step == 2
+    t.evaluate(PROMPTS)
+    assert len(list(assets.rglob("*.safetensors"))) == known

@@ -12,6 +12,7 @@ from flowrl_trainers.trainers.pipeline_state import PartState
 
 from .helpers import adjoint_matching, make_trainer, redness
 from .tiny import tiny_sd3
+from .tiny_families import FAMILIES, tiny
 
 ADAPTER = "pytorch_lora_weights.safetensors"
 
@@ -137,3 +138,24 @@ def test_a_second_trainer_goes_on_as_on_a_fresh_pipeline_with_the_adapter(tmp_pa
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert any(not torch.equal(a[name], before[name]) for name in a)
+
+
+def test_a_decoder_that_was_rounded_gets_its_numbers_back(tmp_path):
+    pipeline = tiny_sd3()
+    before = {name: tensor.clone() for name, tensor in pipeline.vae.state_dict().items()}
+    t = make_trainer("TAFSGRPOTrainer", tmp_path, pipeline, decoder_dtype="bfloat16")
+    assert pipeline.vae.dtype == torch.bfloat16
+    for _ in range(2):
+        t.evaluate(["a red circle"])
+        assert all(torch.equal(tensor, before[name]) for name, tensor in pipeline.vae.state_dict().items())
+    with t.at_work():
+        assert pipeline.vae.dtype == torch.bfloat16
+
+
+def test_a_decoder_that_overflows_in_float16_is_refused(tmp_path):
+    pipeline = tiny("aura flow")
+    assert pipeline.vae.config.force_upcast
+    with pytest.raises(
+        ValueError, match=r"^`decoder_dtype` \('float16'\) is too narrow for the decoder of this model"
+    ):
+        make_trainer("ACFlowTrainer", tmp_path, pipeline, decoder_dtype="float16", **FAMILIES["aura flow"][1])

@@ -50,8 +50,12 @@ class AuraFlowFlowPipeline(DiffusersFlowPipeline):
             return_dict=False,
         )[0].float()
 
+    @property
+    def decoder_overflows_in_float16(self) -> bool:
+        return self.pipeline.vae.config.force_upcast
+
     def decode(self, latents: Tensor) -> Tensor:
         vae = self.pipeline.vae
-        if vae.dtype == torch.float16 and vae.config.force_upcast:
+        if vae.dtype == torch.float16 and self.decoder_overflows_in_float16:
             vae.to(torch.float32)  # as the stock pipeline does, because float16 overflows
         return self._decoded(latents / vae.config.scaling_factor)

@@ -185,6 +185,11 @@ class FlowPipeline(ABC):
         """The networks that `decode` needs."""
         return []
 
+    @property
+    def decoder_overflows_in_float16(self) -> bool:
+        """Whether what `decode` computes is too large for float16; False by default."""
+        return False
+
     def images(self, latents: Tensor) -> Tensor:
         """`decode(latents)` clamped to [0, 1]: what black-box rewards and pictures get."""
         return self.decode(latents).clamp(0, 1)

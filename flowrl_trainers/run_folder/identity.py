@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,14 @@ FREE = {
 
 FREE_FIELDS = frozenset(name for names in FREE.values() for name in names)
 
+WAITS_FOR_METRIC = ("reduce_lr_on_plateau", "greedy")
+"""The schedules of the learning rate that follow an evaluation."""
+DECIDES_METRIC = frozenset((
+    "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_num_inference_steps",
+    "ode_num_inference_steps", "per_device_eval_batch_size", "metric_for_best_model", "greater_is_better",
+))  # fmt: skip
+"""The free fields that are not free beside such a schedule."""
+
 
 SAMPLED = 256  # elements of every tensor: enough to tell two models apart, and read in no time
 
@@ -58,7 +66,8 @@ def identity(args: TrainingArguments, **resolved: Any) -> dict[str, Any]:
         resolved: What fields that may be None mean, under their names, and what is no field.
     """
     values = args.to_dict()
-    names = [field.name for field in fields(args) if field.name not in FREE_FIELDS]
+    free = FREE_FIELDS - DECIDES_METRIC if args.lr_scheduler_type in WAITS_FOR_METRIC else FREE_FIELDS
+    names = [field.name for field in fields(args) if field.name not in free]
     return json.loads(json.dumps({name: values[name] for name in names} | resolved, default=str))  # plain types alone
 
 
@@ -77,15 +86,20 @@ def texts_identity(texts: Iterable[str]) -> str:
 
 
 @torch.no_grad()
-def weights_identity(network: nn.Module) -> str:
+def weights_identity(network: nn.Module, trained: Collection[str] = ()) -> str:
     """A hash of the names and shapes of a network's frozen parameters, and of up to 256 elements of each.
 
     Of a quantised parameter, the numbers and the scales that are stored count. Of a sharded network, all processes
     must ask for it.
+
+    Args:
+        network: Any.
+        trained: The names of parameters that are left out also where they take no gradient, as those of an adapter
+            that is switched off.
     """
     found = hashlib.sha256()
     for name, parameter in network.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and name not in trained:
             found.update(f"{name.replace('.base_layer', '')} {tuple(parameter.shape)} {parameter.dtype}".encode())
             for stored in stored_tensors(parameter):
                 values: Tensor = whole(stored.detach()).flatten()

@@ -59,7 +59,8 @@ class FlowModel(nn.Module):
         self.has_adapter, self.use_frozen = has_adapter, False
         self.merged_adapter = MergedAdapter(self.transformer) if has_adapter else None
         # By name, as the parameters of the base model take gradients again while the trainer does not work.
-        self._trained = {name for name, p in flow.transformer.named_parameters() if p.requires_grad}
+        self.trained_names = {name for name, p in flow.transformer.named_parameters() if p.requires_grad}
+        """Those of the transformer's parameters that training changes; the adapter's also while it is switched off."""
 
     def attach_head(self, name: str, head: nn.Module) -> None:
         """Train a network beside the transformer; name: of its folder, its metrics, its tensors in checkpoints."""
@@ -136,7 +137,7 @@ class FlowModel(nn.Module):
         return list(self._named_trained_parameters().values())
 
     def _named_trained_parameters(self) -> dict[str, nn.Parameter]:
-        base = {f"transformer.{n}" for n, _ in self.transformer.named_parameters() if n not in self._trained}
+        base = {f"transformer.{n}" for n, _ in self.transformer.named_parameters() if n not in self.trained_names}
         return {name: p for name, p in self.named_parameters() if p.requires_grad and name not in base}
 
     def trained_tensors(self) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from ..cost import Call, Drawing, Kind, Phase
 from ..pipelines.quantization import Quantization
+from ..run_folder.identity import WAITS_FOR_METRIC
 from ..suggestions import did_you_mean
 from .attention import check_backend_name
 from .config_checks import Range, check_fields, refuse_unsupported, shown
@@ -407,8 +408,7 @@ class FlowRLConfig(TrainingArguments):
                 "`lr_scheduler_type` 'constant' knows no warm-up and no options: take 'constant_with_warmup' or "
                 "another."
             )
-        waits_for_metric = self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
-        if waits_for_metric and "mode" not in (self.lr_scheduler_kwargs or {}):
+        if self.lr_scheduler_type in WAITS_FOR_METRIC and "mode" not in (self.lr_scheduler_kwargs or {}):
             name = SchedulerType(self.lr_scheduler_type).value
             raise ValueError(
                 f"`lr_scheduler_type` {name!r} takes less for better unless told: set `lr_scheduler_kwargs` to "

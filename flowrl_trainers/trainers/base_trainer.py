@@ -205,7 +205,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         check_networks(self.flow)
         if asks_for_sharding():
             refuse_unsplittable(self.flow.transformer)
-        self._given: PipelineState | None = PipelineState(self.flow)
+        self._given: PipelineState | None = self._as_given(args)
         self._at_work = False
         try:
             self._build(args, train_dataset, eval_dataset, callbacks, optimizers, peft_config)
@@ -223,6 +223,11 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         peft_config: LoraConfig | None,
     ) -> None:
         """What `__init__` does with the model; see there."""
+        if args.decoder_dtype == "float16" and self.flow.decoder_overflows_in_float16:
+            raise ValueError(
+                "`decoder_dtype` ('float16') is too narrow for the decoder of this model, which overflows in it: take "
+                "'bfloat16' or 'float32'."
+            )
         for sentence in self.flow.advice(args.num_inference_steps):
             logger.warning(sentence)
         (enable_full_determinism if args.full_determinism else set_seed)(
@@ -673,7 +678,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         if self._at_work:
             yield
             return
-        given, self._given = self._given or PipelineState(self.flow), None
+        given, self._given = self._given or self._as_given(self.args), None
         self._at_work = True
         try:
             self._working.restore(self.trained_parameters())
@@ -684,6 +689,10 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         finally:
             self._at_work = False
             given.restore(self.trained_parameters())
+
+    def _as_given(self, args: FlowRLConfig) -> PipelineState:
+        """How the parts of the pipeline are now, with the numbers of decoders that `decoder_dtype` rounds."""
+        return PipelineState(self.flow, keep_decoders=args.decoder_dtype != "float32")
 
     def judges_at_hand(self) -> AbstractContextManager[None]:
         """A context in which the rewards that training never sees are on the device, if the network may be there."""
@@ -1191,7 +1200,9 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
     def _base_identity(self) -> str:
         frozen = self.model.frozen
         with self.at_work():  # where the base model takes no gradients
-            return weights_identity(self.model.transformer if frozen is None else frozen)
+            if frozen is not None:
+                return weights_identity(frozen)
+            return weights_identity(self.model.transformer, self.model.trained_names)
 
     @cached_property
     def _frozen_parts_identity(self) -> str:

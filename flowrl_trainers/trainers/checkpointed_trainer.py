@@ -26,7 +26,14 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_utils import HubStrategy, TrainOutput, rotate_checkpoints
 from transformers.utils.hub import PushInProgress
 
@@ -81,6 +88,24 @@ class UpdateCounter(TrainerCallback):
         self.updates += 1
 
 
+class BestNumber(TrainerCallback):
+    """Forgets the best number of a checkpoint where a resumed run looks for the best of another."""
+
+    def __init__(self) -> None:
+        self.is_of_another = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.is_of_another:
+            logger.warning(
+                "The best number so far is not of `metric_for_best_model` (%s): the best is looked for anew.",
+                args.metric_for_best_model,
+            )
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+            self.is_of_another = False
+
+
 class CheckpointedTrainer(Trainer, ABC):
     """Trainer with complete checkpoints, an exact resumption, and what was learned kept where training breaks off.
 
@@ -96,10 +121,10 @@ class CheckpointedTrainer(Trainer, ABC):
         self.metrics = metrics
         self.seconds: dict[str, float] = {}
         self.best_step: int | None = None  # that of the checkpoint whose weights stand at the end
-        self._counter, self._sigterm = UpdateCounter(), SigtermCallback(self.on_any_process)
+        self._counter, self._best, self._sigterm = UpdateCounter(), BestNumber(), SigtermCallback(self.on_any_process)
         self._training_since: float | None = None
         self._owns_output_dir = self._together = False
-        super().__init__(callbacks=[self._counter, *callbacks, self._sigterm], **kwargs)
+        super().__init__(callbacks=[self._counter, self._best, *callbacks, self._sigterm], **kwargs)
 
     # ---- the contract ----------------------------------------------------------------------------------------------
 
@@ -364,7 +389,8 @@ class CheckpointedTrainer(Trainer, ABC):
         super()._save_checkpoint(model, trial)
         state = self.training_state()
         if not self.args.save_only_model:
-            torch.save({"format": FORMAT} | state.values, self._values_file(folder))
+            best_of = {"best_of": self._best_of}
+            torch.save({"format": FORMAT} | best_of | state.values, self._values_file(folder))
         tensors: dict[str, Tensor] = {}
         for name, value in state.tensors.items():
             gathered = whole(value.detach()).contiguous()
@@ -463,7 +489,13 @@ class CheckpointedTrainer(Trainer, ABC):
         epochs = math.ceil(self.args.num_train_epochs * self.updates_per_epoch)
         updates = self.args.max_steps if self.args.max_steps > 0 else epochs
         self._load_from_checkpoint(str(folder))
+        values = self._saved_values(folder) or {}
+        self._best.is_of_another = (
+            state.best_metric is not None and values.get("best_of", self._best_of) != self._best_of
+        )
         reason = f"the run has {updates}" if state.global_step >= updates else self.reason_to_stop()
+        if reason is None and not self._best.is_of_another:
+            reason = self._patience_lost(state)
         if reason is None:
             return False
         logger.warning("%s has %d updates, and nothing is left to train: %s.", folder, state.global_step, reason)
@@ -472,9 +504,27 @@ class CheckpointedTrainer(Trainer, ABC):
             self.is_world_process_zero(),
         )
         self.state = state
-        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        if self._best.is_of_another:
+            logger.warning("The best checkpoint was chosen by another number: the model is that of %s.", folder)
+        elif self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_of(folder)
         return True
+
+    @property
+    def _best_of(self) -> list[Any]:
+        """What the best checkpoint is chosen by."""
+        return [self.args.metric_for_best_model, self.args.greater_is_better]
+
+    def _patience_lost(self, state: TrainerState) -> str | None:
+        """Let early stopping count on from where a checkpoint was; why it ends the run, if it does."""
+        stopping = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+        for callback in stopping:
+            found = state.stateful_callbacks.get(type(callback).__name__, [])
+            for saved in (found if isinstance(found, list) else [found])[-1:]:
+                callback.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+            if callback.early_stopping_patience_counter >= callback.early_stopping_patience:
+                return f"{callback.early_stopping_patience_counter} evaluations brought nothing better"
+        return None
 
     def _load_best_of(self, folder: Path) -> None:
         """Load the best checkpoint of a finished run, which may have been moved; folder: its last checkpoint."""

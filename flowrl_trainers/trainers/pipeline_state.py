@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TensorState:
-    """The precision of a parameter or buffer, and whether it takes a gradient.
+    """The precision of a parameter or buffer, whether it takes a gradient and, where asked for, its numbers.
 
     It is known by its module, as adapters change the names of parameters, and moving a module replaces its buffers.
     """
@@ -27,6 +27,7 @@ class TensorState:
     name: str
     dtype: torch.dtype
     requires_grad: bool
+    kept: Tensor | None
 
     def restore(self, trained: Collection[int]) -> None:
         """trained: by `id`, the parameters that stay as they are."""
@@ -34,25 +35,36 @@ class TensorState:
         if id(tensor) in trained:
             return
         if not isinstance(tensor, nn.Parameter):
-            setattr(self.module, self.name, tensor.to(self.dtype))
+            setattr(self.module, self.name, self._as_it_was(tensor))
             return
         if tensor.dtype != self.dtype:
-            tensor.data = tensor.data.to(self.dtype)
+            tensor.data = self._as_it_was(tensor.data)
         tensor.requires_grad_(self.requires_grad)
+
+    def _as_it_was(self, tensor: Tensor) -> Tensor:
+        if tensor.dtype == self.dtype or self.kept is None:
+            return tensor.to(self.dtype)
+        return self.kept.to(tensor.device)
 
 
 class PartState:
     """Mode, gradient checkpointing, compilation, device, tensors and adapters of one network.
 
     Of adapters that come later, the device alone is changed with that of the network.
+
+    Args:
+        part: The network.
+        keep: Whether its numbers are kept, in the memory of the host, for a precision that rounds them meanwhile.
     """
 
-    def __init__(self, part: nn.Module) -> None:
+    def __init__(self, part: nn.Module, keep: bool = False) -> None:
         self.part, self.training = part, part.training
         self.checkpointing = isinstance(part, ModelMixin) and part.is_gradient_checkpointing
         self.device = _device(part)
         self.tensors = [
-            TensorState(module, name, tensor.dtype, tensor.requires_grad)
+            TensorState(
+                module, name, tensor.dtype, tensor.requires_grad, tensor.detach().cpu().clone() if keep else None
+            )
             for module in part.modules()
             for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         ]
@@ -102,11 +114,13 @@ class PipelineState:
 
     Args:
         flow: The pipeline.
+        keep_decoders: Whether the numbers of decoders are kept, as their precision will round them.
     """
 
-    def __init__(self, flow: FlowPipeline) -> None:
+    def __init__(self, flow: FlowPipeline, keep_decoders: bool = False) -> None:
         self.transformer = flow.transformer
-        self.parts = [PartState(part) for part in (flow.transformer, *flow.text_encoders(), *flow.decoders())]
+        self.parts = [PartState(part) for part in (flow.transformer, *flow.text_encoders())]
+        self.parts += [PartState(part, keep_decoders) for part in flow.decoders()]
 
     def restore(self, trained: Collection[nn.Parameter] = ()) -> None:
         """Make the parts as they were, but for what was learned.
