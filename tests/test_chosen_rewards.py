@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 from flowrl_trainers import FlowPipeline
-from flowrl_trainers.rewards import as_rewards, chosen_by, differentiable
+from flowrl_trainers.rewards import as_rewards, chosen_by, differentiable, groupwise
 from flowrl_trainers.sampling.scoring import Scorer, call_rewards
 
 from .helpers import make_trainer
@@ -101,6 +101,20 @@ def test_wrong_choices_are_refused(tmp_path, tiny_pipeline, column, sentence):
     rows = Dataset.from_dict({"prompt": ["a cat", "a dog"]} | column)
     with pytest.raises(ValueError, match=sentence):
         make_trainer("ACFlowTrainer", tmp_path, tiny_pipeline, redness, rows, rewards_column="tasks")
+
+
+def test_held_out_rows_may_choose_a_groupwise_reward_which_evaluations_leave_out(tmp_path, tiny_pipeline):
+    @groupwise
+    def apart(images, prompts, **columns):
+        return [0.0] * len(images)
+
+    rows = Dataset.from_dict({"prompt": ["a cat", "a dog"], "tasks": [["apart"], ["redness", "apart"]]})
+    train = Dataset.from_dict({"prompt": ["a", "b"], "tasks": [None, None]})
+    t = make_trainer(
+        "ACFlowTrainer", tmp_path, tiny_pipeline, [redness, apart], train, rows, rewards_column="tasks",
+        num_generations=2,
+    )  # fmt: skip
+    assert "eval_reward/redness" in t.evaluate()
 
 
 def test_two_processes_choose_as_one(tmp_path):

@@ -21,7 +21,7 @@ from flowrl_trainers.rewards import differentiable
 from flowrl_trainers.sampling.progress import WIDTH, MessageHandler
 from flowrl_trainers.trainers.console import Console, table
 
-from .helpers import CAPTIONS, make_trainer
+from .helpers import CAPTIONS, adjoint_matching, make_trainer
 
 HELD_OUT = Dataset.from_dict({"prompt": CAPTIONS})
 LONG = "word " * 40
@@ -244,3 +244,22 @@ def test_a_log_that_cannot_be_written_is_no_end_of_the_run(tmp_path, caplog):
     (tmp_path / "metrics.jsonl").mkdir()
     t.log({"loss": 1.0})
     assert "metrics.jsonl lacks a log, as it cannot be written: Is a directory." in caplog.text
+
+
+def test_an_evaluation_before_training_stays_in_the_log(tmp_path, tiny_pipeline):
+    t = adjoint_matching(tmp_path, tiny_pipeline, max_steps=1)
+    t.evaluate(["a red circle"])
+    t.train()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert "eval_reward/redness" in rows[0]
+    assert any("loss" in row for row in rows[1:])
+
+
+def test_what_an_evaluation_wrote_is_no_earlier_run(tmp_path, tiny_pipeline):
+    t = adjoint_matching(tmp_path / "run", tiny_pipeline, max_steps=1, overwrite_output_dir=True, log_images=1)
+    t.evaluate(["a red circle"])
+    t.train()
+    t.save_model()
+    assert not list(tmp_path.glob("run.before-*"))
+    assert list((tmp_path / "run" / "samples").glob("step-*.png"))
+    assert (tmp_path / "run" / "README.md").is_file()

@@ -20,11 +20,12 @@ from flowrl_trainers.cost.architectures import META, find, known_names
 from flowrl_trainers.cost.conditioning import blank_conditioning
 from flowrl_trainers.cost.estimate import Estimator, quantized_size
 from flowrl_trainers.cost.meter import metered
-from flowrl_trainers.cost.rewards import BlankReward, blank_reward
+from flowrl_trainers.cost.rewards import BlankReward, blank_of, blank_reward
 from flowrl_trainers.cost.run import blank_reward_decoder
 from flowrl_trainers.pipelines import FlowPipeline
 from flowrl_trainers.pipelines.quantization import stored_tensors
 from flowrl_trainers.pipelines.tiny_decoder import TinyDecoder
+from flowrl_trainers.rewards import CLIPScore, RemoteReward, as_rewards
 from flowrl_trainers.shapes import load_pipeline
 from flowrl_trainers.trainers import base_trainer
 
@@ -258,6 +259,12 @@ def test_a_run_for_gpus_is_estimated_without_one(tmp_path, capsys):
     path = write_run(tmp_path, reward_funcs=["aesthetic", "jpeg_compressibility"], guidance_scale=1.0, **settings)
     command = ["estimate", "tafs_grpo", "--config", str(path), "--num_processes", "2"]
     assert main([*command, "--json"]) == 0
+    with_two = capsys.readouterr().out
+    assert main([*command[:-2], "--num_processes=2", "--json"]) == 0
+    assert capsys.readouterr().out == with_two
+    assert main([*command[:-1], "²"]) == 2
+    assert "`--num_processes` ('²') must be a whole number from 1 on." in capsys.readouterr().err
+    assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     names = {"peak_gib", "phases", "tflop_per_update", "calls", "calls_once", "peak_phase", "not_counted"}
     assert names == set(found)
@@ -390,6 +397,15 @@ def test_peak_memory_is_that_measured_on_an_h100(model, method, steps, measured)
     drawing = Drawing(guided=False, decoded_together=4)
     found = estimator.estimate(config.calls(drawing), [], config.updates_on_rollout, 8 * config.latents_kept, [])
     assert found.peak_gib == pytest.approx(measured, rel=0.1)
+
+
+def test_a_reward_at_hand_is_counted_by_its_class_and_in_its_precision(clip):
+    remote = RemoteReward("http://127.0.0.1:9", name="pickscore")
+    assert blank_of(remote) == BlankReward("pickscore", None)
+    (named,) = as_rewards({"taste": CLIPScore(clip, dtype=torch.bfloat16)})
+    found = blank_of(named)
+    assert found.name == "taste"
+    assert {p.dtype for p in found.network.parameters()} == {torch.bfloat16}
 
 
 # ---- before a run ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The captions of a sheet of pictures: readable in any script, within their tiles, and of bounded height."""
 
 import io
+import random
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,14 @@ def test_what_is_cut_ends_in_an_ellipsis_and_what_is_not_is_whole(fonts):
     assert Caption.of(PROMPTS["lines"], WIDTH).lines == ["a cat on a mat"]
     assert Caption.of(" \n ", WIDTH).lines == ["(empty)"]
     assert "".join(Caption.of(PROMPTS["one word"], WIDTH).lines) == PROMPTS["one word"]
+
+
+def test_no_word_of_a_long_prompt_is_lost_without_an_ellipsis(fonts):
+    """Also where the last line is just full, so that the space behind it has no room."""
+    for number in range(60):
+        words = random.Random(number).choices(["red", "a", "circle", "of", "purple", "and", "triangle", "it"], k=60)
+        lines = Caption.of(" ".join(words), WIDTH).lines
+        assert " ".join(lines) == " ".join(words) or lines[-1].endswith(("...", "…"))
 
 
 def test_captions_of_a_sheet_keep_out_of_each_others_tiles_and_pictures(fonts):

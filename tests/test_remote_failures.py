@@ -30,7 +30,7 @@ TOKEN = "a-token.of+24/characters"
 @pytest.mark.parametrize(("plan", "settings", "requests"), [
     ([500, 500], {"retries": 2}, 3),
     (["slow"], {"retries": 1, "timeout": 0.3}, 2),
-    (["drop", 502, 503, 504, "drop"], {"retries": 0}, 6),  # away, which patience is for
+    (["drop", 429, 502, 503, 504, "drop"], {"retries": 0}, 7),  # away, which patience is for
     (["drop", 500, "drop"], {"retries": 1}, 4),
 ])  # fmt: skip
 def test_what_fails_is_asked_again(plan, settings, requests):

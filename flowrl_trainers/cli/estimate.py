@@ -51,12 +51,17 @@ def _parse(method: str, arguments: list[str]) -> tuple[EstimateArguments, RunArg
 
 def _number_of_processes(arguments: list[str]) -> int:
     """What follows `--num_processes`: the settings cannot be read without it, as images per update depend on it."""
-    if "--num_processes" not in arguments:
+    parts = [part for argument in arguments for part in _split(argument)]
+    if "--num_processes" not in parts:
         return 1
-    (value,) = [*arguments, ""][arguments.index("--num_processes") + 1 :][:1]
-    if not value.isdigit() or int(value) < 1:
+    (value,) = [*parts, ""][parts.index("--num_processes") + 1 :][:1]
+    if not value.isdecimal() or int(value) < 1:
         raise ValueError(f"`--num_processes` ({value!r}) must be a whole number from 1 on.")
     return int(value)
+
+
+def _split(argument: str) -> list[str]:
+    return argument.split("=", 1) if argument.startswith("--num_processes=") else [argument]
 
 
 def read_anywhere(config_class: type[FlowRLConfig], processes: int) -> type[FlowRLConfig]:

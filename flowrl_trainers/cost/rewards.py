@@ -1,6 +1,6 @@
 """The networks of rewards with a name, on the meta device: their sizes are published, and nothing is loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from transformers import BlipConfig, CLIPConfig, CLIPModel, CLIPVisionConfig
 
 from ..rewards.aesthetic import AestheticPredictor
-from ..rewards.base import Sees
+from ..rewards.base import Reward, Sees
 from ..rewards.hpsv2 import vit_h_14
 from ..rewards.image_reward import ImageRewardModel
+from ..rewards.named import NAMED_REWARDS
 from ..rewards.preprocessing import resize_and_crop
 
 CLIP_TOKENS = 77
@@ -89,6 +90,16 @@ def blank_reward(name: str, dtype: torch.dtype = torch.float32, sees: Sees = "im
     if made is not None:
         made = made.to(dtype).requires_grad_(False).eval()
     return BlankReward(name, made, sees)
+
+
+def blank_of(reward: Reward) -> BlankReward:
+    """That of a reward which is at hand, by its class, whatever it is called; one of another class costs nothing."""
+    kind = next((name for name, known in NAMED_REWARDS.items() if type(reward) is known), "")
+    blank = blank_reward(kind, sees=reward.sees)
+    if blank.network is not None:
+        model: Any = reward  # all of those have one
+        blank.network.to(next(model.model.parameters()).dtype)
+    return replace(blank, name=reward.name)
 
 
 def is_counted(name: str) -> bool:

@@ -26,8 +26,9 @@ FIRST_DELAY, LONGEST_DELAY = 0.5, 15.0  # seconds before the first retry; each l
 CONNECT_TIMEOUT = 5.0
 MAX_ANSWER = 2**20  # bytes; a score takes some twenty
 UNREACHABLE = (httpx2.ConnectTimeout, httpx2.NetworkError, httpx2.ProxyError, httpx2.RemoteProtocolError)
-# The answers of a proxy while the server behind it restarts, and of a server with too many connections.
-AWAY = (502, 503, 504)
+# The answers of a proxy while the server behind it restarts, of a server with too many connections, and of a service
+# that is asked too often.
+AWAY = (429, 502, 503, 504)
 NOT_FINITE = ("nan", "inf", "-inf")  # strings, because JSON has no such numbers
 
 
@@ -45,8 +46,8 @@ class RemoteReward(Reward):
     request that fails on one is repeated on the next at once, and waits only after all have failed; a server that
     failed is asked last for 15 seconds. So the loss of one costs no step, and one that comes back is found.
 
-    A call raises `ValueError` if the server refuses the request (4xx), or if its answer has no scores or more than a
-    megabyte, and `RuntimeError` when `retries` or `patience` are used up.
+    A call raises `ValueError` if the server refuses the request (a 4xx but 429), or if its answer has no scores or
+    more than a megabyte, and `RuntimeError` when `retries` or `patience` are used up.
 
     Args:
         url: The server's address, such as "http://127.0.0.1:8000", or a list of the addresses of servers that give the
@@ -57,8 +58,8 @@ class RemoteReward(Reward):
         batch_size: Pictures per request; the requests to one server follow one another.
         timeout: Seconds that one try of a request may take, from connecting to the last byte of the answer.
         retries: How often to repeat a request that timed out or got a 5xx answer, on each server.
-        patience: Seconds, from a request's first failure on, to wait for servers that cannot be reached or answer 502,
-            503 or 504.
+        patience: Seconds, from a request's first failure on, to wait for servers that cannot be reached or answer
+            429, 502, 503 or 504.
         token: The bearer token of the servers, from a file or an environment variable; None for servers that ask for
             none. No log, error or file of a run shows it.
 
@@ -231,10 +232,10 @@ async def post(
         body: The body of the request.
         sender: The subject of log lines and errors.
         retries: How often to repeat after time-outs and 5xx answers, on each server.
-        patience: Seconds to wait for servers that cannot be reached or answer 502, 503 or 504.
+        patience: Seconds to wait for servers that cannot be reached or answer 429, 502, 503 or 504.
 
     Raises:
-        ValueError: If the answer is a 3xx or 4xx, and the error quotes the server; or if it is larger than
+        ValueError: If the answer is a 3xx or another 4xx, and the error quotes the server; or if it is larger than
             `MAX_ANSWER`.
         RuntimeError: If `retries` or `patience` are used up.
     """
@@ -290,7 +291,7 @@ async def _attempt(
             )
         return response
     words = f"{response.status_code}: {_sentence(response, client)}"
-    if response.status_code < 500:
+    if response.status_code < 500 and response.status_code not in AWAY:
         raise ValueError(f"{sender}: {url} refuses the request with {words}")
     return _Failure(words, away=response.status_code in AWAY)
 

@@ -1,6 +1,7 @@
 """The two judges of the embedded default: a CLIP trained on correct captions, and a checker without training."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from datasets import Dataset
@@ -38,3 +39,8 @@ class CheckerReward(Reward):
     def check_rows(self, rows: Dataset) -> None:
         for prompt in rows["prompt"]:
             parse(prompt)
+
+
+def checker_among(rewards: Iterable[Reward]) -> str | None:
+    """What the checker is called among rewards; None if it is none of them."""
+    return next((reward.name for reward in rewards if isinstance(reward, CheckerReward)), None)

@@ -70,7 +70,7 @@ class VLMJudge(Reward):
         concurrency: How many questions may wait at a time.
         timeout: Seconds that one try of a question may take.
         retries: How often to repeat a question that timed out or got a 5xx answer.
-        patience: Seconds to wait for a server that cannot be reached or answers 502, 503 or 504.
+        patience: Seconds to wait for a server that cannot be reached or answers 429, 502, 503 or 504.
         memory: How many answers to remember: the same picture and question are not asked again.
 
     Raises:

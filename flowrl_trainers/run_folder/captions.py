@@ -103,6 +103,8 @@ def _wrapped(text: str, face: Typeface, width: int) -> list[str]:
         if face.fits(lines[-1] + part, width):
             lines[-1] += part
             continue
+        if not part.strip():  # a space at the end of a full line opens no other
+            continue
         lines[-1:] = [lines[-1].rstrip()] if lines[-1].strip() else []
         lines.append("")
         for unit in _units(part.lstrip()):

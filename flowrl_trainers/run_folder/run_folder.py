@@ -90,7 +90,7 @@ class RunFolder:
 
     def _gallery(self) -> list[dict[str, Any]]:
         """Prompt, seed and path of the tuned pictures of the last evaluation."""
-        if self.sheet is None:
+        if self.sheet is None or not self.sheet.exists():  # it may have been moved aside with those of an earlier run
             return []
         shown = json.loads(self.sheet.with_suffix(".json").read_text(encoding="utf-8"))
         pairs = zip(shown["prompts"], shown["seeds"], strict=True)

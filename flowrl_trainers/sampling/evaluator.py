@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from ..flow import euler_steps
 from ..pipelines import Conditioning, FlowPipeline
 from ..rewards import Reward
+from ..rewards.shapes import checker_among
 from .conditioning import ConditioningCache
 from .draws import ImageKey
 from .flow_model import FlowModel
@@ -185,6 +186,7 @@ class Evaluator:
             images=images,
             scores={reward.name: [float(v) if v.isfinite() else None for v in column] for reward, column in columns},
             extra={name: column + [None] * (len(images) - len(column)) for name, column in extra.items()},
+            checker=checker_among(self.rewards),
         )
 
 

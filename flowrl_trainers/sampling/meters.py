@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..metrics import colour_entropy, edge_density, mean_distance
 from ..rewards import CheckerReward, Reward
+from ..rewards.shapes import checker_among
 from .prompt_groups import Example
 
 
@@ -44,7 +45,7 @@ class RewardMeter:
         everything = torch.where(everything.isfinite(), everything, torch.nan)
         self.by_reward = {r.name: column for r, column in zip(self.rewards, everything.unbind(dim=1), strict=True)}
         row = {f"reward/{name}": float(column.nanmean()) for name, column in self.by_reward.items()}
-        checker = next((r.name for r in self.rewards if isinstance(r, CheckerReward)), None)
+        checker = checker_among(self.rewards)
         return row if checker is None else row | {"checker_accuracy": row[f"reward/{checker}"]}
 
 

@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..rewards import CheckerReward
 from .draws import ImageKey, keyed_seed
 
 
@@ -24,6 +23,7 @@ class Pictures:
         images: (B, 3, H, W) in [0, 1].
         scores: Name of a reward -> B scores, None where it returned None.
         extra: What rewards noted by `log_extra`.
+        checker: What the reward is called that is a `CheckerReward`; None if there is none.
     """
 
     prompts: list[str]
@@ -31,8 +31,9 @@ class Pictures:
     images: Tensor
     scores: dict[str, list[float | None]]
     extra: dict[str, Any] = field(default_factory=dict)
+    checker: str | None = None
 
     @property
     def right(self) -> list[bool] | None:
         """Which pictures the checker accepts; None where it was not asked."""
-        return [score == 1 for score in self.scores[CheckerReward.name]] if CheckerReward.name in self.scores else None
+        return None if self.checker is None else [score == 1 for score in self.scores[self.checker]]

@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerState, enable_full_determinism,
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
 from transformers.utils import is_in_notebook
 
-from ..cost.rewards import blank_reward
+from ..cost.rewards import blank_of
 from ..cost.run import memory_of, warn_of_memory
 from ..flow import norm_ratios, root_mean_square
 from ..metrics import signs_of_over_optimisation
@@ -187,17 +187,14 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         check_best_metric(args, [*self.rewards, *self.eval_rewards])
         check_columns(self.rewards, train_dataset, "train_dataset")
         if eval_dataset is not None:
-            check_columns(self.evaluated_rewards, eval_dataset, "eval_dataset")
+            check_columns(self.evaluated_rewards, eval_dataset, "eval_dataset", others=self.rewards)
 
         check_callbacks(callbacks or [], args)
 
         # The model, and what is trained of it.
         memory = memory_of(args.device)
         if isinstance(model, (str, Path)) and memory is not None and args.process_index == 0:
-            blank = (
-                [blank_reward(reward.name, sees=reward.sees) for reward in rewards]
-                for rewards in (self.rewards, self.eval_rewards)
-            )
+            blank = ([blank_of(reward) for reward in rewards] for rewards in (self.rewards, self.eval_rewards))
             of_run = (pipeline_settings(args), peft_config, *blank)
             shared_by = args.world_size if asks_for_sharding() else 1
             warn_of_memory(memory, args, str(model), *of_run, evaluates=eval_dataset is not None, shared_by=shared_by)
@@ -977,7 +974,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         if source is None:
             raise ValueError("`evaluate` needs prompts: pass `eval_dataset` to it or to the trainer.")
         dataset = check_dataset(source, "eval_dataset")
-        check_columns(self.evaluated_rewards, dataset, "eval_dataset")
+        check_columns(self.evaluated_rewards, dataset, "eval_dataset", others=self.rewards)
         with self.one_for_all(), self.at_work(), self.judges_at_hand():
             self._encode_new(dataset["prompt"])
             start = perf_counter()
@@ -1024,7 +1021,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             ValueError: For what holds no prompts, and for a `count` below 1.
         """
         dataset = check_dataset(dataset, "dataset")
-        check_columns(self.evaluated_rewards, dataset, "dataset")
+        check_columns(self.evaluated_rewards, dataset, "dataset", others=self.rewards)
         if count < 1:
             raise ValueError(f"`count` ({count}) must be at least 1.")
         with self.at_work(), self.judges_at_hand():

@@ -124,6 +124,8 @@ class CheckpointedTrainer(Trainer, ABC):
         self._counter, self._best, self._sigterm = UpdateCounter(), BestNumber(), SigtermCallback(self.on_any_process)
         self._training_since: float | None = None
         self._owns_output_dir = self._together = False
+        # Files that this trainer writes before it trains, of an evaluation, are none of an earlier run.
+        self._found = set(files_of_a_run(Path(str(kwargs["args"].output_dir))))
         super().__init__(callbacks=[self._counter, self._best, *callbacks, self._sigterm], **kwargs)
 
     # ---- the contract ----------------------------------------------------------------------------------------------
@@ -249,7 +251,7 @@ class CheckpointedTrainer(Trainer, ABC):
         if not (goes_on or self._owns_output_dir):
             left, saved = models_of_a_run(self.output_dir), checkpoints(self.output_dir)
             if self.args.overwrite_output_dir:
-                left = files_of_a_run(self.output_dir)
+                left = [path for path in files_of_a_run(self.output_dir) if path in self._found]
             elif auto and folder is None:
                 refuse_earlier_run(self.output_dir, [path for path in left if path not in saved])
                 left = [path for path in saved if (path / MANIFEST).exists()]

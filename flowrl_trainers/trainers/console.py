@@ -58,16 +58,21 @@ def take_place_of_default(trainer: Trainer, console: TrainerCallback, given: lis
 
 
 class LogFile(TrainerCallback):
-    """Every log of the run, whole, as a line of `metrics.jsonl`; after a resumption without those that it repeats."""
+    """Every log of the run, whole, as a line of `metrics.jsonl`; after a resumption without those that it repeats.
+
+    Evaluations that this process made before training stand first.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "metrics.jsonl"
+        self.before_training: list[dict[str, Any]] | None = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            self._write("w", state.log_history)
+            self._write("w", [*(self.before_training or []), *state.log_history])
+        self.before_training = None
 
     def on_log(
         self,
@@ -78,7 +83,10 @@ class LogFile(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero and logs is not None:
-            self._write("a", [{"step": state.global_step} | logs])
+            row = {"step": state.global_step} | logs
+            self._write("a", [row])
+            if self.before_training is not None:
+                self.before_training.append(row)
 
     def _write(self, mode: str, rows: list[dict[str, Any]]) -> None:
         try:

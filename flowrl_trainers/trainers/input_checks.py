@@ -217,7 +217,7 @@ def check_callbacks(callbacks: Sequence[Any], args: FlowRLConfig) -> None:
                     raise ValueError(f"An `EarlyStoppingCallback` needs `{name}`: set it.")
 
 
-def check_columns(rewards: list[Reward], dataset: Dataset, argument: str) -> None:
+def check_columns(rewards: list[Reward], dataset: Dataset, argument: str, others: Iterable[Reward] = ()) -> None:
     """Refuse a reward that asks for a column which the dataset lacks, prompts that choose an unknown reward, and rows
     that a reward could not score.
 
@@ -225,6 +225,7 @@ def check_columns(rewards: list[Reward], dataset: Dataset, argument: str) -> Non
         rewards: Those that are called with the dataset's rows.
         dataset: With its columns.
         argument: What the caller calls it.
+        others: Those that rows may choose too, though they are not called here.
 
     Raises:
         ValueError: Naming reward and column, or what is wrong with a row.
@@ -237,7 +238,8 @@ def check_columns(rewards: list[Reward], dataset: Dataset, argument: str) -> Non
                 f"{', '.join(map(repr, dataset.column_names))}): add it, or give the reward's argument a default."
             )
     for column in {reward.chosen_by for reward in rewards if reward.chosen_by is not None}:
-        names = [reward.name for reward in rewards if reward.chosen_by == column]
+        known = {reward.name: reward for reward in [*rewards, *others]}
+        names = [name for name, reward in known.items() if reward.chosen_by == column]
         _check_choices(column, names, dataset, argument)
     for reward in rewards:
         reward.check_rows(_rows_of(reward, dataset))

@@ -7,15 +7,16 @@ from transformers.utils import is_bitsandbytes_available
 from ..sampling.sharding import asks_for_sharding
 from ..suggestions import did_you_mean
 
-# What `optim_args` may hold for an optimizer, as transformers reads it.
+# What `optim_args` may hold for an optimizer, as transformers reads it; but for `weight_decay`, as that of the
+# parameter groups, which is the setting of that name, comes before it.
 _ADEMAMIX = ("beta1", "beta2", "beta3", "alpha", "eps", "t_alpha", "t_beta3")
 OF_TORCH: dict[str, tuple[str, ...]] = {
     "adamw_torch": (),
     "adamw_torch_fused": (),
     "adafactor": (),
-    "sgd": ("momentum", "dampening", "weight_decay", "nesterov"),
-    "adagrad": ("lr_decay", "weight_decay", "eps"),
-    "rmsprop": ("momentum", "alpha", "eps", "weight_decay", "centered"),
+    "sgd": ("momentum", "dampening", "nesterov"),
+    "adagrad": ("lr_decay", "eps"),
+    "rmsprop": ("momentum", "alpha", "eps", "centered"),
 }
 OF_BITSANDBYTES: dict[str, tuple[str, ...]] = {
     "adamw_8bit": (),
@@ -65,10 +66,12 @@ def check_optimizer(config: Any) -> None:
             )
         if name not in readable:
             reads = f"reads {', '.join(readable)}" if readable else "reads none"
+            if name == "weight_decay":
+                reads += " and the setting `weight_decay`"
             raise ValueError(f"`optim_args` names {name!r}, but `optim` {optim!r} {reads}: take it out.")
-    if optim in NO_BETAS:
-        for name, default in (("adam_beta1", 0.9), ("adam_beta2", 0.999), ("adam_epsilon", 1e-8)):
-            if getattr(config, name) != default:
-                raise ValueError(
-                    f"`{name}` ({getattr(config, name)}) has no effect with `optim` {optim!r}: take it out."
-                )
+    unread = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8} if optim in NO_BETAS else {}
+    if "lion" in optim:
+        unread = {"adam_epsilon": 1e-8}
+    for name, default in unread.items():
+        if getattr(config, name) != default:
+            raise ValueError(f"`{name}` ({getattr(config, name)}) has no effect with `optim` {optim!r}: take it out.")
