@@ -124,7 +124,8 @@ def test_bytes_of_every_call_are_those_that_a_cpu_allocates(monkeypatch, name, c
     flow.transformer.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=list(flow.lora_target_modules)))
     cast_training_params(flow.transformer, dtype=torch.float32)
     if checkpointing:
-        flow.transformer.enable_gradient_checkpointing()
+        for network in (flow.transformer, *flow.decoders()):
+            network.enable_gradient_checkpointing()
     # A tiny pipeline's tokenizers are shorter than published ones, so both get what they make of one prompt.
     encoded = flow.encode_prompts([PROMPT] * 4)
     monkeypatch.setattr(
@@ -397,6 +398,42 @@ def test_peak_memory_is_that_measured_on_an_h100(model, method, steps, measured)
     drawing = Drawing(guided=False, decoded_together=4)
     found = estimator.estimate(config.calls(drawing), [], config.updates_on_rollout, 8 * config.latents_kept, [])
     assert found.peak_gib == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(("settings", "part", "numbers"), [
+    ({"ema_decay": 0.9}, "average", 4),
+    ({"old_policy_decay": 0.0}, "old policy", -4),
+    ({"optim": "sgd"}, "optimizer", -8),
+    ({"optim": "sgd", "optim_args": "momentum=0.9"}, "optimizer", -4),
+    ({"optim": "lion_32bit"}, "optimizer", -4),
+    ({"optim": "adamw_8bit"}, "optimizer", -6),
+])  # fmt: skip
+def test_what_a_run_keeps_of_each_trained_number_is_counted(capsys, tmp_path, settings, part, numbers):
+    """Beside a run of DiffusionNFT on all weights with AdamW, in bytes for each of them."""
+
+    def parts(**more) -> dict[str, float]:
+        path = write_run(tmp_path, reward_funcs=["jpeg_compressibility"], **more)
+        assert main(["estimate", "diffusion_nft", "--config", str(path), "--lora_r", "0", "--json"]) == 0
+        return json.loads(capsys.readouterr().out)["phases"]["update"]["gib"]
+
+    plain, found = parts(), parts(**settings)
+    count = plain["trained weights"] / 4
+    assert found.get(part, 0) - plain.get(part, 0) == pytest.approx(numbers * count)
+    assert {name: size for name, size in found.items() if name != part} == pytest.approx(
+        {name: size for name, size in plain.items() if name != part}
+    )
+
+
+def test_a_merged_adapter_and_the_precision_of_the_decoder_are_counted(capsys, tmp_path):
+    def phases(**more) -> dict[str, dict[str, float]]:
+        path = write_run(tmp_path, reward_funcs=["jpeg_compressibility"], bf16=False, **more)
+        assert main(["estimate", "ac_flow", "--config", str(path), "--lora_r", "4", "--json"]) == 0
+        return {name: cost["gib"] for name, cost in json.loads(capsys.readouterr().out)["phases"].items()}
+
+    plain, merged, rounded = phases(), phases(merge_adapter=True), phases(decoder_dtype="bfloat16")
+    assert 0 < merged["rollout"]["merged weights"] < plain["rollout"]["weights"]
+    assert "merged weights" not in merged["update"]
+    assert rounded["rollout"]["autoencoder"] == pytest.approx(plain["rollout"]["autoencoder"] / 2, rel=0.01)
 
 
 def test_a_reward_at_hand_is_counted_by_its_class_and_in_its_precision(clip):

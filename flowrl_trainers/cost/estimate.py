@@ -1,16 +1,17 @@
 """`Estimator`: operations and bytes of every call of a run, and the sum of what each phase holds."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,9 +23,9 @@ from .architectures import META, Architecture
 from .calls import Call, Kind, Phase, counted
 from .conditioning import blank_conditioning
 from .meter import LikeAGPU, Meter, metered
+from .optimizers import ADAMW_BYTES
 from .rewards import BlankReward
 
-ADAMW_MOMENTS = 2
 GATHERED_BLOCKS = 2  # the one that computes, and the one that is fetched, or whose gradients are added up, meanwhile
 ENCODE = "encode"
 
@@ -142,6 +143,9 @@ class Estimator:
         reward_decoder: Takes the gradient of the reward in place of the pipeline's own decoder; on the meta device.
         shared_by: The processes over which FSDP2 spreads the transformer, its frozen copy and a value network; 1
             leaves them whole. It may be set anew between two estimates.
+        optimizer_bytes: What the optimizer keeps for each trained number, see `state_bytes`; a critic has AdamW.
+        copies: The names of further sets of the trained weights that are kept, such as their average.
+        merged: Whether rollouts are drawn with the adapter added to a copy of the adapted weights.
     """
 
     flow: Any
@@ -157,6 +161,9 @@ class Estimator:
     apart: bool = False
     reward_decoder: TinyDecoder | None = None
     shared_by: int = 1
+    optimizer_bytes: int = ADAMW_BYTES
+    copies: Sequence[str] = ()
+    merged: bool = False
     _works: dict[tuple[Kind, int, bool, bool], Work] = field(default_factory=dict)
     _meter: Meter = field(default_factory=Meter)
 
@@ -177,7 +184,14 @@ class Estimator:
             cast_training_params(network, dtype=torch.float32)
         self.frozen = loaded or (deepcopy(network) if self.lora is None else None)
         if self.checkpointing:
-            network.enable_gradient_checkpointing(gradient_checkpointing_func=self._checkpointed)
+            network.enable_gradient_checkpointing(
+                gradient_checkpointing_func=partial(self._checkpointed, self.autocast)
+            )
+            for decoder in self.flow.decoders():
+                with suppress(ValueError):  # raised by models without gradient checkpointing
+                    decoder.enable_gradient_checkpointing(
+                        gradient_checkpointing_func=partial(self._checkpointed, None)
+                    )
 
     # ---- the work of a call ----------------------------------------------------------------------------------------
 
@@ -197,9 +211,9 @@ class Estimator:
                     network.zero_grad()
         return self._works[key]
 
-    def _checkpointed(self, block: Callable[..., Any], *inputs: Any) -> Any:
+    def _checkpointed(self, autocast: torch.dtype | None, block: Callable[..., Any], *inputs: Any) -> Any:
         """What a block returns, computed again in the backward pass: as on a GPU, where torch leaves every mode."""
-        like_a_gpu = LikeAGPU(self._meter, self.autocast)
+        like_a_gpu = LikeAGPU(self._meter, autocast)
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), like_a_gpu))
 
     def _do(self, call: Call) -> None:
@@ -335,6 +349,9 @@ class Estimator:
         parts = self.resident() | {"buffer": latents_kept * _bytes_of(self._latents(1))}
         if phase == Phase.EVALUATION:
             parts["further rewards"] = _bytes_of_rewards(self.judges)
+        if phase == Phase.ROLLOUT and self.merged:
+            adapted = [m for m in self.flow.transformer.modules() if isinstance(m, BaseTunerLayer)]
+            parts["merged weights"] = sum(_bytes(m.get_base_layer()) for m in adapted)
         if phase == Phase.UPDATE:
             parts["gradients"] = self._held_of(self.trained)
         if self.apart:
@@ -358,10 +375,14 @@ class Estimator:
         copy = [] if self.frozen is None else [*self.frozen.parameters()]
         buffers = [buffer for part in (network, self.frozen) if part is not None for buffer in part.buffers()]
         weights += self._held_of(copy) + sum(map(_bytes_of, buffers)) - self.quantized.saved
+        # What is trained is in float32. A critic has an AdamW of its own.
+        of_critic, with_head = (0, trained + of_head) if self._head_is_shared else (of_head, trained)
+        optimizer = (self.optimizer_bytes * with_head + ADAMW_BYTES * of_critic) // torch.float32.itemsize
         return {
             "weights": weights,
             "adapter" if self.lora is not None else "trained weights": trained,
-            "optimizer": ADAMW_MOMENTS * (trained + of_head),
+            "optimizer": optimizer,
+            **dict.fromkeys(self.copies, trained),
             "head": of_head,
             "autoencoder": sum(_bytes(network) for network in self.flow.decoders()),
             "reward decoder": 0 if self.reward_decoder is None else _bytes(self.reward_decoder.autoencoder),

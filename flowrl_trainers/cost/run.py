@@ -10,6 +10,8 @@ import torch
 from diffusers import AutoencoderTiny
 from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig
+from torch import nn
+from transformers.training_args import OptimizerNames
 
 from ..pipelines.folders import read_json
 from ..pipelines.tiny_decoder import TinyDecoder
@@ -17,6 +19,7 @@ from ..sampling.scoring import MEGAPIXEL
 from .architectures import META, find
 from .calls import Drawing
 from .estimate import Estimate, Estimator, encoding
+from .optimizers import state_bytes
 from .rewards import BlankReward
 from .table import LOWER
 
@@ -54,6 +57,8 @@ def estimates_of_run(
     half = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
     architecture = find(model)
     flow: Any = architecture.flow(half or torch.float32, settings)
+    for decoder in flow.decoders():
+        nn.Module.to(decoder, getattr(torch, config.decoder_dtype))
     together = max(1, MEGAPIXEL // (flow.settings["height"] * flow.settings["width"]))
     decodes = any(reward.sees == "images" for reward in rewards)
     drawing = Drawing(flow.guided, together, flow.guidance_in_one_call, decodes)
@@ -70,6 +75,9 @@ def estimates_of_run(
         copy_as_loaded=config.frozen_copy == "as_loaded",
         apart=config.offload_between_phases,
         reward_decoder=blank_reward_decoder(config.reward_decoder_name, flow),
+        optimizer_bytes=state_bytes(OptimizerNames(config.optim).value, config.optim_args),
+        copies=["average"] * (config.ema_decay is not None) + ["old policy"] * config.keeps_old_policy,
+        merged=config.merge_adapter,
     )
     before = encoding(architecture, half or torch.float32, config.text_encoder_quantization)
     estimates = []

@@ -198,6 +198,11 @@ class ACFlowConfig(RenoisingConfig):
         """Whether the old policy draws rollouts, or stands in the loss."""
         return self.rollout_policy == "old" or self.target == "fixed" or self.old_policy_coefficient > 0
 
+    @property
+    def keeps_old_policy(self) -> bool:
+        """Where something asks for it, and it is not simply the present one at the rollout."""
+        return self.uses_old_policy and self.old_policy_decay > 0
+
     def _refuse_idle_settings(self) -> None:
         """Raises `ValueError` for what has no effect, or none that is meant, beside the other settings."""
         if self.old_policy_decay > 0 and not self.uses_old_policy:

@@ -174,11 +174,6 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
             made.backbone.enable_gradient_checkpointing()
         return made.to(self.args.device)
 
-    @property
-    def uses_old_policy(self) -> bool:
-        """See `ACFlowConfig.uses_old_policy`."""
-        return self.args.uses_old_policy
-
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """See `FlowRLTrainer.train`; says so where the run ended before the critic's warm-up did."""
         output = super().train(*args, **kwargs)

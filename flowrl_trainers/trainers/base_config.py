@@ -262,6 +262,11 @@ class FlowRLConfig(TrainingArguments):
         """The updates that use one rollout, over all passes."""
         return self.updates_per_rollout * self.num_iterations
 
+    @property
+    def keeps_old_policy(self) -> bool:
+        """Whether an earlier set of the trained weights is kept beside the present one."""
+        return False
+
     def calls(self, drawing: Drawing) -> list[Call]:
         """What one process computes for one rollout and all updates on it, once nothing warms up; see `Call`."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it calls: override `calls`.")

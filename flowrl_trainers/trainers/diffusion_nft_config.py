@@ -69,6 +69,11 @@ class DiffusionNFTConfig(RenoisingConfig):
     )
 
     @property
+    def keeps_old_policy(self) -> bool:
+        """It draws every rollout."""
+        return self.old_policy_decay > 0
+
+    @property
     def needs_base(self) -> bool:
         """Whether (4) or the guard asks for the base velocity."""
         return self.reference_coefficient > 0 or self.norm_guard > 0

@@ -82,7 +82,6 @@ class DiffusionNFTTrainer(RenoisingTrainer[DiffusionNFTRecord]):
     record_class = DiffusionNFTRecord
 
     args: DiffusionNFTConfig
-    uses_old_policy = True  # it draws every rollout
 
     def set_up(self) -> None:
         """The old policy, and advice."""

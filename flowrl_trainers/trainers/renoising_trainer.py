@@ -8,7 +8,6 @@ With images x of the sampling policy, fresh noise e and a level sigma:
     guard      norm_guard relu( |v(z)| / |v_base(z)| - 1 )^2
 """
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -63,16 +62,10 @@ class RenoisingTrainer(FlowRLTrainer[RenoisingRollout, RecordT]):
 
     args: RenoisingConfig
 
-    @property
-    @abstractmethod
-    def uses_old_policy(self) -> bool:
-        """Whether anything of the method asks for the old policy."""
-
     def set_up(self) -> None:
         """The weights of the old policy, where they are not simply the present ones at the rollout."""
-        kept = self.uses_old_policy and self.args.old_policy_decay > 0
         trained = {n: p for n, p in self.model.trained_tensors().items() if isinstance(p, nn.Parameter)}
-        self.old = LaggedWeights(trained) if kept else None
+        self.old = LaggedWeights(trained) if self.args.keeps_old_policy else None
 
     @property
     def num_trained_states(self) -> int:
