@@ -41,7 +41,7 @@ class NamedPicture:
             raise ValueError(
                 f"The picture {self.name!r} has pixels of the mode {picture.mode!r}: save it with 8 bits per colour."
             )
-        if picture.has_transparency_data and picture.convert("RGBA").getextrema()[3][0] < 255:
+        if picture.has_transparency_data and any(a < 255 for a in picture.convert("RGBA").getchannel("A").tobytes()):
             raise ValueError(
                 f"The picture {self.name!r} has transparent pixels, whose colour is what lies behind: save it on a "
                 "background."

@@ -519,9 +519,10 @@ class CheckpointedTrainer(Trainer, ABC):
 
     def _patience_lost(self, state: TrainerState) -> str | None:
         """Let early stopping count on from where a checkpoint was; why it ends the run, if it does."""
+        kept: Any = state.stateful_callbacks  # a dictionary, once it is read from a file
         stopping = [c for c in self.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
         for callback in stopping:
-            found = state.stateful_callbacks.get(type(callback).__name__, [])
+            found = kept.get(type(callback).__name__, [])
             for saved in (found if isinstance(found, list) else [found])[-1:]:
                 callback.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
             if callback.early_stopping_patience_counter >= callback.early_stopping_patience:
