@@ -351,6 +351,18 @@ def test_the_findings_of_the_page_hold():
     assert end["AC-Flow, exponential, no anchor"] == pytest.approx(3, abs=0.5)
     assert long["RAM"]["collapse"]["reason"] == "accuracy"
     assert long["DiffusionNFT"]["collapse"]["reason"] == "diversity"
+    assert [long[label]["collapse"]["updates"] for label in ("RAM", "DiffusionNFT")] == [200, 240]
+    for label, accuracy in (("TAFS-GRPO", 88), ("Flow-GRPO", 95)):
+        assert long[label]["collapse"] is None
+        assert end[label] == pytest.approx(accuracy, abs=0.5)
+        assert kept[label] == pytest.approx(0.97, abs=0.005)
+        assert measured(long[label], long[label]["points"][-1], 4)["checker_accuracy"] == pytest.approx(95, abs=0.5)
+    ten, four = (long[label]["points"][-1] for label in ("Flow-GRPO", "TAFS-GRPO"))
+    assert 3 * ten["reward_calls"] == four["reward_calls"]
+    assert 2 < ten["seconds"] / four["seconds"] < 2.5
+    early = long["Flow-GRPO"]["points"][2]
+    assert early["updates"] == 120
+    assert measured(long["Flow-GRPO"], early, 20)["checker_accuracy"] - base < 11
     ram = [measured(long["RAM"], point, 20)["checker_accuracy"] for point in long["RAM"]["points"]]
     assert (max(ram[:-1]), ram[-1]) == pytest.approx((69.5, 46.5), abs=0.1)
 
