@@ -424,6 +424,13 @@ def test_what_a_run_keeps_of_each_trained_number_is_counted(capsys, tmp_path, se
     )
 
 
+def test_the_average_holds_the_value_network_too(capsys, tmp_path):
+    path = write_run(tmp_path, reward_funcs=["jpeg_compressibility"], ema_decay=0.9)
+    assert main(["estimate", "vgg_flow", "--config", str(path), "--lora_r", "4", "--json"]) == 0
+    parts = json.loads(capsys.readouterr().out)["phases"]["update"]["gib"]
+    assert parts["average"] == pytest.approx(parts["adapter"] + parts["head"])
+
+
 def test_a_merged_adapter_and_the_precision_of_the_decoder_are_counted(capsys, tmp_path):
     def phases(**more) -> dict[str, dict[str, float]]:
         path = write_run(tmp_path, reward_funcs=["jpeg_compressibility"], bf16=False, **more)

@@ -8,7 +8,7 @@ import torch
 import yaml
 from datasets import Dataset
 
-from flowrl_trainers.rewards import differentiable
+from flowrl_trainers.rewards import CheckerReward, differentiable
 from flowrl_trainers.run_folder.card import read_facts, write_card
 
 from .helpers import adjoint_matching, update_rows
@@ -97,3 +97,13 @@ def test_the_base_model_is_drawn_once_for_each_set_of_prompts(tmp_path, tiny_pip
         t.evaluate()
     t.evaluate(Dataset.from_dict({"prompt": ["a dog"]}))
     assert drawn == ["tuned", "base", "tuned", "tuned", "base"]
+
+
+@pytest.mark.parametrize(("judge", "name"), [
+    ({"exact": CheckerReward()}, "exact"), ({"checker": lambda images, prompts, **columns: [0.5] * len(images)}, None),
+])  # fmt: skip
+def test_frames_are_by_the_checker_whatever_it_is_called(tmp_path, tiny_pipeline, judge, name):
+    t = adjoint_matching(tmp_path, tiny_pipeline, eval_reward_funcs=judge)
+    base, _ = t.pictures(["a red circle", "a blue square"], 2)
+    assert base.checker == name
+    assert base.right == (None if name is None else [score == 1 for score in base.scores[name]])

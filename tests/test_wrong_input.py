@@ -35,6 +35,7 @@ NEED_GRADIENTS = ["AdjointMatchingTrainer", "VGGFlowTrainer"]
     ({"embedding_memory_gib": -1.0}, r"`embedding_memory_gib` \(-1.0\) must be at least 0"),
     ({"optim_args": "momentum"}, r"`optim_args` \('momentum'\) must be written as"),
     ({"optim_args": "momentum=0.9"}, "`optim_args` names 'momentum', but `optim` 'adamw_torch.*' reads none"),
+    ({"optim": "lion_32bit", "adam_epsilon": 1e-6}, r"`adam_epsilon` \(1e-06\) has no effect with `optim` 'lion_32bit'"),
     ({"optim": "sgd", "optim_args": "nope=1"}, "'sgd' reads momentum, dampening, nesterov: take it out"),
     ({"optim": "sgd", "optim_args": "weight_decay=0.1"}, "'sgd' reads momentum, dampening, nesterov and the setting `weight_decay`: take it out"),
     ({"optim": "sgd", "adam_beta1": 0.5}, r"`adam_beta1` \(0.5\) has no effect with `optim` 'sgd'"),

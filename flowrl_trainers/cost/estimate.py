@@ -382,7 +382,7 @@ class Estimator:
             "weights": weights,
             "adapter" if self.lora is not None else "trained weights": trained,
             "optimizer": optimizer,
-            **dict.fromkeys(self.copies, trained),
+            **dict.fromkeys(self.copies, with_head),
             "head": of_head,
             "autoencoder": sum(_bytes(network) for network in self.flow.decoders()),
             "reward decoder": 0 if self.reward_decoder is None else _bytes(self.reward_decoder.autoencoder),

@@ -555,7 +555,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         try:
             with torch.no_grad():
                 found = network.eval()(latents, latents.new_full((2,), 0.5), features.float(), mask)
-        except Exception as error:
+        except Exception as error:  # of code that is the user's
             raise ValueError(
                 f"`{argument}` failed on two images ({type(error).__name__}: {error}): it is called with latents "
                 f"{tuple(latents.shape)}, sigma (2,), prompt features {tuple(features.shape)} and their mask "
