@@ -166,7 +166,7 @@ def test_the_branch_in_the_guide_for_families_computes_what_the_family_does():
     )
 
 
-@pytest.mark.parametrize(("page", "folder"), [("guides/publish", "tuned-shapes"), ("tafs_grpo", "tafs-grpo-shapes")])
+@pytest.mark.parametrize(("page", "folder"), [("guides/publish", "tuned-shapes"), ("tafs_grpo", "quick-tafs-grpo")])
 def test_an_adapter_draws_as_the_docs_say(tmp_path, page, folder, shapes_pipeline, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flow = FlowPipeline.from_pipeline(shapes_pipeline)

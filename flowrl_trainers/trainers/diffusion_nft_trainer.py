@@ -126,6 +126,7 @@ class DiffusionNFTTrainer(RenoisingTrainer[DiffusionNFTRecord]):
     def _records(self, shaped: list[MicroBatch[Returns]]) -> list[MicroBatch[DiffusionNFTRecord]]:
         """The images with what the loss needs of them."""
         args, c = self.args, self.args.advantage_clip
+        probabilities = [batch.record.returns.clamp(-c, c) / (2 * c) + 0.5 for batch in shaped]
         renoised = [self._renoised(batch, "states") for batch in shaped]
         columns = [states for states, _, _ in renoised], [sigma for _, _, sigma in renoised]
         with self.old_policy():
@@ -139,13 +140,15 @@ class DiffusionNFTTrainer(RenoisingTrainer[DiffusionNFTRecord]):
                     states=states,
                     sigmas=sigma,
                     targets=velocity_between(batch.record.final[:, None], e),
-                    probabilities=batch.record.returns.clamp(-c, c) / (2 * c) + 0.5,
+                    probabilities=r,
                     old_velocities=of_old,
                     base_velocities=of_base if args.reference_coefficient > 0 else None,
                     base_lengths=None if of_base is None else root_mean_square(of_base, 2),
                 )
             )
-            for batch, (states, e, sigma), of_old, of_base in zip(shaped, renoised, old, base, strict=True)
+            for batch, r, (states, e, sigma), of_old, of_base in zip(
+                shaped, probabilities, renoised, old, base, strict=True
+            )
         ]
 
     # ---- the loss --------------------------------------------------------------------------------------------------
