@@ -7,7 +7,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import yaml
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 
 from flowrl_trainers import FlowPipeline
 from flowrl_trainers.cli import main
@@ -68,6 +68,33 @@ def test_what_yaml_could_not_keep_is_refused(tmp_path, tiny_pipeline, changes):
     name = list(changes)[-1]
     with pytest.raises(ValueError, match=rf"`peft_config.{name}` \(.*\) cannot be written into config.yaml"):
         adjoint_matching(tmp_path, tiny_pipeline, lora=LoraConfig(r=2, **changes))
+
+
+@pytest.mark.parametrize(("changes", "sentence"), [
+    ({"r": "8"}, r"r` \('8'\) must be a whole number"),
+    ({"r": 8.0}, r"r` \(8.0\) must be a whole number"),
+    ({"lora_alpha": "16"}, r"lora_alpha` \('16'\) must be a finite number"),
+    ({"lora_alpha": 0}, r"lora_alpha` \(0\) must be above 0"),
+    ({"lora_dropout": "0.1"}, r"lora_dropout` \('0.1'\) must be a finite number"),
+    ({"lora_dropout": -0.1}, r"lora_dropout` \(-0.1\) must be at least 0 and below 1"),
+    ({"use_dora": "yes"}, r"use_dora` \('yes'\) must be True or False"),
+])  # fmt: skip
+def test_a_number_that_makes_no_adapter_is_refused_before_loading(tmp_path, changes, sentence):
+    with pytest.raises(ValueError, match=f"^`peft_config.{sentence}"):
+        adjoint_matching(tmp_path, "no/such/folder", lora=LoraConfig(**({"r": 2} | changes)))
+
+
+def test_another_kind_of_adapter_is_refused_though_it_is_derived_from_a_lora(tmp_path):
+    with pytest.raises(TypeError, match=r"`peft_config` is a AdaLoraConfig: pass a `peft\.LoraConfig`"):
+        adjoint_matching(tmp_path, "no/such/folder", lora=AdaLoraConfig(total_step=100))
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(r=2), None])
+def test_a_network_that_peft_wrapped_is_refused(tmp_path, lora):
+    pipeline = tiny_sd3()
+    pipeline.transformer = get_peft_model(pipeline.transformer, LoraConfig(r=2, target_modules=["attn.to_q"]))
+    with pytest.raises(ValueError, match="The pipeline's transformer is a `PeftModel`, whose adapter diffusers"):
+        adjoint_matching(tmp_path, pipeline, lora=lora)
 
 
 @pytest.mark.parametrize(("changes", "sentence"), [

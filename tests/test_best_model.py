@@ -11,11 +11,14 @@ from transformers import EarlyStoppingCallback
 from flowrl_trainers import AdjointMatchingConfig
 from flowrl_trainers.rewards import differentiable
 
-from .helpers import adjoint_matching, redness
+from .helpers import adjoint_matching, make_trainer, redness
 from .tiny import tiny_sd3
 
 
-@pytest.mark.parametrize("metric", [None, "eval_loss", "reward/taste", "eval_diversity"])
+@pytest.mark.parametrize("metric", [
+    None, "eval_loss", "reward/taste", "eval_diversity", "checker_accuracy", "eval_base_velocity_distance",
+    "base_reward/taste",
+])  # fmt: skip
 def test_a_best_checkpoint_by_a_metric_that_no_evaluation_has_is_refused(tmp_path, tiny_pipeline, metric):
     with pytest.raises(
         ValueError,
@@ -27,6 +30,20 @@ def test_a_best_checkpoint_by_a_metric_that_no_evaluation_has_is_refused(tmp_pat
             save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
             metric_for_best_model=metric,
         )  # fmt: skip
+
+
+def test_a_row_of_a_sampler_that_evaluations_lack_is_refused_before_training(tmp_path):
+    settings = dict(
+        eval_dataset=Dataset.from_dict({"prompt": ["a cat"]}), save_strategy="steps", save_steps=1, log_images=0,
+        eval_strategy="steps", eval_steps=1, max_steps=1, metric_for_best_model="eval_ode_reward/redness",
+    )  # fmt: skip
+    t = make_trainer("ACFlowTrainer", tmp_path / "none", **settings)
+    with pytest.raises(ValueError, match="`metric_for_best_model` is 'eval_ode_reward/redness', which evaluations do"):
+        t.train()
+    assert t.state.global_step == 0
+    t = make_trainer("TAFSGRPOTrainer", tmp_path / "one", **settings)
+    t.train()
+    assert t.state.best_model_checkpoint.endswith("checkpoint-1")
 
 
 def test_the_best_of_a_reward_that_is_lowered_is_the_lowest(tmp_path, tiny_pipeline):
@@ -185,3 +202,23 @@ def test_what_a_learning_rate_follows_may_not_change(tmp_path):
     t = stopped(tmp_path, patience=9, **(follows | {"max_steps": 2, "eval_num_inference_steps": 3}))
     with pytest.raises(ValueError, match="was saved with eval_num_inference_steps None, but this run has 3"):
         t.train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_has_valid_json_where_a_judge_says_nothing(tmp_path):
+    """Its mean is NaN, for which JSON has null; a resumed run goes on, and draws its curve."""
+
+    def silent(images, prompts, **columns):
+        return [None if "cat" in prompt else 0.5 for prompt in prompts]
+
+    settings = dict(
+        reward=silent, dataset=["a red circle", "a blue cross"], eval_dataset=["a cat"], log_images=0,
+        save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=1,
+    )  # fmt: skip
+    make_trainer("ACFlowTrainer", tmp_path, max_steps=2, **settings).train()
+    text = (tmp_path / "checkpoint-2" / "trainer_state.json").read_text()
+    rows = json.loads(text, parse_constant=pytest.fail)["log_history"]
+    assert [row["eval_reward/silent"] for row in rows if "eval_reward/silent" in row] == [None, None]
+    t = make_trainer("ACFlowTrainer", tmp_path, max_steps=4, **settings)
+    t.train(resume_from_checkpoint=True)
+    t.save_model()
+    assert (tmp_path / "reward_curve.png").stat().st_size > 5000

@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from flowrl_trainers import FlowPipeline, VGGFlowConfig, VGGFlowTrainer
+from flowrl_trainers.cli.evaluate import _table
 from flowrl_trainers.cli.evaluate_arguments import EvaluateArguments
 from flowrl_trainers.metrics import signs_of_over_optimisation, standard_error_of_change
 from flowrl_trainers.rewards import differentiable
@@ -223,3 +224,10 @@ def test_a_planted_hack_shows_in_the_table_and_the_log(tmp_path, shapes_pipeline
     assert "it may have been hacked" in caplog.text
     t.save_model()
     assert "whiteness" in (tmp_path / "README.md").read_text()
+
+
+def test_the_table_has_a_dash_for_what_is_not_known():
+    args = EvaluateArguments(model="shapes", adapter="tuned", rewards="checker")
+    rows = {"base": {"reward/x": float("nan"), "edge_density": 0.5}, "tuned": {"reward/x": 0.25}}
+    lines = _table(rows, args).splitlines()
+    assert lines[2:4] == ["| base | - | 0.500 |", "| tuned | 0.250 |  |"]

@@ -6,13 +6,26 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from PIL import Image as PILImage
 
-from flowrl_trainers.rewards import CheckerReward, CLIPScore, Reward, ShapesReward, as_rewards, differentiable
+from flowrl_trainers import AdjointMatchingConfig, AdjointMatchingTrainer
+from flowrl_trainers.rewards import (
+    CheckerReward,
+    CLIPScore,
+    FunctionReward,
+    Reward,
+    ShapesReward,
+    as_rewards,
+    differentiable,
+)
 from flowrl_trainers.rewards.preprocessing import _resize
 from flowrl_trainers.sampling.prompt_groups import Example, ImageKey
 from flowrl_trainers.sampling.scoring import call_rewards
 from flowrl_trainers.shapes import WEIGHTS, all_prompts, draw, load_clip, parse, random_scene
+from flowrl_trainers.trainers.input_checks import check_columns
+
+from .helpers import redness
 
 PROMPTS = ["a red circle", "a blue square and a green cross"]
 
@@ -53,6 +66,61 @@ def test_a_reward_that_takes_other_arguments_is_refused():
         as_rewards(narrow)
     (reward,) = as_rewards(needs_a_column)
     assert reward(images=pictures(), prompts=PROMPTS, answer=["a", "b"], trainer_state=None) == [0.0, 0.0]
+
+
+class Own(Reward):
+    name = "own"
+
+    def __call__(self, images, prompts, **columns):
+        return [0.0] * len(images)
+
+
+class Narrow(Own):
+    name = "narrow"
+
+    def __call__(self, images, prompts):
+        return [0.0] * len(images)
+
+
+class Nameless(Own):
+    name = ""
+
+
+class Blind(Own):
+    sees = "latent"
+
+
+@pytest.mark.parametrize(("reward", "sentence"), [
+    (Narrow(), r"Reward 'narrow' must take `images, prompts, \*\*columns` by name, as trainers call it: .*'trainer_state'"),
+    (Nameless(), "A Nameless is called '': set its `name`, a text"),
+    ({5: Own()}, "A Own is called 5: set its `name`, a text"),
+    (Blind(), "Reward 'own' sees 'latent': set `sees` to 'images' or 'latents'"),
+    (max, "Reward 'builtin_function_or_method' must take `images, prompts"),
+], ids=["arguments", "name", "a number for a name", "view", "a function of C"])  # fmt: skip
+def test_a_reward_of_any_kind_must_be_callable_as_trainers_call_it(reward, sentence):
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        as_rewards(reward)
+
+
+def test_a_reward_that_takes_no_further_columns_is_refused_where_the_data_has_some():
+    def few(images, prompts, trainer_state, log_metric, log_extra):
+        return [0.0] * len(images)
+
+    rewards = as_rewards([few, Own()])
+    check_columns(rewards, Dataset.from_dict({"prompt": ["a"]}), "train_dataset")
+    with pytest.raises(ValueError, match=r"^Reward 'few' must take `images, prompts, \*\*columns` by name.*'answer'"):
+        check_columns(rewards, Dataset.from_dict({"prompt": ["a"], "answer": ["b"]}), "train_dataset")
+
+
+def test_a_judge_may_not_have_the_name_of_a_trained_reward(tmp_path):
+    args = AdjointMatchingConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    judges = ["checker", FunctionReward(near, name="redness")]
+    with pytest.raises(ValueError, match="`eval_reward_funcs` has a reward called 'redness', as `reward_funcs` has"):
+        AdjointMatchingTrainer("no/such/folder", redness, args, ["a"] * 9, eval_reward_funcs=judges)
+
+
+def near(images, prompts, **columns):
+    return [0.0] * len(images)
 
 
 def narrow(images, prompts):

@@ -22,7 +22,18 @@ def greenness(images, prompts, **columns):
     return images[:, 1].mean(dim=(1, 2))
 
 
-def make(folder, reward=redness, prompts=PROMPTS, columns=None, lora=None, pipeline=None, **settings):
+class Judge(nn.Module):
+    """A critic that looks at the latents alone."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.LazyLinear(width), nn.Linear(width, 1))
+
+    def forward(self, latents, sigma, features, mask):
+        return self.layers(latents).squeeze(1)
+
+
+def make(folder, reward=redness, prompts=PROMPTS, columns=None, lora=None, pipeline=None, own_critic=None, **settings):
     defaults = dict(
         output_dir=str(folder), max_steps=1, per_device_train_batch_size=4, num_generations=2, num_inference_steps=2,
         steps_per_generation=2, guidance_scale=1.0, max_sequence_length=8, critic="none", wasserstein_coefficient=0.0,
@@ -31,6 +42,7 @@ def make(folder, reward=redness, prompts=PROMPTS, columns=None, lora=None, pipel
     return ACFlowTrainer(
         pipeline or tiny_sd3(), reward, ACFlowConfig(**(defaults | settings)),
         Dataset.from_dict({"prompt": prompts} | (columns or {})), peft_config=lora or LoraConfig(r=2, lora_alpha=4),
+        critic=own_critic,
     )  # fmt: skip
 
 
@@ -84,6 +96,28 @@ def test_another_run_is_refused_by_what_differs(saved, change, sentence):
     with pytest.raises(ValueError, match=f"checkpoint-1 was saved with {sentence}: a resumed run repeats"):
         t.train(resume_from_checkpoint=True)
     assert t.state.global_step == 0
+
+
+def test_other_values_in_a_column_are_refused(tmp_path):
+    """Of strings, numbers and lists; the same values in another data set go on."""
+    columns = {"answer": ["a", "b", "c", "d"], "weight": [1.0, 2.0, None, 4.0], "words": [["x"], [], ["y"], ["z"]]}
+    make(tmp_path, columns=columns).train()
+    for name, value in (("answer", "e"), ("weight", 3.0), ("words", ["x", "y"])):
+        t = make(tmp_path, max_steps=2, columns=columns | {name: [*columns[name][:3], value]})
+        with pytest.raises(ValueError, match=r"was saved with values of the other columns 4 \(sha256 \w+\), but this"):
+            t.train(resume_from_checkpoint=True)
+    assert make(tmp_path, max_steps=2, columns=columns).train(resume_from_checkpoint=True).global_step == 2
+
+
+def test_another_network_as_the_critic_is_refused(tmp_path):
+    make(tmp_path, critic="module", own_critic=Judge(4)).train()
+    t = make(tmp_path, max_steps=2, critic="module", own_critic=Judge(5))
+    with pytest.raises(
+        ValueError, match=r"was saved with networks beside it \{'critic': 'sha256 .*\}, but this run has"
+    ):
+        t.train(resume_from_checkpoint=True)
+    t = make(tmp_path, max_steps=2, critic="module", own_critic=Judge(4))
+    assert t.train(resume_from_checkpoint=True).global_step == 2
 
 
 def test_another_optimizer_is_refused(saved):

@@ -188,6 +188,8 @@ def test_a_wrong_command_line_gets_one_sentence(refused, arguments, sentence):
     ({"reward_funcs": ["pickscore", "taste"]}, "`reward_funcs` names 'taste', which is no known reward"),
     ({"eval_reward_funcs": "taste"}, "`eval_reward_funcs` names 'taste', which is no known reward"),
     ({"reward_funcs": ["judges.none"]}, "The reward 'judges.none' cannot be imported"),
+    *(({"reward_funcs": [name]}, f"The reward '{name}' is no 'module.function': write `rewards.black` for the function")
+      for name in ("./judges.py", "./judges.py:narrow", ".narrow", "judges.")),
     ({"reward_funcs": ["judges.unnamed"]}, "Reward 'unnamed' must take `images, prompts, **columns` by name"),
     ({"reward_funcs": ["judges.strict"]}, "Reward 'strict' needs the column 'answer', which `train_dataset` lacks"),
     ({"reward_weights": [1, 2]}, "`reward_weights` has 2 numbers for 1 rewards"),

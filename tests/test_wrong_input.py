@@ -1,11 +1,13 @@
 """Wrong input gets one sentence before training, and what is not finite is left out. For every trainer."""
 
 import math
+import re
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import EarlyStoppingCallback
 
 from flowrl_trainers import FlowPipeline, VGGFlowConfig, VGGFlowTrainer
 from flowrl_trainers.rewards import differentiable
@@ -39,6 +41,9 @@ NEED_GRADIENTS = ["AdjointMatchingTrainer", "VGGFlowTrainer"]
     ({"optim": "sgd", "optim_args": "nope=1"}, "'sgd' reads momentum, dampening, nesterov: take it out"),
     ({"optim": "sgd", "optim_args": "weight_decay=0.1"}, "'sgd' reads momentum, dampening, nesterov and the setting `weight_decay`: take it out"),
     ({"optim": "sgd", "adam_beta1": 0.5}, r"`adam_beta1` \(0.5\) has no effect with `optim` 'sgd'"),
+    ({"optim": "sgd", "optim_args": "momentum=fast"}, "`optim_args` sets 'momentum' to 'fast': make it a number"),
+    ({"optim": "sgd", "optim_args": "momentum=0.9,nesterov=ture"}, "`optim_args` sets 'nesterov' to 'ture': make it true or false"),
+    ({"optim": "sgd", "optim_args": "nesterov=true"}, r"`optim` 'sgd' refuses `optim_args` \('nesterov=true'\): Nesterov momentum requires"),
     ({"optim_target_modules": ["x"]}, "`optim_target_modules` .* must be None"),
     ({"gradient_checkpointing_kwargs": {"use_reentrant": False}}, "has no effect without `gradient_checkpointing`"),
     *(({"output_dir": name}, r"`output_dir` \(.*\) must be the path of a folder") for name in ("", " ", "a\0b")),
@@ -49,6 +54,12 @@ NEED_GRADIENTS = ["AdjointMatchingTrainer", "VGGFlowTrainer"]
     ({"eval_strategy": "steps", "eval_steps": 0}, "`eval_strategy` is 'steps', but `eval_steps` is 0"),
     ({"warmup_steps": 10}, "`lr_scheduler_type` 'constant' knows no warm-up and no options: take 'constant_with_warmup'"),
     ({"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}, "`lr_scheduler_type` 'reduce_lr_on_plateau' takes less for better"),
+    ({"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"mode": "max"}, "warmup_steps": 5, "eval_strategy": "epoch"}, r"`warmup_steps` \(5\) has no effect with `lr_scheduler_type` 'reduce_lr_on_plateau': leave it out"),
+    ({"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": {"num_cycles": 2}}, r"`lr_scheduler_kwargs` \({'num_cycles': 2}\) has no effect with `lr_scheduler_type` 'constant_with_warmup': leave it out"),
+    ({"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"num_cycles": 2}}, r"`lr_scheduler_type` 'linear' does not go with `lr_scheduler_kwargs` \({'num_cycles': 2}\): .*num_cycles"),
+    ({"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": "many"}}, "`lr_scheduler_type` 'cosine_with_restarts' does not go with"),
+    ({"lr_scheduler_type": "warmup_stable_decay"}, r"`lr_scheduler_type` 'warmup_stable_decay' does not go with `lr_scheduler_kwargs` \({}\): .*num_decay_steps"),
+    ({"lr_scheduler_type": "cosine_with_min_lr"}, "`lr_scheduler_type` 'cosine_with_min_lr' does not go with .*min_lr"),
     ({"torch_compile": True}, r"`torch_compile` \(True\) must be False: it would compile updates alone"),
     ({"enable_jit_checkpoint": True}, r"`enable_jit_checkpoint` \(True\) must be False"),
     ({"data_seed": 1}, r"`data_seed` \(1\) must be None: it has no effect here, as `seed` orders the prompts"),
@@ -64,6 +75,9 @@ NEED_GRADIENTS = ["AdjointMatchingTrainer", "VGGFlowTrainer"]
     ({"pipeline": "no/such/folder"}, "'no/such/folder' is no diffusers pipeline: pass a Hub id or a folder"),
     ({"pipeline": FlowPipeline}, "`model` is a ABCMeta: pass a Hub id, a folder"),
     ({"height": 33}, r"`height` \(33\) must be a multiple of 4 pixels"),
+    ({"push_to_hub": True, "output_dir": "runs/my first run"}, "`push_to_hub` is True, but the Hub has no repository called 'my first run', after `output_dir`: set `hub_model_id`"),
+    ({"push_to_hub": True, "hub_model_id": "me/team/model"}, "the Hub has no repository called 'me/team/model', after `hub_model_id`"),
+    ({"push_to_hub": True, "hub_model_id": "me/a--b"}, "the Hub has no repository called 'me/a--b', after `hub_model_id`"),
 ])  # fmt: skip
 def test_wrong_input_is_refused_before_training(tmp_path, name, changes, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -111,6 +125,43 @@ def test_a_pipeline_that_carries_a_lora_is_refused_or_trained_further(tmp_path, 
 def test_settings_of_a_flow_pipeline_are_not_overridden(tmp_path, name):
     with pytest.raises(ValueError, match="`guidance_scale` is set in `args`, but `model` is a `FlowPipeline`"):
         make_trainer(name, tmp_path, FlowPipeline.from_pipeline(tiny_sd3()), guidance_scale=2.0)
+
+
+@pytest.mark.parametrize(("callbacks", "optimizers", "sentence"), [
+    (EarlyStoppingCallback(), (None, None), "`callbacks` is <.*EarlyStoppingCallback object.*: pass a list of `transformers.TrainerCallback`s"),
+    (EarlyStoppingCallback, (None, None), "`callbacks` is <class .*: pass a list"),
+    ([], torch.optim.SGD([torch.zeros(1)]), r"`optimizers` is SGD: pass the pair \(optimizer, schedule of the learning rate\)"),
+    ([], (torch.optim.SGD([torch.zeros(1)]),), r"`optimizers` is \(SGD .*: pass the pair"),
+    ([], (None, torch.optim.SGD([torch.zeros(1)])), r"`optimizers` is \(None, SGD .*: pass the pair"),
+])  # fmt: skip
+def test_callbacks_and_optimizers_of_another_form_are_refused_before_loading(
+    tmp_path, callbacks, optimizers, sentence
+):
+    args = VGGFlowConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", per_device_train_batch_size=1)
+    with pytest.raises(TypeError, match=re.compile(sentence, re.DOTALL)):
+        VGGFlowTrainer("no/such/folder", redness, args, CAPTIONS, callbacks=callbacks, optimizers=optimizers)
+
+
+@pytest.mark.parametrize(("settings", "sentence"), [
+    ({"guidance_scale": "4.5"}, r"`guidance_scale` \('4.5'\) must be a number"),
+    ({"guidance_scale": -1.0}, r"`guidance_scale` \(-1.0\) must be at least 0 and finite"),
+    ({"guidance_scale": math.nan}, r"`guidance_scale` \(nan\) must be at least 0 and finite"),
+    ({"height": "512"}, r"`height` \('512'\) must be a whole number"),
+    ({"max_sequence_length": 8.0}, r"`max_sequence_length` \(8.0\) must be a whole number"),
+    ({"negative_prompt": ["ugly"]}, r"`negative_prompt` \(\['ugly'\]\) must be a text"),
+])  # fmt: skip
+def test_settings_of_a_pipeline_of_another_type_are_refused(settings, sentence):
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        FlowPipeline.from_pipeline(tiny_sd3(), **settings)
+
+
+def test_a_third_tokenizer_may_be_missing_with_its_encoder_alone():
+    pipeline = tiny_sd3()
+    pipeline.register_modules(tokenizer_3=None)
+    with pytest.raises(ValueError, match="The pipeline's `tokenizer_3` is None, which training needs"):
+        FlowPipeline.from_pipeline(pipeline)
+    pipeline.register_modules(text_encoder_3=None)
+    assert FlowPipeline.from_pipeline(pipeline, max_sequence_length=8).encode_prompts(["a cat"])
 
 
 # ---- networks of the user's -----------------------------------------------------------------------------------------

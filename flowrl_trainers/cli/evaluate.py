@@ -1,5 +1,6 @@
 """`flowrl evaluate`: adapters beside their base model, on the same prompts and seeds."""
 
+import math
 import sys
 import warnings
 from contextlib import nullcontext
@@ -200,7 +201,8 @@ def _table(rows: dict[str, dict[str, float]], args: EvaluateArguments) -> str:
     names = list({name: None for row in rows.values() for name in row})
     lines = ["| model | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     for label, row in rows.items():
-        lines.append(f"| {label} | " + " | ".join(f"{row[name]:.3f}" if name in row else "" for name in names) + " |")
+        cells = ["" if name not in row else "-" if math.isnan(row[name]) else f"{row[name]:.3f}" for name in names]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     guidance = (
         "the pipeline's own guidance scale"
         if args.guidance_scale is None

@@ -10,6 +10,11 @@ def named_reward(name: str) -> RewardLike:
     """The function that a dotted name such as `module.function` names; any other name unchanged."""
     if "." not in name:
         return name
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ValueError(
+            f"The reward {name!r} is no 'module.function': write `rewards.black` for the function `black` of "
+            "rewards.py, and start where that file is."
+        )
     module, function = name.rsplit(".", 1)
     sys.path.insert(0, "")
     try:

@@ -3,7 +3,9 @@
 import copy
 import hashlib
 import json
+import math
 from abc import abstractmethod
+from numbers import Integral, Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
@@ -33,6 +35,15 @@ JOINT_ATTENTION = [
     "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
 ]  # fmt: skip
 
+KINDS: dict[str, tuple[Any, str]] = {
+    "height": (Integral, "a whole number"),
+    "width": (Integral, "a whole number"),
+    "max_sequence_length": (Integral, "a whole number"),
+    "guidance_scale": (Real, "a number"),
+    "true_cfg_scale": (Real, "a number"),
+    "negative_prompt": (str | None, "a text"),
+}
+
 
 class DiffusersFlowPipeline(FlowPipeline):
     """A pipeline of diffusers as a velocity field; settings and defaults are those of its `__call__`.
@@ -56,6 +67,7 @@ class DiffusersFlowPipeline(FlowPipeline):
         self.guidance_in_one_call = bool(settings.pop("guidance_in_one_call", False))
         size = self.default_size()
         self.settings = {"height": size, "width": size} | self.default_settings | settings
+        self._check_types()
         self._check_settings()
         if self.guidance_in_one_call and not self.guided:
             raise ValueError("`guidance_in_one_call` (True) has no effect without guidance: leave it out.")
@@ -67,12 +79,23 @@ class DiffusersFlowPipeline(FlowPipeline):
 
     def _refuse_missing_parts(self) -> None:
         """Refuse a pipeline without a part that drawing needs; a third text encoder may be missing."""
-        for name, part in self.pipeline.components.items():
+        parts = self.pipeline.components
+        optional = {"text_encoder_3", "tokenizer_3"} if parts.get("text_encoder_3") is None else set()
+        for name, part in parts.items():
             needed = name in ("transformer", "vae", "scheduler") or name.startswith(("text_encoder", "tokenizer"))
-            if needed and part is None and not name.endswith("_3"):
+            if needed and part is None and name not in optional:
                 raise ValueError(
                     f"The pipeline's `{name}` is None, which training needs: load the pipeline with all of its parts."
                 )
+
+    def _check_types(self) -> None:
+        """Refuse a setting of another type, and a guidance scale below 0, by a `ValueError`."""
+        for name, (kind, words) in KINDS.items():
+            value = self.settings.get(name)
+            if name in self.settings and not isinstance(value, kind):
+                raise ValueError(f"`{name}` ({value!r}) must be {words}.")
+            if kind is Real and value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"`{name}` ({value}) must be at least 0 and finite.")
 
     def _check_settings(self) -> None:
         """Refuse a size or a length that the pipeline does not take, by a `ValueError`."""

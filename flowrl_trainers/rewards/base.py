@@ -2,8 +2,8 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from datasets import Dataset
@@ -34,7 +34,7 @@ class Reward(ABC):
     the model, which no decoder has touched. Where no reward of a run sees images, its rollouts are not decoded.
     """
 
-    name: str
+    name: str = ""
     differentiable: bool = False
     chosen_by: str | None = None
     """The column with a list of the names of the rewards that apply to a picture's prompt; a picture whose list lacks
@@ -50,9 +50,15 @@ class Reward(ABC):
         """Move the networks and tensors of the reward to a device; by default there are none."""
         return None
 
+    def signature(self) -> inspect.Signature:
+        """Of what is called with images, prompts and columns."""
+        return inspect.signature(self.__call__)
+
     def needed_columns(self) -> list[str]:
         """The columns of the dataset without which the reward cannot be called."""
-        return _without_default(self.__call__)
+        parameters = self.signature().parameters.values()
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty]
+        return [p.name for p in named if p.name not in PASSED]
 
     def check_rows(self, rows: Dataset) -> None:
         """Raise `ValueError` for a row that the reward could not score, before anything is drawn; by default for none.
@@ -63,10 +69,31 @@ class Reward(ABC):
         return None
 
 
-def _without_default(function: Callable[..., Any]) -> list[str]:
-    parameters = inspect.signature(function).parameters.values()
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.default is p.empty]
-    return [p.name for p in named if p.name not in PASSED]
+def check_call(reward: Reward, columns: Iterable[str] = ()) -> None:
+    """Check that a reward can be called as trainers call it.
+
+    Args:
+        reward: Any.
+        columns: Those of the dataset beside `prompt`.
+
+    Raises:
+        ValueError: For a reward without a name, one that sees neither images nor latents, and one that takes other
+            arguments.
+    """
+    if not (isinstance(reward.name, str) and reward.name):
+        raise ValueError(
+            f"A {type(reward).__name__} is called {reward.name!r}: set its `name`, a text, which logs and files take."
+        )
+    if reward.sees not in get_args(Sees):
+        raise ValueError(f"Reward {reward.name!r} sees {reward.sees!r}: set `sees` to 'images' or 'latents'.")
+    passed = [name for name in PASSED if name == reward.sees or name not in get_args(Sees)]
+    try:
+        reward.signature().bind_partial(**dict.fromkeys([*passed, *columns]))
+    except (TypeError, ValueError) as error:  # ValueError for a function of C, which says nothing of its arguments
+        raise ValueError(
+            f"Reward {reward.name!r} must take `{reward.sees}, prompts, **columns` by name, as trainers call it: "
+            f"{error}."
+        ) from error
 
 
 class FunctionReward(Reward):
@@ -98,13 +125,7 @@ class FunctionReward(Reward):
         )
         self.name = name or (function.__name__ if named else type(function).__name__)
         self.signed = function.forward if isinstance(function, torch.nn.Module) else function
-        try:
-            passed = [name for name in PASSED if name == sees or name not in ("images", "latents")]
-            inspect.signature(self.signed).bind_partial(**dict.fromkeys(passed))
-        except TypeError as error:
-            raise ValueError(
-                f"Reward {self.name!r} must take `{sees}, prompts, **columns` by name, as trainers call it: {error}."
-            ) from error
+        check_call(self)
 
     def __call__(self, /, *args: Any, **columns: Any) -> Scores | Awaitable[Scores]:
         return self.function(*args, **columns)
@@ -113,8 +134,8 @@ class FunctionReward(Reward):
         if isinstance(self.function, torch.nn.Module):
             self.function.to(device)
 
-    def needed_columns(self) -> list[str]:
-        return _without_default(self.signed)
+    def signature(self) -> inspect.Signature:
+        return inspect.signature(self.signed)
 
 
 def differentiable(function: Callable[..., Any]) -> FunctionReward:

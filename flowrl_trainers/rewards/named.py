@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from .aesthetic import AestheticReward
-from .base import FunctionReward, Reward
+from .base import FunctionReward, Reward, check_call
 from .clip import CLIPScore, PickScore
 from .hpsv2 import HPSv2
 from .image_reward import ImageReward
@@ -43,7 +43,8 @@ def as_rewards(
         argument: What error messages call it.
 
     Raises:
-        ValueError: For an empty list, an unknown name and a name that occurs twice.
+        ValueError: For an empty list, an unknown name, a name that occurs twice, and a reward that cannot be called as
+            trainers do.
         TypeError: For anything that is no reward.
     """
     if isinstance(reward_funcs, dict):
@@ -54,6 +55,8 @@ def as_rewards(
         rewards = [_as_reward(reward, argument) for reward in listed]
     if not rewards:
         raise ValueError(f"`{argument}` is empty: pass at least one reward.")
+    for reward in rewards:
+        check_call(reward)
     names = [r.name for r in rewards]
     for name in names:
         if names.count(name) > 1:

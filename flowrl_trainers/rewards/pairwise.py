@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .base import FunctionReward, Reward, Scores
+from .scores import is_list, is_number, shown
 
 Pair = tuple[int, int]
 
@@ -89,7 +90,13 @@ class PairwiseReward(Reward):
 
     def _shares(self, answer: Any, pairs: list[Pair], count: int) -> Scores:
         """The mean over its comparisons of every picture; None for a picture without any."""
-        wins = answer.tolist() if isinstance(answer, Tensor) else list(answer)
+        wins = answer.tolist() if isinstance(answer, Tensor) else answer
+        if not is_list(wins):
+            raise ValueError(
+                f"The judge {self.name!r} returned {shown(answer)} for {len(pairs)} pairs: return a list of answers, "
+                "one for each."
+            )
+        wins = list(wins)
         if len(wins) != len(pairs):
             raise ValueError(
                 f"The judge {self.name!r} returned {len(wins)} answers for {len(pairs)} pairs: return one for each."
@@ -98,7 +105,7 @@ class PairwiseReward(Reward):
         for (first, second), win in zip(pairs, wins, strict=True):
             if win is None:
                 continue
-            if not 0 <= float(win) <= 1:
+            if not (is_number(win) and 0 <= win <= 1):
                 raise ValueError(
                     f"The judge {self.name!r} returned {win!r}: return the probability that the first picture is the "
                     "better one, between 0 and 1, or None."
@@ -110,8 +117,9 @@ class PairwiseReward(Reward):
     def to(self, device: torch.device) -> None:
         self.function.to(device)
 
-    def needed_columns(self) -> list[str]:
-        return [name for name in self.function.needed_columns() if name != "others"]
+    def signature(self) -> inspect.Signature:
+        judge = self.function.signature()
+        return judge.replace(parameters=[p for name, p in judge.parameters.items() if name != "others"])
 
 
 def pairwise(judge: Callable[..., Any], budget: int | None = None, name: str | None = None) -> PairwiseReward:

@@ -20,6 +20,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (Real, np.bool_))
 
 
+def is_list(value: Any) -> bool:
+    """Whether a value is several values in an order, and no text."""
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
+
+
 def checked_scores(reward: str, scores: Any, count: int) -> Tensor | list[float | None]:
     """The scores that a reward returned: a real tensor (B,), as it is; else floats and None, one for each image.
 
@@ -38,12 +43,12 @@ def checked_scores(reward: str, scores: Any, count: int) -> Tensor | list[float 
         if scores.is_complex():
             raise WrongScores(f"Reward {reward!r} returned complex scores {rule}, a real number.")
     else:
-        if isinstance(scores, (str, bytes, Mapping)) or not isinstance(scores, Iterable):
-            raise WrongScores(f"Reward {reward!r} returned {_shown(scores)} {rule}.")
+        if not is_list(scores):
+            raise WrongScores(f"Reward {reward!r} returned {shown(scores)} {rule}.")
         listed = list(scores)
         for number, score in enumerate(listed):
             if not (score is None or is_number(score)):
-                raise WrongScores(f"Reward {reward!r} returned {_shown(score)} as score {number} {rule}.")
+                raise WrongScores(f"Reward {reward!r} returned {shown(score)} as score {number} {rule}.")
         found, shape = [None if score is None else _as_float(score) for score in listed], (len(listed),)
     if shape != (count,):
         raise WrongScores(f"Reward {reward!r} returned scores of shape {shape} {rule}.")
@@ -57,6 +62,7 @@ def _as_float(score: Any) -> float:
         return math.inf
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value in a sentence, with its type, and not longer than one."""
     text = repr(value)
     return "None" if value is None else f"a {type(value).__name__} ({text if len(text) < 80 else text[:76] + ' ...'})"

@@ -1,5 +1,6 @@
 """The reward of a run, drawn over its updates."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ def draw_reward_curve(path: Path, history: Sequence[dict[str, Any]], reward: str
 
     Args:
         path: The picture.
-        history: What `Trainer` logged.
+        history: What `Trainer` logged; None stands for a number that is not finite.
         reward: The name of the reward.
 
     Returns:
         Whether there was enough to draw.
     """
     name = f"reward/{reward}"
+    history = [{key: math.nan if value is None else value for key, value in row.items()} for row in history]
     points = [(row["step"], row[name]) for row in history if name in row]
     if len(points) < LEAST_POINTS:
         return False

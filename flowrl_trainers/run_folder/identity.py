@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import TrainingArguments
@@ -83,6 +84,20 @@ def texts_identity(texts: Iterable[str]) -> str:
     """The number of texts and a hash of them in their order."""
     texts = list(texts)
     return f"{len(texts)} (sha256 {hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]})"
+
+
+def values_identity(dataset: Dataset) -> str:
+    """The number of rows and a hash of all that stands in their columns, pictures as they are stored."""
+    found = hashlib.sha256()
+    for rows in dataset.with_format("arrow").iter(batch_size=1000):
+        found.update(json.dumps(rows.to_pydict(), sort_keys=True, default=str).encode())
+    return f"{len(dataset)} (sha256 {found.hexdigest()[:12]})"
+
+
+def shapes_identity(network: nn.Module) -> str:
+    """A hash of the names and shapes of what a network keeps in a checkpoint."""
+    shapes = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+    return f"sha256 {hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:12]}"
 
 
 @torch.no_grad()

@@ -4,24 +4,33 @@ import copy
 import math
 import re
 from dataclasses import fields
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..pipelines import FlowPipeline
 from ..pipelines.quantization import is_quantized
+from .config_checks import Range, complaint, fits
 
 SUPPORTED = (
     "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights", "target_modules",
     "exclude_modules", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
     "lora_bias",
 )  # fmt: skip
+ALLOWED: dict[str, Any] = {
+    "r": Annotated[int, Range(at_least=1)],
+    "lora_alpha": Annotated[float, Range(above=0)],
+    "lora_dropout": Annotated[float, Range(at_least=0, below=1)],
+    "use_rslora": bool,
+    "use_dora": bool,
+    "lora_bias": bool,
+}  # of the fields of which peft takes anything, or fails where it makes the layers
 DESCRIPTIVE = ("task_type", "auto_mapping", "peft_type", "peft_version", "base_model_name_or_path", "revision")
 COMPILED = "_orig_mod"  # how `torch.compile` names the module that it wraps
 
@@ -31,13 +40,18 @@ def check_lora_config(config: LoraConfig) -> None:
 
     Raises:
         TypeError: For a configuration of another kind of adapter.
-        ValueError: For one that changes the base model, or that stock diffusers could not load again.
+        ValueError: For a number out of its range, and for one that changes the base model, or that stock diffusers
+            could not load again.
     """
-    if not isinstance(config, LoraConfig):
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         raise TypeError(
             f"`peft_config` is a {type(config).__name__}: pass a `peft.LoraConfig`, the kind of adapter that "
             "diffusers saves and loads."
         )
+    for name, allowed in ALLOWED.items():
+        value = getattr(config, name)
+        if not fits(value, allowed):
+            raise ValueError(f"`peft_config.{name}` {complaint(value, allowed)}.")
     _refuse_change_of_base(config)
     _refuse_what_is_not_supported(config)
 
@@ -55,7 +69,7 @@ def prepare_adapter(flow: FlowPipeline, config: LoraConfig | None) -> LoraConfig
 
     Raises:
         ValueError: For an adapter that training could not keep apart from the base model, or save; for what was left
-            of one; for a compiled network.
+            of one; for a compiled network, and for one that peft has wrapped.
     """
     if any(_carries_adapter(encoder) for encoder in flow.text_encoders()):
         raise ValueError(
@@ -68,6 +82,11 @@ def prepare_adapter(flow: FlowPipeline, config: LoraConfig | None) -> LoraConfig
         raise ValueError(
             "The pipeline's transformer is compiled (`torch.compile`), and an adapter would change what was compiled: "
             "pass the pipeline as it is before compilation."
+        )
+    if isinstance(transformer, PeftModel):
+        raise ValueError(
+            "The pipeline's transformer is a `PeftModel`, whose adapter diffusers cannot save: pass the pipeline with "
+            "its plain network and the LoRA as `peft_config`, or attach it by `pipeline.transformer.add_adapter`."
         )
     _refuse_remains(transformer)
     if config is not None:

@@ -2,20 +2,23 @@
 
 import inspect
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import SchedulerType, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.integrations import get_available_reporting_integrations
 
 from ..cost import Call, Drawing, Kind, Phase
 from ..pipelines.quantization import Quantization
-from ..run_folder.identity import WAITS_FOR_METRIC
 from ..suggestions import did_you_mean
 from .attention import check_backend_name
 from .config_checks import Range, check_fields, refuse_unsupported, shown
 from .optimizer_checks import check_optimizer
+from .schedule_checks import check_schedule
 
 
 @dataclass
@@ -329,6 +332,8 @@ class FlowRLConfig(TrainingArguments):
                 f"`reward_weights` ({self.reward_weights}) are all 0, so that nothing would be maximised: leave a "
                 "reward that is to be watched alone to `eval_reward_funcs`."
             )
+        if self.push_to_hub:
+            self._check_hub_name()
         check_optimizer(self)
         if self.merge_adapter and (self.bf16 or self.fp16):
             raise ValueError(
@@ -408,17 +413,19 @@ class FlowRLConfig(TrainingArguments):
                 "`load_best_model_at_end` needs the moving average of a checkpoint, which `save_only_model` leaves "
                 "out: choose one."
             )
-        if self.lr_scheduler_type == "constant" and (self.warmup_steps or self.lr_scheduler_kwargs):
+        check_schedule(self)
+
+    def _check_hub_name(self) -> None:
+        """Raises `ValueError` where the Hub would not have a repository of this name."""
+        setting = "output_dir" if self.hub_model_id is None else "hub_model_id"
+        name = self.hub_model_id or Path(str(self.output_dir)).absolute().name
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
             raise ValueError(
-                "`lr_scheduler_type` 'constant' knows no warm-up and no options: take 'constant_with_warmup' or "
-                "another."
-            )
-        if self.lr_scheduler_type in WAITS_FOR_METRIC and "mode" not in (self.lr_scheduler_kwargs or {}):
-            name = SchedulerType(self.lr_scheduler_type).value
-            raise ValueError(
-                f"`lr_scheduler_type` {name!r} takes less for better unless told: set `lr_scheduler_kwargs` to "
-                "{'mode': 'max'} for a reward."
-            )
+                f"`push_to_hub` is True, but the Hub has no repository called {name!r}, after `{setting}`: set "
+                "`hub_model_id` to 'name' or 'owner/name' of letters, digits, '-', '_' and '.'."
+            ) from error
 
     def check_whole_micro_batches(self, name: str) -> None:
         """Raises `ValueError` where a number of images is set that is no multiple of `per_device_train_batch_size`.

@@ -36,7 +36,9 @@ from ..run_folder.identity import (
     adapter_identity,
     identity,
     refuse_another_run,
+    shapes_identity,
     texts_identity,
+    values_identity,
     weights_identity,
 )
 from ..run_folder.licence import licence_of
@@ -66,10 +68,12 @@ from .input_checks import (
     check_callbacks,
     check_columns,
     check_dataset,
+    check_optimizers,
     check_rewards,
     check_trained_part,
     check_weights,
     encoding_facts,
+    refuse_shared_names,
     without_groups,
     writable_folder,
 )
@@ -179,6 +183,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         self.eval_rewards = as_rewards(eval_reward_funcs, "eval_reward_funcs") if eval_reward_funcs else []
         check_rewards(self.rewards, args, type(self).__name__ if self.needs_reward_gradient else None)
         refuse_groupwise(self.eval_rewards, "eval_reward_funcs")
+        refuse_shared_names(self.rewards, self.eval_rewards)
         if self.needs_reward_gradient and args.decoder_dtype != "float32":
             raise ValueError(
                 f"`decoder_dtype` ({args.decoder_dtype!r}) must be 'float32' with {type(self).__name__}, which takes "
@@ -190,6 +195,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             check_columns(self.evaluated_rewards, eval_dataset, "eval_dataset", others=self.rewards)
 
         check_callbacks(callbacks or [], args)
+        check_optimizers(optimizers)
 
         # The model, and what is trained of it.
         memory = memory_of(args.device)
@@ -651,7 +657,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
                     f"Reward {reward.name!r} gave no score that is finite in float32 to {PROBE_IMAGES} probe "
                     "pictures: call it on two pictures of the model to see why."
                 )
-        check_best_metric(self.args, [*self.rewards, *self.eval_rewards], self.metrics.noted)
+        judges = [*self.rewards, *self.eval_rewards]
+        check_best_metric(self.args, judges, self.metrics.noted, self.evaluation_samplers())
         self.metrics.clear()
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -1182,8 +1189,10 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
                 "guidance_in_one_call": self.flow.guidance_in_one_call or None,
                 "columns of the prompts": sorted(self.train_dataset.dataset.column_names),
                 "prompts": self._prompts_identity,
+                "values of the other columns": self._columns_identity,
                 "noise levels": texts_identity(f"{sigma:.6f}" for sigma in self.sigmas.tolist()),
                 "base model": self._base_identity,
+                "networks beside it": {n: shapes_identity(net) for n, net in self.extra_networks().items()} or None,
                 "sharded over the processes": self.model.is_sharded or None,
                 "text encoders and decoder": self._frozen_parts_identity,
             },
@@ -1192,6 +1201,11 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
     @cached_property
     def _prompts_identity(self) -> str:
         return texts_identity(self.train_dataset.dataset["prompt"])
+
+    @cached_property
+    def _columns_identity(self) -> str | None:
+        others = self.train_dataset.dataset.remove_columns("prompt")
+        return values_identity(others) if others.column_names else None
 
     @cached_property
     def _base_identity(self) -> str:

@@ -7,6 +7,7 @@ no public place between writing a checkpoint and deleting older ones; so is `_cl
 come after its clipping.
 """
 
+import json
 import logging
 import math
 import shutil
@@ -23,6 +24,7 @@ from typing import Any, Literal
 import httpx2
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -47,6 +49,7 @@ from ..run_folder.checkpoints import (
     write_manifest,
 )  # fmt: skip
 from ..run_folder.earlier_run import files_of_a_run, models_of_a_run, move_aside, refuse_earlier_run
+from ..run_folder.text_files import write_json
 from ..sampling.metric_log import MetricLog
 from ..sampling.sharding import copy_whole, is_sharded, load_own_parts, own_parts, whole, whole_parameters
 from .base_config import FlowRLConfig
@@ -346,7 +349,7 @@ class CheckpointedTrainer(Trainer, ABC):
         """Make the run's repository on the Hub; raises `ValueError` where the Hub does not let us."""
         try:
             super().init_hf_repo(token=token, private=private)
-        except (OSError, httpx2.HTTPError) as error:
+        except (OSError, httpx2.HTTPError, HFValidationError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
             raise ValueError(
                 f"The Hub gives this run no repository ({reason}): log in by `hf auth login` and unset "
@@ -389,6 +392,9 @@ class CheckpointedTrainer(Trainer, ABC):
             shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
+        if self.args.should_save:  # again, as JSON has no sign for a number that is not finite
+            written = folder / "trainer_state.json"
+            write_json(written, json.loads(written.read_text()))
         state = self.training_state()
         if not self.args.save_only_model:
             best_of = {"best_of": self._best_of}

@@ -1,19 +1,21 @@
 """What is refused before anything is loaded, in one sentence each."""
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ..pipelines import FlowPipeline
 from ..pipelines.quantization import check_quantization
 from ..rewards import Reward
-from ..rewards.base import PASSED
+from ..rewards.base import PASSED, check_call
+from ..rewards.shapes import checker_among
 from ..sampling.prompt_sources import PromptSource, prompts_of
 from .base_config import FlowRLConfig
 
@@ -152,15 +154,26 @@ def check_rewards(rewards: list[Reward], args: FlowRLConfig, needs_gradient: str
         )
 
 
+def refuse_shared_names(rewards: Iterable[Reward], judges: Iterable[Reward]) -> None:
+    """Raises `ValueError` for a judge that has the name of a reward of training, as evaluations have both by name."""
+    trained = {reward.name for reward in rewards}
+    for judge in judges:
+        if judge.name in trained:
+            raise ValueError(
+                f"`eval_reward_funcs` has a reward called {judge.name!r}, as `reward_funcs` has: leave it out, as "
+                "evaluations have the rewards of training too, or give it another name by a dictionary from names to "
+                "rewards."
+            )
+
+
 def without_groups(rewards: Iterable[Reward]) -> list[Reward]:
     """Those that score each picture by itself, as evaluations need it."""
     return [reward for reward in rewards if not reward.groupwise]
 
 
-ALWAYS_MEASURED = ("edge_density", "colour_entropy", "velocity_distance", "checker_accuracy")
-
-
-def check_best_metric(args: FlowRLConfig, rewards: list[Reward], noted: Iterable[str] | None = None) -> None:
+def check_best_metric(
+    args: FlowRLConfig, rewards: list[Reward], noted: Iterable[str] | None = None, samplers: Iterable[str] = ()
+) -> None:
     """Check that evaluations report what the best checkpoint is chosen by.
 
     The loss, which Trainer takes by default, is none of it; nor is diversity, which is absent from an evaluation in
@@ -170,6 +183,7 @@ def check_best_metric(args: FlowRLConfig, rewards: list[Reward], noted: Iterable
         args: The configuration.
         rewards: Those of training and those that it never sees.
         noted: The names that rewards log themselves; None while they are not known.
+        samplers: Those of `evaluation_samplers`, whose rows have names of their own; not while `noted` is None.
 
     Raises:
         ValueError: For a name that evaluations lack, a direction that a reward's weight contradicts, and
@@ -181,10 +195,17 @@ def check_best_metric(args: FlowRLConfig, rewards: list[Reward], noted: Iterable
             "`eval_strategy` to 'steps' and `eval_steps`."
         )
     name = (args.metric_for_best_model or "").removeprefix("eval_")
-    known = [f"reward/{r.name}" for r in without_groups(rewards)]
-    plain = name.removeprefix("base_").removeprefix("ode_")
-    perhaps_noted = noted is None and not plain.startswith("reward") and name not in ("loss", "diversity")
-    if name and not perhaps_noted and plain not in {*known, *ALWAYS_MEASURED, *(noted or ())}:
+    judges = without_groups(rewards)
+    known = [f"reward/{r.name}" for r in judges]
+    of_every_row = {*known, "edge_density", "colour_entropy", *(noted or ())}
+    of_every_row |= set() if checker_among(judges) is None else {"checker_accuracy"}
+    rows = ["", *(f"{sampler}_" for sampler in samplers if sampler)]
+    measured = {f"{base}{row}{metric}" for base in ("", "base_") for row in rows for metric in of_every_row}
+    measured.add("velocity_distance")
+    plain = name.removeprefix("base_")
+    known_now = plain.startswith("reward") or plain in ("loss", "diversity", "checker_accuracy", "velocity_distance")
+    perhaps_noted = noted is None and not known_now
+    if name and not perhaps_noted and name not in measured:
         raise ValueError(
             f"`metric_for_best_model` is {args.metric_for_best_model!r}, which evaluations do not have, or not each "
             f"of them: choose {', '.join(known)}, or another name that `evaluate` returns."
@@ -197,13 +218,15 @@ def check_best_metric(args: FlowRLConfig, rewards: list[Reward], noted: Iterable
             )
 
 
-def check_callbacks(callbacks: Sequence[Any], args: FlowRLConfig) -> None:
+def check_callbacks(callbacks: Any, args: FlowRLConfig) -> None:
     """Check that callbacks are such, and that one that ends training early has a number to watch.
 
     Raises:
-        TypeError: For what is neither a `TrainerCallback` nor a class of them.
+        TypeError: For what is no list, and for what is neither a `TrainerCallback` nor a class of them.
         ValueError: For an `EarlyStoppingCallback` without `metric_for_best_model` or evaluations.
     """
+    if not isinstance(callbacks, (list, tuple)):
+        raise TypeError(f"`callbacks` is {callbacks!r}: pass a list of `transformers.TrainerCallback`s.")
     for callback in callbacks:
         kind = callback if isinstance(callback, type) else type(callback)
         if not issubclass(kind, TrainerCallback):
@@ -217,6 +240,17 @@ def check_callbacks(callbacks: Sequence[Any], args: FlowRLConfig) -> None:
                     raise ValueError(f"An `EarlyStoppingCallback` needs `{name}`: set it.")
 
 
+def check_optimizers(optimizers: Any) -> None:
+    """Raises `TypeError` for anything but an optimizer and a schedule, or None for one that Trainer makes."""
+    pair = optimizers if isinstance(optimizers, tuple) and len(optimizers) == 2 else ()
+    kinds = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+    if not pair or not all(part is None or isinstance(part, kind) for part, kind in zip(pair, kinds, strict=True)):
+        raise TypeError(
+            f"`optimizers` is {type(optimizers).__name__ if not isinstance(optimizers, tuple) else optimizers}: pass "
+            "the pair (optimizer, schedule of the learning rate), with None for what Trainer is to make."
+        )
+
+
 def check_columns(rewards: list[Reward], dataset: Dataset, argument: str, others: Iterable[Reward] = ()) -> None:
     """Refuse a reward that asks for a column which the dataset lacks, prompts that choose an unknown reward, and rows
     that a reward could not score.
@@ -228,7 +262,8 @@ def check_columns(rewards: list[Reward], dataset: Dataset, argument: str, others
         others: Those that rows may choose too, though they are not called here.
 
     Raises:
-        ValueError: Naming reward and column, or what is wrong with a row.
+        ValueError: Naming reward and column, also where the reward takes no further columns, or what is wrong with a
+            row.
     """
     for reward in rewards:
         missing = [name for name in reward.needed_columns() if name not in dataset.column_names]
@@ -237,6 +272,7 @@ def check_columns(rewards: list[Reward], dataset: Dataset, argument: str, others
                 f"Reward {reward.name!r} needs the column {missing[0]!r}, which `{argument}` lacks (it has "
                 f"{', '.join(map(repr, dataset.column_names))}): add it, or give the reward's argument a default."
             )
+        check_call(reward, set(dataset.column_names) - {"prompt"})
     for column in {reward.chosen_by for reward in rewards if reward.chosen_by is not None}:
         known = {reward.name: reward for reward in [*rewards, *others]}
         names = [name for name, reward in known.items() if reward.chosen_by == column]

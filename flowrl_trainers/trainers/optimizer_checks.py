@@ -1,7 +1,10 @@
 """Checks of `optim` and of the settings that only some optimizers read."""
 
+import math
 from typing import Any
 
+import torch
+from transformers import Trainer
 from transformers.utils import is_bitsandbytes_available
 
 from ..sampling.sharding import asks_for_sharding
@@ -32,6 +35,7 @@ OF_BITSANDBYTES: dict[str, tuple[str, ...]] = {
     "paged_ademamix_32bit": _ADEMAMIX,
     "paged_ademamix_8bit": _ADEMAMIX,
 }
+SWITCHES = ("nesterov", "centered")
 NO_BETAS = ("adafactor", "sgd", "adagrad", "rmsprop")
 
 
@@ -40,7 +44,8 @@ def check_optimizer(config: Any) -> None:
 
     Raises:
         ValueError: For an `optim` that is unknown, needs more than gradients, is not installed or cannot be sharded,
-            for an `optim_args` that is not written `name=value,name=value` or that the optimizer does not read, and
+            for an `optim_args` that is not written `name=value,name=value`, or that the optimizer does not read or
+            cannot take, and
             for `adam_beta1`, `adam_beta2` or `adam_epsilon` beside an optimizer that has none.
     """
     optim = str(getattr(config.optim, "value", config.optim))
@@ -69,6 +74,19 @@ def check_optimizer(config: Any) -> None:
             if name == "weight_decay":
                 reads += " and the setting `weight_decay`"
             raise ValueError(f"`optim_args` names {name!r}, but `optim` {optim!r} {reads}: take it out.")
+        try:
+            fits = value.lower() in ("true", "false") if name in SWITCHES else math.isfinite(float(value))
+        except ValueError:
+            fits = False
+        if not fits:
+            kind = "true or false" if name in SWITCHES else "a number"
+            raise ValueError(f"`optim_args` sets {name!r} to {value!r}: make it {kind}.")
+    if config.optim_args and optim in OF_TORCH:
+        kind, settings = Trainer.get_optimizer_cls_and_kwargs(config)
+        try:
+            kind([torch.zeros(1, requires_grad=True)], **settings)
+        except ValueError as error:
+            raise ValueError(f"`optim` {optim!r} refuses `optim_args` ({config.optim_args!r}): {error}.") from error
     unread = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8} if optim in NO_BETAS else {}
     if "lion" in optim:
         unread = {"adam_epsilon": 1e-8}
