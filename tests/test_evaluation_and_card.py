@@ -1,8 +1,11 @@
 """What an evaluation finds and a reward logs stands in metrics, pictures, trackers and the card."""
 
 import json
+import random
 from itertools import combinations
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -45,6 +48,38 @@ def test_what_a_reward_logs_stands_in_metrics_pictures_and_card(tmp_path, tiny_p
     assert ".png" not in (tmp_path / "elsewhere" / "README.md").read_text()  # no picture is there
     t.evaluate(Dataset.from_dict({"prompt": ["a fox"]}))
     assert [path.name for path in tmp_path.glob("samples/tuned-*")] == ["tuned-000001-0.png"]
+
+
+def test_an_evaluation_leaves_the_random_numbers_of_training_alone(tmp_path, tiny_pipeline):
+    """So a resumed run, which scores the base model's pictures again, trains as the uninterrupted one."""
+
+    @differentiable
+    def restless(images, prompts, **columns):
+        noise = torch.rand(1) + float(np.random.rand()) + random.random()
+        return images.mean(dim=(1, 2, 3)) + noise
+
+    def next_numbers() -> list[float]:
+        return [float(torch.rand(1)), float(np.random.rand()), random.random()]
+
+    t = adjoint_matching(tmp_path, tiny_pipeline, reward=restless, eval_dataset=["a cat"])
+    found = []
+    for evaluates in (False, True):
+        torch.manual_seed(0), np.random.seed(0), random.seed(0)
+        if evaluates:
+            t.evaluate()
+        found.append(next_numbers())
+    assert found[0] == found[1]
+
+
+def test_a_process_beyond_the_held_out_rows_measures_no_velocity(tmp_path, tiny_pipeline, monkeypatch):
+    """The twelfth of twelve, of two rows; what it exchanges with the others is stood in for."""
+    t = adjoint_matching(tmp_path, tiny_pipeline)
+    others = [(1.0, 4.0, [[0.5, 1.1, 1.0]])]
+    monkeypatch.setattr("flowrl_trainers.sampling.comparison.gather_object", lambda mine: [*mine, *others])
+    twelfth = SimpleNamespace(process_index=11, num_processes=12)
+    monkeypatch.setattr(t.comparison.evaluator, "accelerator", twelfth)
+    found = t.comparison.velocity_change(Dataset.from_dict({"prompt": ["a cat", "a dog"]}), t.sigmas)
+    assert found["velocity_distance"] == 0.5
 
 
 def test_the_diversity_of_an_evaluation_is_that_of_its_pictures(tmp_path, tiny_pipeline):

@@ -192,8 +192,21 @@ def share_in_lower_precision(folder: Path, precision: str) -> None:
     pretend_gpus()
     settings = {"use_cpu": False, "gradient_accumulation_steps": 2, "max_steps": 1}
     t = in_lower_precision(folder / "two", precision, **settings)
+    computed, gradients = set(), set()
+    layer = t.model.transformer.transformer_blocks[0].attn.to_q.lora_A["default"]
+    layer.register_forward_hook(lambda module, inputs, output: computed.add(output.dtype))
+    step = t.training_step
+
+    def watched(*arguments: Any) -> Tensor:
+        loss = step(*arguments)
+        gradients.update(type(p.grad).__name__ for p in t.trained_parameters())
+        return loss
+
+    t.training_step = watched
     t.train()
     found = {
+        "computed": computed,
+        "gradients": gradients,
         "weights": {n: whole(p.detach()) for n, p in t.model.trained_tensors().items()},
         "types": {(type(p).__name__, p.dtype) for p in t.model.parameters()},
     }
@@ -220,7 +233,8 @@ def share_in_lower_precision(folder: Path, precision: str) -> None:
 @pytest.mark.slow
 def test_a_shared_network_learns_in_lower_precision(tmp_path, precision):
     """Of frozen weights in 16 bits and an adapter in 32, what one process learns; and an overflow in one process's part
-    skips the update on both. Products are rounded alike, and sums over pictures differ in float32 alone.
+    skips the update on both. All of it, rollouts too, computes in 16 bits, and gradients are spread after each of the
+    two micro-batches. Products are rounded alike, and sums over pictures differ in float32 alone.
     """
     for process in on_two_processes(share_in_lower_precision, tmp_path, precision, **ENVIRONMENT):
         assert process.returncode == 0, process.stderr
@@ -230,6 +244,8 @@ def test_a_shared_network_learns_in_lower_precision(tmp_path, precision):
     for rank in (0, 1):
         two = torch.load(tmp_path / f"found_{rank}.pt")
         assert two["types"] == {("DTensor", torch.float32), ("DTensor", half)}
+        assert two["computed"] == {half}
+        assert two["gradients"] == {"DTensor"}
         moved = max(float(p.abs().max()) for n, p in two["weights"].items() if "lora_B" in n)
         assert moved > 1e-4
         for name, value in one.model.trained_tensors().items():

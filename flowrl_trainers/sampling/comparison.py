@@ -104,7 +104,7 @@ class Comparison:
         self.model.eval()
         evaluator, accelerator = self.evaluator, self.evaluator.accelerator
         count, processes = min(VELOCITY_ROWS, len(dataset)), accelerator.num_processes
-        mine = torch.arange(accelerator.process_index, count, processes)
+        mine = torch.arange(count)[accelerator.process_index :: processes]  # none where there are more processes
         batches = list(mine.split(evaluator.batch_size)) if len(mine) else []
         counted = len(batches)
         if self.model.is_sharded:  # all processes call it equally often

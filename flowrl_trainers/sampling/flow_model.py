@@ -10,6 +10,7 @@ import torch._dynamo
 from accelerate import Accelerator
 from diffusers import ModelMixin
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..pipelines import Conditioning, FlowPipeline
 from .merged_adapter import MergedAdapter
@@ -162,6 +163,14 @@ class FlowModel(nn.Module):
         shard(accelerator, self, self.flow.blocks(self.transformer))
         if self.frozen is not None:
             shard(accelerator, self.frozen, self.flow.blocks(self.frozen))
+
+    def reduce_at_once(self) -> None:
+        """Of a sharded network: let the next backward pass spread its gradients, though others follow before the step.
+
+        Trainer has FSDP keep them whole until the last micro-batch of an update.
+        """
+        assert isinstance(self, FSDPModule)
+        self.set_requires_gradient_sync(True)
 
     def compile_blocks(self) -> None:
         """Compile the repeated blocks of the transformer, and of its frozen copy, in place.

@@ -81,7 +81,7 @@ from .loop_callback import LoopCallback
 from .loss_scaling import LossScaler
 from .moving_average import MovingAverage
 from .pipeline_state import PipelineState
-from .surroundings import check_mergeable, check_modes, check_networks, check_sigmas
+from .surroundings import check_mergeable, check_modes, check_networks, check_sigmas, own_random_numbers
 from .trackers import name_trackio_run, show_picture
 
 logger = logging.getLogger(__name__)
@@ -335,6 +335,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             self.model.shard(self.accelerator)
             # Autocast would keep what it casts of trained weights, whole, until a call ends.
             self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
+            # Which puts autocast around its calls; accelerate leaves that to FSDP's own casts, which are off here.
+            self.accelerator.prepare_model(self.model, evaluation_mode=True)
         self.average.start(self.trained_parameters())
         self.settings = run_settings(
             args,
@@ -836,7 +838,9 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         # and processes wait for each other there.
         for state in range(0 if self.has_signal(batch) else states - 1, states):
             # Gradients of all but the last state are reduced over processes together with the last one's; those of a
-            # sharded network at once, as a whole gradient is as large as what is trained.
+            # sharded network at once, in every micro-batch, as a whole gradient is as large as what is trained.
+            if self.model.is_sharded:
+                self.model.reduce_at_once()
             with nullcontext() if state == states - 1 or self.model.is_sharded else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     losses = self.micro_batch_losses(model, batch, conditioning, state)
@@ -982,7 +986,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             raise ValueError("`evaluate` needs prompts: pass `eval_dataset` to it or to the trainer.")
         dataset = check_dataset(source, "eval_dataset")
         check_columns(self.evaluated_rewards, dataset, "eval_dataset", others=self.rewards)
-        with self.one_for_all(), self.at_work(), self.judges_at_hand():
+        with self.one_for_all(), self.at_work(), self.judges_at_hand(), own_random_numbers(self.args.device):
             self._encode_new(dataset["prompt"])
             start = perf_counter()
             rows, errors = self.comparison.rows(dataset, self.evaluation_samplers(), self.sigmas)

@@ -1,5 +1,10 @@
 """What around a trainer would change what it computes: torch's modes, and what was done to the pipeline's networks."""
 
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
 import torch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_processor import Attention
@@ -32,6 +37,21 @@ def check_modes() -> None:
             f"torch's default device is {torch.get_default_device()}, where nothing is computed: call "
             "`torch.set_default_device('cpu')`."
         )
+
+
+@contextmanager
+def own_random_numbers(device: torch.device) -> Iterator[None]:
+    """Outside, torch, numpy and Python draw afterwards what they would have drawn without what is done inside.
+
+    So training goes on alike however often rewards that draw random numbers judged meanwhile.
+    """
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 def check_networks(flow: FlowPipeline) -> None:
