@@ -8,6 +8,7 @@ sigma) / m and Var(x | z) = sigma^2 / m, where m = (1 - sigma)^2 + sigma^2.
 import io
 import json
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -486,3 +487,32 @@ def test_the_critic_judges_all_bins_in_one_call(tmp_path, monkeypatch):
     assert calls == [4, 4, 4, 12]
     assert apart.std() > 0.01
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=1e-5)
+
+
+def critic_step(folder, *, stale: bool = False, in_one_call: bool = False) -> tuple[torch.Tensor, list[str]]:
+    """How one step changes the critic, and in which order it is called and differentiated."""
+    t = make_trainer("ACFlowTrainer", folder, critic_bins_in_one_call=in_one_call)
+    seen, order = [], []
+    with patch.object(t, "_critic_step", lambda shaped, purpose: seen.append(shaped)):
+        t.make_rollout([t.train_dataset[ImageKey(row, 0, 0)] for row in (0, 0, 1, 1)])
+    torch.manual_seed(0)
+    torch.nn.init.normal_(t.critic.judge.out.weight)
+    t.critic.register_forward_hook(lambda *_: order.append("called"))
+    t.critic.judge.out.register_full_backward_hook(lambda *_: order.append("differentiated"))
+    for parameter in t.critic.parameters():
+        parameter.grad = torch.ones_like(parameter) if stale else None
+    t.critic_optimizer = torch.optim.SGD(t.critic.parameters(), lr=1.0)
+    before = torch.cat([p.detach().flatten() for p in t.critic.parameters()])
+    t._critic_step(seen[0], "critic step 0")
+    return torch.cat([p.detach().flatten() for p in t.critic.parameters()]) - before, order
+
+
+def test_bins_are_differentiated_one_by_one_and_nothing_is_left_of_a_step_that_broke_off(tmp_path):
+    """So a critic of the network's size holds one graph at a time. The step is the same, but for the order of sums."""
+    step, order = critic_step(tmp_path)
+    assert order == ["called", "differentiated"] * 4
+    assert step.norm() > 0.1
+    together, order = critic_step(tmp_path, in_one_call=True)
+    assert order == ["called", "differentiated"]
+    torch.testing.assert_close(together, step, atol=1e-5 * float(step.norm()), rtol=0)
+    assert torch.equal(critic_step(tmp_path, stale=True)[0], step)

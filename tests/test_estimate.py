@@ -22,6 +22,7 @@ from flowrl_trainers.cost.estimate import Estimator, quantized_size
 from flowrl_trainers.cost.meter import metered
 from flowrl_trainers.cost.rewards import BlankReward, blank_of, blank_reward
 from flowrl_trainers.cost.run import blank_reward_decoder
+from flowrl_trainers.networks import value_network
 from flowrl_trainers.pipelines import FlowPipeline
 from flowrl_trainers.pipelines.quantization import stored_tensors
 from flowrl_trainers.pipelines.tiny_decoder import TinyDecoder
@@ -137,6 +138,39 @@ def test_bytes_of_every_call_are_those_that_a_cpu_allocates(monkeypatch, name, c
         work()  # what is made once, such as tables of positions and gradients
         measured, estimated = allocated(work), estimator.work(Call(kind, 4, 1, Phase.UPDATE)).peak
         assert estimated == pytest.approx(measured, rel=0.05), kind
+
+
+def test_an_update_of_vgg_flow_holds_the_graph_of_the_value_network_too(monkeypatch):
+    """As its loss asks both networks before either is differentiated; within 5 % of what a CPU allocates."""
+    pipeline, settings = tiny_sd3(), {"max_sequence_length": 8, "height": 64, "width": 64}
+    lora = LoraConfig(r=4, lora_alpha=4)
+    blank = architecture_of(pipeline).flow(torch.float32, settings)
+    estimator = Estimator(blank, [BlankReward("redness", None)], lora, head="value_network")
+    flow = FlowPipeline.from_pipeline(pipeline, **settings)
+    flow.transformer.requires_grad_(False)
+    flow.transformer.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=list(flow.lora_target_modules)))
+    encoded = flow.encode_prompts([PROMPT] * 2)
+    monkeypatch.setattr(
+        "flowrl_trainers.cost.estimate.blank_conditioning",
+        lambda _, count, *__: {
+            n: torch.zeros_like(v[:1], device=META).expand(count, *v.shape[1:]).clone() for n, v in encoded.items()
+        },
+    )
+    features, mask = flow.prompt_features(encoded)
+    latents = flow.initial_latents(2, torch.Generator().manual_seed(0))
+    network = value_network(latents.shape[1:], features.shape[-1])
+
+    def work() -> None:
+        conditioning = {name: value.clone() for name, value in encoded.items()}
+        v = flow.velocity(flow.transformer, latents.clone(), torch.full((2,), 0.5), conditioning, guidance=False)
+        z = latents.clone().repeat(3, 1, 1, 1)
+        c = network(z, torch.full((6,), 0.5), features.float().repeat(3, 1, 1), mask.repeat(3, 1))
+        (v.square().mean() + c.square().mean()).backward()
+
+    work()
+    calls = [Call(Kind.HEAD_TRAIN, 6, 1, Phase.UPDATE), Call(Kind.TRAIN, 2, 1, Phase.UPDATE)]
+    update = estimator.estimate(calls, [], 1, 0, []).phases[str(Phase.UPDATE)]
+    assert update.parts["largest call"] == pytest.approx(allocated(work), rel=0.05)
 
 
 def test_attention_and_norms_are_counted_as_fused_kernels_keep_them():

@@ -81,6 +81,8 @@ def test_the_pipeline_is_in_evaluation_mode_also_after_an_error(tmp_path, tiny_p
     with pytest.raises(KeyboardInterrupt):
         t.train()
     assert not tiny_pipeline.transformer.training
+    spent = t.seconds_so_far()["training"]
+    assert 0 < spent == t.seconds_so_far()["training"]  # the clock stands
 
 
 def test_a_name_that_no_evaluation_reports_is_refused_before_training(tmp_path, tiny_pipeline):

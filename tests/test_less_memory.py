@@ -98,6 +98,20 @@ def test_network_and_rewards_are_never_on_the_device_at_once(tmp_path, name, lor
     assert learned[0][-1] > 0
 
 
+def test_prompts_are_known_by_their_own_embeddings_after_a_full_disk(monkeypatch):
+    flow = FlowPipeline.from_pipeline(tiny_sd3(), guidance_scale=3.0, max_sequence_length=8)
+    prompts, device = [f"{caption} {number}" for caption in CAPTIONS for number in range(4)], torch.device("cpu")
+    whole, spilled = ConditioningCache(flow, 4), ConditioningCache(flow, 4, most_in_memory=0.0)
+    whole.encode(prompts, device, show_progress=False)
+    with monkeypatch.context() as full:
+        full.setattr(spilled, "_spill", lambda: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="No space left"):
+            spilled.encode(prompts, device, show_progress=False)
+    spilled.encode(prompts, device, show_progress=False)
+    expected, found = whole(prompts[::-1], device), spilled(prompts[::-1], device)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 def test_prompts_beyond_a_bound_are_read_from_disk_bit_for_bit():
     """In all precisions; what all prompts share is kept once, in memory and on disk."""
     flow = FlowPipeline.from_pipeline(tiny_sd3(), guidance_scale=3.0, max_sequence_length=8)

@@ -38,11 +38,13 @@ class Work:
         flop: Floating-point operations.
         operations: ATen operations.
         peak: The most bytes that it holds at a time.
+        graph: Those of a training call before its backward pass.
     """
 
     flop: int
     operations: int
     peak: int
+    graph: int = 0
 
 
 @dataclass(frozen=True)
@@ -200,12 +202,12 @@ class Estimator:
         shared = self.shared_by > 1
         key = call.kind, call.batch, call.guided, shared and self.lora is None
         if key not in self._works:
-            if call.kind == Kind.TRAIN:  # gradients are added to those of the states and micro-batches before
-                for parameter in self.trained:
+            if call.kind in (Kind.TRAIN, Kind.HEAD_TRAIN):  # gradients are added to those of states before
+                for parameter in self._of_the_optimizer:
                     parameter.grad = torch.empty_like(parameter)
             with metered(self.autocast if call.kind in _OF_TRANSFORMER else None, not shared) as self._meter:
-                self._do(call)
-            self._works[key] = Work(self._meter.flop, self._meter.operations, self._meter.peak)
+                graph = self._do(call)
+            self._works[key] = Work(self._meter.flop, self._meter.operations, self._meter.peak, graph)
             for network in (self.flow.transformer, self._head):
                 if network is not None:
                     network.zero_grad()
@@ -216,8 +218,9 @@ class Estimator:
         like_a_gpu = LikeAGPU(self._meter, autocast)
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), like_a_gpu))
 
-    def _do(self, call: Call) -> None:
-        network, batch = self.flow.transformer, call.batch
+    def _do(self, call: Call) -> int:
+        """Do the work of a call, and return the bytes of its graph; see `Work`."""
+        network, batch, graph = self.flow.transformer, call.batch, 0
         match call.kind:
             case Kind.FORWARD:
                 with torch.no_grad():
@@ -231,7 +234,9 @@ class Estimator:
                 self._as_base(lambda: self._product(batch, call.guided))
             case Kind.TRAIN:
                 network.train()
-                self._velocity(self._latents(batch), call.guided).square().mean().backward()
+                loss = self._velocity(self._latents(batch), call.guided).square().mean()
+                graph = self._meter.alive
+                loss.backward()
                 network.eval()
             case Kind.HEAD:
                 with torch.no_grad():
@@ -251,6 +256,7 @@ class Estimator:
                 self._reward_gradient(batch, self.reward_decoder or self.flow.decode)
             case Kind.OWN_REWARD_GRADIENT:
                 self._reward_gradient(batch, self.flow.decode)
+        return graph
 
     def _latents(self, batch: int) -> Tensor:
         return self.flow.initial_latents(batch)
@@ -336,6 +342,11 @@ class Estimator:
         works = [(self.work(call), call) for call in calls]
         first = [(self.work(call), call) for call in once]
         held = [(self._held(phase, work, call, latents_kept), call) for work, call in (*works, *first)]
+        if phase == Phase.UPDATE:
+            # Of VGG-Flow's two networks the value network is asked last, and so is differentiated first.
+            of_head = max((work.peak for work, call in works if call.kind == Kind.HEAD_TRAIN), default=0)
+            for (parts, _), (work, _) in zip(held, (*works, *first), strict=True):
+                parts["largest call"] += max(0, work.graph + of_head - work.peak) if work.graph else 0
         parts, call = max(held, key=lambda pair: sum(pair[0].values()))
         return PhaseCost(
             parts,
@@ -353,7 +364,7 @@ class Estimator:
             adapted = [m for m in self.flow.transformer.modules() if isinstance(m, BaseTunerLayer)]
             parts["merged weights"] = sum(_bytes(m.get_base_layer()) for m in adapted)
         if phase == Phase.UPDATE:
-            parts["gradients"] = self._held_of(self.trained)
+            parts["gradients"] = self._held_of(self._of_the_optimizer)
         if self.apart:
             judges = call.kind in _OF_JUDGES
             away = NETWORK if judges else JUDGES
@@ -365,6 +376,12 @@ class Estimator:
     def trained(self) -> list[nn.Parameter]:
         """The adapter, or all weights where these are trained."""
         return [p for p in self.flow.transformer.parameters() if p.requires_grad]
+
+    @property
+    def _of_the_optimizer(self) -> list[nn.Parameter]:
+        """What is trained, with a value network; a critic has an optimizer of its own."""
+        head = self._head if self._head_is_shared else None
+        return self.trained + ([] if head is None else [*head.parameters()])
 
     def resident(self) -> dict[str, int]:
         """What stays on the device during a run, in bytes."""

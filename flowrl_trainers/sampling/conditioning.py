@@ -58,8 +58,8 @@ class ConditioningCache:
                 rows = self.stored.setdefault(name, RowStore())
                 for row in value.to("cpu"):
                     rows.append(row)
-            self._spill()
             self.index |= {prompt: len(self.index) + i for i, prompt in enumerate(batch)}
+            self._spill()  # which may fail, as on a full disk: what was encoded stays known
         for module in self.flow.text_encoders():
             module.to("cpu")
 

@@ -237,6 +237,7 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
         """One update of (2) on freshly re-noised images of all processes."""
         assert self.critic is not None
         self.critic.train()
+        self.critic_optimizer.zero_grad()  # of a step that an error broke off
         parameters, losses = list(self.critic.parameters()), []
         for loss in self._critic_losses(shaped, purpose):
             loss.backward()
@@ -253,12 +254,15 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
         self.metrics.note("critic/loss", self.accelerator.gather(torch.stack(losses).sum()).mean())
 
     def _critic_losses(self, shaped: list[MicroBatch[Returns]], purpose: str) -> Iterator[Tensor]:
-        """The share of each micro-batch in the mean squared error."""
+        """The share of each micro-batch in the mean squared error; of each bin, where these are called one by one."""
         for batch in shaped:
             states, _, sigma = self._renoised(batch, purpose)
-            values = self._values(states, sigma, self.condition(batch.examples))
-            error = (values - batch.record.returns[:, None]).square().mean(dim=1)
-            yield torch.where(batch.good, error, 0.0).mean() / len(shaped)
+            conditioning, bins = self.condition(batch.examples), sigma.shape[1]
+            at_once = bins if self.args.critic_bins_in_one_call else 1
+            for z, levels in zip(states.split(at_once, dim=1), sigma.split(at_once, dim=1), strict=True):
+                values = self._values(z, levels, conditioning)
+                error = (values - batch.record.returns[:, None]).square().sum(dim=1) / bins
+                yield torch.where(batch.good, error, 0.0).mean() / len(shaped)
 
     @torch.no_grad()
     def _judge_critic(self, shaped: list[MicroBatch[Returns]]) -> None:

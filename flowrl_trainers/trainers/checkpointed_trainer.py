@@ -210,8 +210,9 @@ class CheckpointedTrainer(Trainer, ABC):
                 if self._counter.updates:
                     self._keep_what_was_learned()
                 raise
-        self.seconds = self.seconds_so_far()
-        self._training_since = None
+            finally:
+                if self._training_since is not None:
+                    self.seconds, self._training_since = self.seconds_so_far(), None
         return output
 
     @contextmanager
