@@ -39,6 +39,18 @@ def test_a_judge_waits_for_rows_with_its_columns(tmp_path, tiny_pipeline):
         t.evaluate(["a cat"])
 
 
+def test_a_judge_that_takes_no_columns_waits_for_rows_without_them(tmp_path, tiny_pipeline):
+    def plain(images, prompts, trainer_state, log_metric, log_extra):
+        return [0.5] * len(images)
+
+    rows = Dataset.from_dict({"prompt": ["a cat", "a dog"], "answer": ["yes", "no"]})
+    t = adjoint_matching(tmp_path, tiny_pipeline, dataset=rows, eval_reward_funcs=plain, max_steps=1)
+    t.train()
+    assert t.evaluate(["a cat"])["eval_reward/plain"] == 0.5
+    with pytest.raises(ValueError, match=r"Reward 'plain' must take `images, prompts, \*\*columns` by name.*'answer'"):
+        t.evaluate(rows)
+
+
 class Scored(torch.nn.Module):
     """A reward with weights of its own, behind a step of numpy."""
 

@@ -63,6 +63,7 @@ from .base_config import FlowRLConfig
 from .checkpointed_trainer import CheckpointedTrainer, TrainingState
 from .console import Console, LogFile, is_live, take_place_of_default
 from .input_checks import (
+    can_take,
     check_args,
     check_best_metric,
     check_callbacks,
@@ -642,7 +643,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         # On the first and the last row of the evaluation, where they are known: their columns may be others. Else by
         # those judges for which the columns of training are enough; `evaluate` is told others.
         known = set(self.train_dataset.dataset.column_names)
-        judges, asked = [judge for judge in self.eval_rewards if known.issuperset(judge.needed_columns())], examples
+        judges, asked = [judge for judge in self.eval_rewards if can_take(judge, known)], examples
         if self.eval_dataset is not None:
             held_out = PromptDataset(self.eval_dataset)
             rows = (number * (len(held_out) - 1) // (PROBE_IMAGES - 1) for number in range(PROBE_IMAGES))

@@ -281,6 +281,15 @@ def check_columns(rewards: list[Reward], dataset: Dataset, argument: str, others
         reward.check_rows(_rows_of(reward, dataset))
 
 
+def can_take(reward: Reward, columns: set[str]) -> bool:
+    """Whether a reward can be called with rows of these columns, all of which it is given."""
+    try:
+        check_call(reward, columns - {"prompt"})
+    except ValueError:
+        return False
+    return columns.issuperset(reward.needed_columns())
+
+
 def _rows_of(reward: Reward, dataset: Dataset) -> Dataset:
     """Those that a reward applies to."""
     if reward.chosen_by is None:
