@@ -130,7 +130,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path, tiny_pipeline):
     )
 
 
-def test_the_card_names_the_update_of_the_best_checkpoint(tmp_path, tiny_pipeline):
+def test_the_card_names_the_update_of_the_best_checkpoint(tmp_path, tiny_pipeline, capsys):
     """The best evaluation may have no checkpoint: then the best that has one is loaded."""
     scores = {0: 0.0, 1: 0.0, 2: 1.0, 3: 2.0, 4: -1.0}
 
@@ -151,7 +151,12 @@ def test_the_card_names_the_update_of_the_best_checkpoint(tmp_path, tiny_pipelin
     assert "| `updates` | 2 |" in (tmp_path / "README.md").read_text()
     last = tmp_path / "samples" / "step-000004.json"
     of_the_last = last.read_bytes()
+    capsys.readouterr()
     t.evaluate()
+    assert "Held-out prompts after 2 updates" in capsys.readouterr().out
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert logged[-1]["step"] == t.state.log_history[-1]["step"] == 2
+    assert [row["step"] for row in logged if "train_runtime" in row] == [4]
     assert t.run_folder.sheet.name == "step-000002.png"
     assert last.read_bytes() == of_the_last  # not of the weights as they are now
 

@@ -69,6 +69,11 @@ def test_a_layer_gets_the_change_that_was_trained(tmp_path, monkeypatch, capsys)
             torch.testing.assert_close(change, trained)
     assert main(["export_comfyui", str(tmp_path / "nothing")]) == 2
     assert "is no adapter of a run" in capsys.readouterr().err
+    adapter = tmp_path / "pytorch_lora_weights.safetensors"
+    before = adapter.read_bytes()
+    assert main(["export_comfyui", str(tmp_path), str(adapter)]) == 2
+    assert "is the adapter itself, which would be lost: name another file." in capsys.readouterr().err
+    assert adapter.read_bytes() == before
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,9 +8,11 @@ import threading
 
 import pytest
 import torch
+from datasets import Dataset
 
 from flowrl_trainers.rewards import FunctionReward, RemoteReward, ShapesReward, remote
 from flowrl_trainers.sampling.scoring import call_rewards
+from flowrl_trainers.trainers.input_checks import check_columns
 
 from .helpers import redness
 from .reward_servers import ROOT, decoded, examples, fake, noise, scores_of, serving
@@ -114,6 +116,7 @@ def test_remote_rewards_are_waited_for_together():
     ({"url": ["http://127.0.0.1:1"] * 2}, "must hold at least one address, and none of them twice"),
     ({"url": "http://"}, r"`url` \('http://'\) is no address of a server"),
     ({"url": "http://me:secret@127.0.0.1"}, "^`url` has a user name or a password, which errors would show"),
+    ({"url": "http://me:p#ss@127.0.0.1:8000"}, "^`url` has a user name or a password, which errors would show"),
     ({"timeout": math.nan}, r"`timeout` \(nan\) must be above 0"),
     ({"batch_size": 0}, r"`batch_size` \(0\) must be at least 1"),
     ({"retries": -1}, r"`retries` \(-1\) must be at least 0"),
@@ -126,8 +129,20 @@ def test_wrong_settings_are_refused(settings, sentence):
         RemoteReward(**({"url": "http://127.0.0.1:1"} | settings))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float16])
+def test_scores_of_every_kind_of_tensor_arrive(dtype):
+    def bright(images, prompts, **columns):
+        return (images.mean(dim=(1, 2, 3)) > 0.5).to(dtype)
+
+    images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
+    with serving(FunctionReward(bright)) as address:
+        assert scores_of(RemoteReward(address), images).tolist() == [0.0, 1.0]
+
+
 def test_columns_that_are_absent_or_no_json_are_refused():
     reward = RemoteReward("http://127.0.0.1:1", columns=["answer"])
+    with pytest.raises(ValueError, match="Reward 'remote' needs the column 'answer', which `train_dataset` lacks"):
+        check_columns([reward], Dataset.from_dict({"prompt": ["a"]}), "train_dataset")
     with pytest.raises(ValueError, match="is to send the column 'answer', which the data set does not have"):
         scores_of(reward, noise(1))
     deep: list = []

@@ -90,13 +90,18 @@ class Blind(Own):
     sees = "latent"
 
 
+def of_latents(latents, prompts, **columns):
+    return [0.0] * len(latents)
+
+
 @pytest.mark.parametrize(("reward", "sentence"), [
     (Narrow(), r"Reward 'narrow' must take `images, prompts, \*\*columns` by name, as trainers call it: .*'trainer_state'"),
     (Nameless(), "A Nameless is called '': set its `name`, a text"),
     ({5: Own()}, "A Own is called 5: set its `name`, a text"),
+    (of_latents, "Reward 'of_latents' asks for `latents`, but sees images: set `sees` to 'latents', or take `images`"),
     (Blind(), "Reward 'own' sees 'latent': set `sees` to 'images' or 'latents'"),
     (max, "Reward 'builtin_function_or_method' must take `images, prompts"),
-], ids=["arguments", "name", "a number for a name", "view", "a function of C"])  # fmt: skip
+], ids=["arguments", "name", "a number for a name", "another view", "view", "a function of C"])  # fmt: skip
 def test_a_reward_of_any_kind_must_be_callable_as_trainers_call_it(reward, sentence):
     with pytest.raises(ValueError, match=f"^{sentence}"):
         as_rewards(reward)

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 
+import httpx2
 import pytest
 import torch
 
@@ -116,6 +117,21 @@ def test_a_server_that_answers_wrongly_gets_one_sentence(caplog, answers, settin
                 scores_of(reward, noise(1))
             assert sentence in str(raised.value)
             assert str(raised.value).startswith("Reward 'vlm_judge': http://127.0.0.1:")
+
+
+def test_a_host_that_is_away_is_told_from_a_slow_one(monkeypatch):
+    """By a shorter limit to connect, so that it is waited for as long as `patience` says."""
+    seen = []
+
+    class Client(httpx2.AsyncClient):
+        def __init__(self, **settings):
+            super().__init__(**settings)
+            seen.append((self.timeout.connect, self.timeout.read))
+
+    monkeypatch.setattr(httpx2, "AsyncClient", Client)
+    with fake(said("7")) as server:
+        scores_of(judge(server, timeout=30), noise(1))
+    assert seen == [(5.0, 30.0)]
 
 
 @pytest.mark.usefixtures("quick_retries")

@@ -12,6 +12,8 @@ import yaml
 
 import flowrl_trainers
 from flowrl_trainers.cli import main
+from flowrl_trainers.cli.arguments import parse
+from flowrl_trainers.cli.run import _held_out
 
 RUN = {
     "model": "no/such/folder", "dataset": "prompts.txt", "reward_funcs": ["jpeg_compressibility"],
@@ -114,6 +116,10 @@ def refused(tmp_path, monkeypatch, capsys):
     (["estimate", "ac_flow", "--model", "m", "--dataset", "d", "--accelerate_config", "fsdp2"], "flowrl: `accelerate_config` is 'fsdp2', which shares the network among processes, but `num_processes` is 1"),
     (["demo", "--trainer", "ppo"], "flowrl: `--trainer` is 'ppo': choose adjoint_matching, vgg_flow, ac_flow, diffusion_nft, tafs_grpo."),
     (["demo", "--trainer"], "flowrl: `--trainer` is '': choose"),
+    (["score", ".", "--rewards", "jpeg_compressibility", "--accelerate_config", "ddp", "--num_processes", "2"], "flowrl score: error: unrecognized arguments: --accelerate_config ddp --num_processes 2"),
+    (["serve_reward", "shapes", "--accelerate_config", "ddp"], "flowrl serve_reward: error: unrecognized arguments: --accelerate_config ddp"),
+    (["demo", "--resume_from_checkpoint", "true"], "flowrl: `resume_from_checkpoint` ('true') has no effect in a demo, which starts anew"),
+    (["estimate", "ac_flow", "--num-processes=none"], "flowrl: `--num_processes` ('none') must be a whole number from 1 on."),
     (["demo", "--adjoint_steps", "30"], "flowrl: `adjoint_steps` (30) must be between 1 and `num_inference_steps` (20)."),
     ([*EVALUATE, "--pictures_per_prompt", "0"], "flowrl: `pictures_per_prompt` (0) must be at least 1."),
     ([*EVALUATE, "--dtype", "int8"], "flowrl: argument --dtype: invalid choice: 'int8'"),
@@ -242,6 +248,15 @@ def test_a_wrong_yaml_file_gets_one_sentence(refused, changes, sentence):
     assert sentence in said
     assert "secret" not in said
     assert said.count("\n") == 1
+
+
+def test_a_second_file_of_prompts_needs_neither_the_configuration_nor_the_column_of_the_first(refused):
+    settings = {"dataset": "prompts.csv", "prompt_column": "caption", "eval_dataset": "prompts.txt"}
+    Path("run.yaml").write_text(yaml.safe_dump(RUN | settings))
+    args, _ = parse("ac_flow", flowrl_trainers.ACFlowConfig, ["--config", "run.yaml"], {})
+    assert list(_held_out(args)["prompt"]) == ["a red circle", "a blue square"]
+    args.dataset_config = "en"  # of a data set of the Hub
+    assert len(_held_out(args)) == 2
 
 
 # ---- what is no error, and what hides a secret ----------------------------------------------------------------------

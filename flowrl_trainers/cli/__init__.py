@@ -97,7 +97,7 @@ def _run(command: str, arguments: list[str]) -> int:
     from .launch import launched, take_launch_arguments
 
     launch = None
-    if command != "estimate":  # which takes the number of processes as a setting
+    if command in (*METHODS, "demo", "evaluate"):  # the others do their work in one process
         launch, arguments = take_launch_arguments(arguments)
     if launch is not None:
         return launched(launch, [command, *arguments])

@@ -86,6 +86,11 @@ def demo(arguments: list[str]) -> None:
     if check:
         refuse_other_settings(arguments)
     args, config = parse("demo", TRAINERS[method].config_class, arguments, SHARED | METHODS[method])
+    if config.resume_from_checkpoint:
+        raise ValueError(
+            f"`resume_from_checkpoint` ({config.resume_from_checkpoint!r}) has no effect in a demo, which starts "
+            f"anew: leave it out, or give the demo's settings to `flowrl {method}`."
+        )
     trainer = make_trainer(method, args, config)
     held_out = list(prompts("held_out")["prompt"])
     trainer.train()

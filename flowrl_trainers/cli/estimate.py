@@ -15,6 +15,12 @@ from .arguments import TRAINERS, RunArguments
 from .estimate_arguments import EstimateArguments
 from .parser import SettingsParser
 
+USAGE = (
+    "flowrl estimate {method} --config run.yaml [--gpu h100] [--num_processes N] [--accelerate_config fsdp2] [--json] "
+    "[--field value ...]"
+)
+PROCESSES = ("--num_processes", "--num-processes")
+
 
 def estimate(arguments: list[str]) -> None:
     """Print what a run will cost one process, from its configuration alone: nothing is loaded or downloaded.
@@ -26,6 +32,10 @@ def estimate(arguments: list[str]) -> None:
         ValueError: If there is no such method, or a setting is unknown or wrong.
     """
     method, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if method in ("-h", "--help"):
+        print(f"usage: {USAGE.format(method='METHOD')}\n\nMETHOD is one of {', '.join(TRAINERS)}.")
+        print("`flowrl estimate METHOD --help` explains the settings.")
+        return
     if method not in TRAINERS:
         raise ValueError(f"`flowrl estimate` needs a method before its flags: one of {', '.join(TRAINERS)}.")
     asked, run, config = _parse(method, rest)
@@ -39,10 +49,10 @@ def estimate(arguments: list[str]) -> None:
 
 def _parse(method: str, arguments: list[str]) -> tuple[EstimateArguments, RunArguments, FlowRLConfig]:
     processes = _number_of_processes(arguments)
-    flags = "[--gpu h100] [--num_processes N] [--accelerate_config fsdp2] [--json] [--field value ...]"
-    usage = f"flowrl estimate {method} --config run.yaml {flags}"
     classes = [EstimateArguments, RunArguments, read_anywhere(TRAINERS[method].config_class, processes)]
-    parser = SettingsParser(classes, prog=f"flowrl estimate {method}", usage=usage, allow_abbrev=False)
+    parser = SettingsParser(
+        classes, prog=f"flowrl estimate {method}", usage=USAGE.format(method=method), allow_abbrev=False
+    )
     asked, run, config = parser.read(arguments)
     if asked.num_processes != processes:
         raise ValueError("`num_processes` must be given on the command line, as it is to `flowrl METHOD`.")
@@ -52,16 +62,17 @@ def _parse(method: str, arguments: list[str]) -> tuple[EstimateArguments, RunArg
 def _number_of_processes(arguments: list[str]) -> int:
     """What follows `--num_processes`: the settings cannot be read without it, as images per update depend on it."""
     parts = [part for argument in arguments for part in _split(argument)]
-    if "--num_processes" not in parts:
+    named = [place for place, part in enumerate(parts) if part in PROCESSES]
+    if not named:
         return 1
-    (value,) = [*parts, ""][parts.index("--num_processes") + 1 :][:1]
+    value = [*parts, ""][named[0] + 1]
     if not value.isdecimal() or int(value) < 1:
         raise ValueError(f"`--num_processes` ({value!r}) must be a whole number from 1 on.")
     return int(value)
 
 
 def _split(argument: str) -> list[str]:
-    return argument.split("=", 1) if argument.startswith("--num_processes=") else [argument]
+    return argument.split("=", 1) if argument.partition("=")[0] in PROCESSES else [argument]
 
 
 def read_anywhere(config_class: type[FlowRLConfig], processes: int) -> type[FlowRLConfig]:

@@ -24,6 +24,8 @@ def export_comfyui(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     file = args.file or args.output
     file = file / NAME if file.is_dir() else file
+    if file.resolve() == (args.output / ADAPTER).resolve():
+        raise ValueError(f"{file} is the adapter itself, which would be lost: name another file.")
     tensors = comfyui_adapter(args.output / ADAPTER)
     try:
         save_file(tensors, file)

@@ -94,7 +94,12 @@ def _held_out(args: RunArguments) -> Dataset | None:
         if not is_prompt_file(name):
             raise ValueError(f"`eval_dataset` is {name!r}: name its split with held-out prompts as `eval_split`.")
         split = "train"
-    return load_prompts(name, args.dataset_config, split, args.prompt_column) if split else None
+    if split is None:
+        return None
+    # A file has no configuration, and a text file no column but 'prompt', whatever training's prompts have.
+    of_its_own = args.eval_dataset is not None and is_prompt_file(name)
+    column = "prompt" if of_its_own and Path(name).suffix.lower() == ".txt" else args.prompt_column
+    return load_prompts(name, None if of_its_own else args.dataset_config, split, column)
 
 
 def load_model(name: str, dtype: torch.dtype) -> DiffusionPipeline:

@@ -88,12 +88,19 @@ def check_call(reward: Reward, columns: Iterable[str] = ()) -> None:
         raise ValueError(f"Reward {reward.name!r} sees {reward.sees!r}: set `sees` to 'images' or 'latents'.")
     passed = [name for name in PASSED if name == reward.sees or name not in get_args(Sees)]
     try:
-        reward.signature().bind_partial(**dict.fromkeys([*passed, *columns]))
+        signature = reward.signature()
+        signature.bind_partial(**dict.fromkeys([*passed, *columns]))
     except (TypeError, ValueError) as error:  # ValueError for a function of C, which says nothing of its arguments
         raise ValueError(
             f"Reward {reward.name!r} must take `{reward.sees}, prompts, **columns` by name, as trainers call it: "
             f"{error}."
         ) from error
+    (other,) = set(get_args(Sees)) - {reward.sees}
+    if other in signature.parameters and signature.parameters[other].default is inspect.Parameter.empty:
+        raise ValueError(
+            f"Reward {reward.name!r} asks for `{other}`, but sees {reward.sees}: set `sees` to {other!r}, or take "
+            f"`{reward.sees}` in place of it."
+        )
 
 
 class FunctionReward(Reward):

@@ -106,11 +106,13 @@ class RemoteReward(Reward):
         # The coroutine runs later: a copy in it would wait for all that the trainer has asked of the device by then.
         return self._ask(images.cpu(), prompts, self._columns(columns))
 
+    def needed_columns(self) -> list[str]:
+        """Those that it sends."""
+        return list(self.columns)
+
     async def _ask(self, images: Tensor, prompts: list[str], columns: dict[str, list[Any]]) -> list[float | None]:
         scores: list[float | None] = [math.nan] * len(images)
         finite = images.isfinite().flatten(1).all(dim=1).nonzero().flatten().tolist()
-        # Half of the time at most, so that a server which cannot be reached differs from one that is slow.
-        timeout = httpx2.Timeout(self.timeout, connect=min(CONNECT_TIMEOUT, self.timeout / 2))
         headers = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
         batches = iter([finite[start : start + self.batch_size] for start in range(0, len(finite), self.batch_size)])
 
@@ -126,7 +128,7 @@ class RemoteReward(Reward):
                     scores[i] = score
 
         # A client belongs to one event loop, and every call has a new loop.
-        async with httpx2.AsyncClient(timeout=timeout, headers=headers) as client:
+        async with httpx2.AsyncClient(timeout=limits(self.timeout), headers=headers) as client:
             workers = [asyncio.create_task(work(client, s)) for s in self.servers.each_first()]
             try:
                 await asyncio.gather(*workers)
@@ -183,14 +185,21 @@ class Servers:
         return sorted(self.urls, key=lambda url: self.failed_at.get(url, -math.inf) > long_ago)
 
 
+def limits(timeout: float) -> httpx2.Timeout:
+    """Of one try, in seconds: half of the time at most to connect, so that a server which cannot be reached differs
+    from one that is slow.
+    """
+    return httpx2.Timeout(timeout, connect=min(CONNECT_TIMEOUT, timeout / 2))
+
+
 def check_address(url: str) -> None:
     """Refuse what is no address, and one with a password, which every error would show."""
+    if "@" in str(url).partition("://")[2]:  # also where what is before it does not look like a password to `URL`
+        raise ValueError("`url` has a user name or a password, which errors would show: pass `token` instead.")
     try:
         address = httpx2.URL(url)
     except (httpx2.InvalidURL, TypeError) as error:
         raise ValueError(f"`url` ({url!r}) is no address of a server: {error}.") from error
-    if address.userinfo:
-        raise ValueError("`url` has a user name or a password, which errors would show: pass `token` instead.")
     if address.scheme not in ("http", "https") or not address.host or not 0 < (address.port or 80) < 65536:
         raise ValueError(f"`url` ({url!r}) is no address of a server: write it as 'http://127.0.0.1:8000'.")
 

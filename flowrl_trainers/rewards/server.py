@@ -386,7 +386,7 @@ def scores_of(reward: Reward, images: Tensor, batch: Batch) -> list[Score]:
     except (Exception, SystemExit) as error:  # whatever a reward raises must not end the server
         logger.exception("Reward %r failed.", reward.name)
         raise HTTPException(500, f"Reward {reward.name!r} raised {type(error).__name__}: {error!s:.500}") from error
-    numbers = checked.tolist() if isinstance(checked, Tensor) else checked
+    numbers = checked.double().tolist() if isinstance(checked, Tensor) else checked
     return [v if v is None or math.isfinite(v) else str(v) for v in numbers]
 
 

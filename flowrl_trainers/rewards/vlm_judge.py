@@ -17,7 +17,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from .base import PASSED, Reward
-from .remote import check_address, json_of, png_base64, post, quoted
+from .remote import check_address, json_of, limits, png_base64, post, quoted
 from .vlm_questions import QUESTIONS, NumberQuestion, Question, geneval_questions
 
 logger = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ class VLMJudge(Reward):
         turns = asyncio.Semaphore(self.concurrency)
         headers = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
         # A client belongs to one event loop.
-        async with httpx2.AsyncClient(timeout=self.timeout, headers=headers) as client:
+        async with httpx2.AsyncClient(timeout=limits(self.timeout), headers=headers) as client:
 
             async def score(image: Tensor, questions: list[tuple[Question, str]]) -> float | None:
                 if not image.isfinite().all():

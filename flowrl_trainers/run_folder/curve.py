@@ -30,6 +30,7 @@ def draw_reward_curve(path: Path, history: Sequence[dict[str, Any]], reward: str
     axes = figure.subplots()
     axes.plot(*zip(*points, strict=True), color="tab:blue", label="training prompts, each rollout")
     evaluated = [row for row in history if f"eval_{name}" in row]
+    evaluated.sort(key=lambda row: row["step"])  # the last may be of the best checkpoint
     held_out = [(row["step"], row[f"eval_{name}"], row[f"eval_base_{name}"]) for row in evaluated]
     if held_out:
         steps, tuned, base = zip(*held_out, strict=True)

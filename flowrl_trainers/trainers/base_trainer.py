@@ -314,13 +314,17 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         self.comparison = Comparison(evaluator, flow_model, self.average.in_place, self.reward_context, base_facts)
         self.run_folder = RunFolder(self.output_dir, self.flow, self.peft_config is not None)
         self.told_for_card: dict[str, Any] = {}
-        self.add_callback(LogFile(self.output_dir))
-        self.console = Console(self.run_folder, args.images_per_update)
+
+        def step_of_weights() -> int:
+            return self.step_of_weights
+
+        self.add_callback(LogFile(self.output_dir, step_of_weights))
+        self.console = Console(self.run_folder, args.images_per_update, step_of_weights)
         if is_in_notebook() and not args.disable_tqdm:
             from .notebook_table import NotebookProgressCallback, NotebookTable  # these need IPython
 
             self.remove_callback(NotebookProgressCallback)
-            self.add_callback(NotebookTable(self.run_folder, lambda: self.step_of_weights))
+            self.add_callback(NotebookTable(self.run_folder, step_of_weights))
         else:
             take_place_of_default(self, self.console, callbacks or [])
 
@@ -1005,6 +1009,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             prefix = "_".join(part for part in (metric_key_prefix, *label.removeprefix("tuned").split("_")) if part)
             metrics |= {f"{prefix}_{name}": value for name, value in row.items()}
         self.log(dict(metrics))
+        self.state.log_history[-1]["step"] = self.step_of_weights  # not the last, where the best was loaded
         if self.run_folder.sheet is not None:
             with Image.open(self.run_folder.sheet) as sheet:
                 self._show_in_trackers("samples/held_out", sheet, "Base above tuned.")

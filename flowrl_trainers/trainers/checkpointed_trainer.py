@@ -60,7 +60,7 @@ from .sigterm import EXIT_STATUS, SigtermCallback
 logger = logging.getLogger(__name__)
 
 BROKE_OFF = "Training broke off"
-FORMAT = 4  # of what a checkpoint keeps: a change of it takes the next number, so that the others are refused
+FORMAT = 5  # of what a checkpoint keeps: a change of it takes the next number, so that the others are refused
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """What saving raises where it cannot write; `RuntimeError` is what torch makes of a full disk."""

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
@@ -61,10 +62,14 @@ class LogFile(TrainerCallback):
     """Every log of the run, whole, as a line of `metrics.jsonl`; after a resumption without those that it repeats.
 
     Evaluations that this process made before training stand first.
+
+    Args:
+        folder: Of the run.
+        step_of_weights: Says which update made the weights, which an evaluation is of.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "metrics.jsonl"
+    def __init__(self, folder: Path, step_of_weights: Callable[[], int]) -> None:
+        self.path, self.step_of_weights = folder / "metrics.jsonl", step_of_weights
         self.before_training: list[dict[str, Any]] | None = []
 
     def on_train_begin(
@@ -83,7 +88,7 @@ class LogFile(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero and logs is not None:
-            row = {"step": state.global_step} | logs
+            row = {"step": state.global_step if "train_runtime" in logs else self.step_of_weights()} | logs
             self._write("a", [row])
             if self.before_training is not None:
                 self.before_training.append(row)
@@ -105,10 +110,12 @@ class Console(TrainerCallback):
     Args:
         run_folder: Knows the rows of the last evaluation.
         images_per_update: Over all processes.
+        step_of_weights: Says which update made the weights.
     """
 
-    def __init__(self, run_folder: RunFolder, images_per_update: int) -> None:
+    def __init__(self, run_folder: RunFolder, images_per_update: int, step_of_weights: Callable[[], int]) -> None:
         self.run_folder, self.images_per_update = run_folder, images_per_update
+        self.step_of_weights = step_of_weights
         self.bar: tqdm | None = None
         self.open = ExitStack()
         self.began = self.update_began = perf_counter()
@@ -198,7 +205,7 @@ class Console(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if _speaks(args, state):
-            tqdm.write(table(self.run_folder.rows, state.global_step))
+            tqdm.write(table(self.run_folder.rows, self.step_of_weights()))
             sys.stdout.flush()
 
     def close(self) -> None:
@@ -217,7 +224,7 @@ def table(rows: Rows, updates: int) -> str:
 
     Args:
         rows: Of an evaluation, by label: `base`, `tuned`, and those of further samplers, `base_ode` and `tuned_ode`.
-        updates: Made so far.
+        updates: Those that made the weights.
     """
     lines = [(f"Held-out prompts after {_updates(updates)}", "base", "tuned", "change")]
     for label, tuned in rows.items():
