@@ -69,6 +69,7 @@ def test_a_critic_reads_the_last_layer_of_every_family(family):
     critic = BackboneCritic(
         flow.transformer, partial(flow.velocity, guidance=False), flow.last_layer, (z[:1], one),
         flow.lora_target_modules, flow.lora_exclude_modules,
+        (lambda conditioning: flow.prompt_features(conditioning)[1]) if flow.last_layer_varies else None,
     )  # fmt: skip
     nn.init.normal_(critic.out.weight)
     sigma = torch.tensor([0.3, 0.8])
@@ -76,6 +77,9 @@ def test_a_critic_reads_the_last_layer_of_every_family(family):
     assert values.shape == (2,)
     for other in (critic(z.flip(0), sigma, conditioning), critic(z, sigma.flip(0), conditioning)):
         assert (other - values).abs().min() > 1e-6
+    for row, prompt in enumerate(PROMPTS):  # whatever else is in the batch; but for the order of sums
+        alone = critic(z[row : row + 1], sigma[row : row + 1], flow.encode_prompts([prompt]))
+        torch.testing.assert_close(alone, values[row : row + 1], atol=1e-4, rtol=1e-4)
     values.sum().backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for n, p in critic.adapter.items() if "lora_B" in n)
 

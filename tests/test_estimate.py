@@ -33,7 +33,7 @@ from flowrl_trainers.trainers import base_trainer
 from .helpers import architecture_of, redness
 from .quantized import quantize
 from .tiny import tiny_autoencoder, tiny_sd3
-from .tiny_families import tiny
+from .tiny_families import FAMILIES, tiny
 
 PROMPT = "a red circle"
 ROOT = Path(__file__).parent.parent
@@ -171,6 +171,14 @@ def test_an_update_of_vgg_flow_holds_the_graph_of_the_value_network_too(monkeypa
     calls = [Call(Kind.HEAD_TRAIN, 6, 1, Phase.UPDATE), Call(Kind.TRAIN, 2, 1, Phase.UPDATE)]
     update = estimator.estimate(calls, [], 1, 0, []).phases[str(Phase.UPDATE)]
     assert update.parts["largest call"] == pytest.approx(allocated(work), rel=0.05)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_network_of_every_family_is_called_without_its_weights(family):
+    settings = {"height": 32, "width": 32, **FAMILIES[family][1]}
+    flow = architecture_of(tiny(family)).flow(torch.float32, settings)
+    estimator = Estimator(flow, [BlankReward("redness", None)], LoraConfig(r=4, lora_alpha=4))
+    assert estimator.work(Call(Kind.TRAIN, 2, 1, Phase.UPDATE)).peak > 0
 
 
 def test_attention_and_norms_are_counted_as_fused_kernels_keep_them():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
+from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -18,7 +19,13 @@ from flowrl_trainers import ACFlowTrainer, FlowRLTrainer
 from flowrl_trainers.cli import run
 from flowrl_trainers.cli.demo import demo
 from flowrl_trainers.flow.adjoint import vector_jacobian_product
-from flowrl_trainers.pipelines.quantization import PACKAGES, check_quantization, is_quantized, stored_tensors
+from flowrl_trainers.pipelines.quantization import (
+    PACKAGES,
+    check_quantization,
+    frozen_dtype,
+    is_quantized,
+    stored_tensors,
+)
 from flowrl_trainers.run_folder.identity import weights_identity
 from flowrl_trainers.sampling.buffer import MicroBatch
 from flowrl_trainers.shapes import load_pipeline
@@ -274,3 +281,15 @@ def test_the_demo_gains_on_an_int8_base_what_it_gains_in_float32(tmp_path, monke
     print(gains)
     assert gains[0] > 0.1
     assert gains[1] == pytest.approx(gains[0], abs=0.03)
+
+
+def test_the_precision_of_a_network_in_four_bits_is_not_that_of_its_adapter():
+    """All of FLUX.2 before its first adapted layer is in 4 bits, so that the first number of floating point is the
+    adapter's, in float32.
+    """
+    pipeline = tiny("flux 2")
+    network = pipeline.transformer.to(torch.bfloat16)
+    quantize(network, "nf4")
+    network.add_adapter(LoraConfig(r=2, target_modules=["attn.to_q"]))
+    cast_training_params(network, dtype=torch.float32)
+    assert (network.dtype, frozen_dtype(network)) == (torch.float32, torch.bfloat16)

@@ -221,6 +221,7 @@ def test_odd_rewards_are_warned_of_once():
         "Reward 'flat' was the same for all pictures of each prompt for 10 rollouts: it teaches nothing."
     ]
     assert not any(said[1:9] + said[10:])
+    assert not watch.observe(torch.full((4, 4), math.nan), groups)  # for the others spoke before
 
 
 def test_one_picture_per_prompt_has_nothing_to_differ_from():

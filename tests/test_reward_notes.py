@@ -90,3 +90,23 @@ def test_complex_scores_are_refused(scores):
 
     with pytest.raises(ValueError, match=r"Reward 'judge' returned .*return one score per image"):
         call(judge)
+
+
+def test_two_rewards_may_note_one_name_for_pictures_of_their_own(tmp_path, tiny_pipeline):
+    """Each for the prompts that name it, in batches of two; what stands beside a picture is said of that picture."""
+
+    def of(name):
+        def judge(images, prompts, log_extra, **columns):
+            log_extra("said", [f"{name} of {prompt}" for prompt in prompts])
+            return [0.5] * len(images)
+
+        return judge
+
+    prompts, named = ["a cat", "a dog", "a fox", "an owl"], [["one"], ["two"], ["two"], ["one"]]
+    rows = Dataset.from_dict({"prompt": prompts, "task": named})
+    t = make_trainer(
+        "ACFlowTrainer", tmp_path, tiny_pipeline, reward={name: of(name) for name in ("one", "two")}, dataset=rows,
+        rewards_column="task", per_device_eval_batch_size=2,
+    )  # fmt: skip
+    _, tuned = t.pictures(rows, 4)
+    assert tuned.extra == {"said": [f"{name} of {p}" for p, (name,) in zip(tuned.prompts, named, strict=True)]}

@@ -70,7 +70,8 @@ def test_checker_counts_objects(asked):
     assert check(drawn(two), ["a blue square and a red circle"]) == [True]  # the order carries no meaning
 
 
-@pytest.mark.parametrize("prompt", ["a pink circle", "two red circles", "a red circle and", "red circle", ""])
+@pytest.mark.parametrize("prompt", ["a pink circle", "two red circles", "a red circle and", "red circle", "",
+                                    "a red circle and a blue square and a green cross"])  # fmt: skip
 def test_a_sentence_of_another_world_is_refused(prompt):
     with pytest.raises(ValueError, match="is not a caption of this world"):
         parse(prompt)

@@ -14,7 +14,7 @@ from flowrl_trainers import FlowPipeline
 from flowrl_trainers.cli.convert_sit import convert_sit
 from flowrl_trainers.sit import SiTPipeline, SiTTransformer2DModel, convert_checkpoint, load_transformer
 
-from .helpers import TRAINERS, check_update, seeds
+from .helpers import TRAINERS, check_update, make_trainer, seeds
 from .tiny_sit import (
     CHANNELS,
     CLASS_PROMPTS,
@@ -460,3 +460,14 @@ def test_refuses_a_list_of_names_of_another_length(tmp_path, checkpoint):
     (tmp_path / "latin.txt").write_bytes("Möwe\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"`--class_names` .*latin\.txt' cannot be read: pass a text file in UTF-8"):
         convert_sit([str(checkpoint), str(tmp_path / "out"), "--class_names", str(tmp_path / "latin.txt")])
+
+
+def test_a_critic_that_reads_the_class_is_refused_where_processes_share_the_network(tmp_path, tiny, monkeypatch):
+    """Its embedding is a part of the network, which nobody may call by itself there."""
+    settings = dict(critic="none", critic_warmup_max_steps=0, max_sequence_length=None)
+    t = make_trainer("ACFlowTrainer", tmp_path, tiny, dataset=CLASS_PROMPTS * 4, **settings)
+    monkeypatch.setattr(type(t.model), "is_sharded", True)
+    for kind in ("convolutional", "module"):
+        monkeypatch.setattr(t.args, "critic", kind)
+        with pytest.raises(ValueError, match=rf"`critic` \('{kind}'\) reads what the network makes of a class"):
+            t._make_critic()

@@ -15,6 +15,7 @@ from flowrl_trainers.trainers import optimizer_checks
 
 from .helpers import CAPTIONS, FIXED_TARGET, FORMS, make_trainer, redness, update_rows
 from .tiny import tiny_sd3
+from .tiny_families import tiny
 
 NEED_GRADIENTS = ["AdjointMatchingTrainer", "VGGFlowTrainer"]
 
@@ -153,6 +154,11 @@ def test_callbacks_and_optimizers_of_another_form_are_refused_before_loading(
 def test_settings_of_a_pipeline_of_another_type_are_refused(settings, sentence):
     with pytest.raises(ValueError, match=f"^{sentence}"):
         FlowPipeline.from_pipeline(tiny_sd3(), **settings)
+
+
+def test_a_scale_of_another_type_is_refused_where_there_is_no_guidance():
+    with pytest.raises(ValueError, match=r"^`guidance_scale` \('3'\) must be a number"):
+        FlowPipeline.from_pipeline(tiny("flux schnell"), height=32, width=32, guidance_scale="3")
 
 
 def test_a_third_tokenizer_may_be_missing_with_its_encoder_alone():

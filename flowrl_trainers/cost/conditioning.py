@@ -65,7 +65,7 @@ def _of_prompts(flow: DiffusersFlowPipeline, batch: int, dtype: torch.dtype) -> 
         case ZImageFlowPipeline():
             return tokens(config.cap_feat_dim) | mask(host)
         case Lumina2FlowPipeline():
-            return tokens(config.cap_feat_dim) | mask(device)
+            return tokens(config.cap_feat_dim) | mask(host)
         case SanaFlowPipeline():
             return tokens(config.caption_channels) | mask(device)
         case ChromaFlowPipeline() | AuraFlowFlowPipeline():

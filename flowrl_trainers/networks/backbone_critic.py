@@ -37,6 +37,8 @@ class BackboneCritic(nn.Module):
         example: Latents (1, ...) and the conditioning of their prompt, on the network's device, to find D.
         target_modules: The names of the layers that the LoRA adapts.
         exclude_modules: Those among them that it leaves out.
+        mask: Says which tokens (B, L) of B prompts count, for a layer whose input has the same places for equally long
+            prompts alone; these are read together then.
 
     Raises:
         ValueError: For a network that takes no adapter.
@@ -53,6 +55,7 @@ class BackboneCritic(nn.Module):
         example: tuple[Tensor, Mapping[str, Tensor]],
         target_modules: Sequence[str],
         exclude_modules: Sequence[str] = (),
+        mask: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(network, PeftAdapterMixin) or not target_modules:
@@ -75,6 +78,7 @@ class BackboneCritic(nn.Module):
         # Outside of the module's own bookkeeping: the weights of the base are not the critic's to train or to save.
         object.__setattr__(self, "backbone", backbone.eval())
         object.__setattr__(self, "velocity", velocity)
+        self.mask = mask
         self._features = torch.empty(0)
         backbone.get_submodule(read).register_forward_pre_hook(self._keep)
         latents, conditioning = example
@@ -94,6 +98,18 @@ class BackboneCritic(nn.Module):
             sigma: The noise levels (B,).
             conditioning: What the base network reads of B prompts.
         """
+        if self.mask is None:
+            return self._values(latents, sigma, conditioning)
+        lengths = self.mask(conditioning).sum(dim=1)
+        groups = [(lengths == length).nonzero().squeeze(1) for length in lengths.unique()]
+        found = [
+            self._values(latents[rows], sigma[rows], {name: value[rows] for name, value in conditioning.items()})
+            for rows in groups
+        ]
+        return torch.cat(found)[torch.cat(groups).argsort()]
+
+    def _values(self, latents: Tensor, sigma: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """Those of states whose features have the same places; arguments as in `forward`."""
         seen = self._read(latents, sigma, conditioning)
         with torch.autocast(latents.device.type, enabled=False):
             at_places = self.places(layer_norm(seen.float(), seen.shape[-1:]))

@@ -37,6 +37,11 @@ class FlowPipeline(ABC):
 
     last_layer: ClassVar[str] = "proj_out"
     """The name of the network's last layer, whose input, features (B, L, D) of L places, a critic reads."""
+    last_layer_varies: ClassVar[bool] = False
+    """Whether the input of that layer has the same places for equally long prompts alone: as it has places of their
+    tokens too, or as the network is called for each length by itself."""
+    features_need_network: ClassVar[bool] = False
+    """Whether `prompt_features` calls a part of the network."""
 
     repeated_blocks: ClassVar[Sequence[str]] = ()
     """The names of the classes of the network's repeated blocks, which `compile_blocks` compiles."""

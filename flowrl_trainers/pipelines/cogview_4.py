@@ -25,6 +25,7 @@ class CogView4FlowPipeline(DiffusersFlowPipeline):
 
     lora_target_modules: ClassVar[list[str]] = ATTENTION
     repeated_blocks: ClassVar[list[str]] = ["CogView4TransformerBlock"]
+    last_layer_varies: ClassVar[bool] = True
     default_settings: ClassVar[Settings] = {"guidance_scale": 5.0, "negative_prompt": "", "max_sequence_length": 1024}
 
     def most_tokens(self) -> int:

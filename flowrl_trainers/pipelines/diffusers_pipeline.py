@@ -390,7 +390,7 @@ def without_guidance(settings: Settings, model: str) -> Settings:
         ValueError: The settings ask for a guidance scale above 1.
     """
     scale = settings.get("guidance_scale", 1.0)
-    if scale > 1:
+    if isinstance(scale, (int, float)) and scale > 1:  # another type is refused with those of all settings
         raise ValueError(f"`guidance_scale` ({scale}) has no effect on {model}: leave it out or set 1.")
     return {"guidance_scale": 1.0} | settings
 

@@ -22,6 +22,7 @@ class Lumina2FlowPipeline(DiffusersFlowPipeline):
 
     lora_target_modules: ClassVar[list[str]] = ATTENTION
     last_layer: ClassVar[str] = "norm_out"
+    last_layer_varies: ClassVar[bool] = True
     repeated_blocks: ClassVar[list[str]] = ["Lumina2TransformerBlock"]
     default_settings: ClassVar[Settings] = {"guidance_scale": 4.0, "negative_prompt": "", "max_sequence_length": 256}
 

@@ -151,3 +151,15 @@ def stored_tensors(parameter: Tensor) -> list[Tensor]:
         if isinstance(parameter, Params4bit) and parameter.quant_state is not None:
             return [parameter.data, parameter.quant_state.absmax]
     return [parameter]
+
+
+def frozen_dtype(network: nn.Module) -> torch.dtype:
+    """The precision in which a network computes: that of its first parameter of floating point, its adapter left out.
+
+    `ModelMixin.dtype` does not leave it out, and where all before it is in 4 bits names that of the adapter.
+    """
+    return next(
+        parameter.dtype
+        for name, parameter in network.named_parameters()
+        if parameter.is_floating_point() and "lora_" not in name
+    )

@@ -19,6 +19,7 @@ class SiTFlowPipeline(DiffusersFlowPipeline):
     """`SiTPipeline` as a velocity field; settings and defaults are those of its `__call__`."""
 
     lora_target_modules: ClassVar[list[str]] = ATTENTION
+    features_need_network: ClassVar[bool] = True
     default_settings: ClassVar[Settings] = {"guidance_scale": 4.0}
     task = None  # the Hub has no tag for pictures of classes
     example_prompt = "0"

@@ -19,6 +19,7 @@ class ZImageFlowPipeline(DiffusersFlowPipeline):
 
     lora_target_modules: ClassVar[list[str]] = ATTENTION
     last_layer: ClassVar[str] = "all_final_layer.2-1"
+    last_layer_varies: ClassVar[bool] = True
     default_settings: ClassVar[Settings] = {"guidance_scale": 5.0, "negative_prompt": "", "max_sequence_length": 512}
 
     @property

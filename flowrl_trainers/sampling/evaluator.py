@@ -167,13 +167,14 @@ class Evaluator:
         first = list({e.prompt: e for e in reversed(_examples(dataset))}.values())[::-1]
         count = min(count, len(first))
         shown = [first[i * len(first) // count] for i in range(count)]
-        extra: dict[str, Any] = {}
+        extra: dict[str, list[Any]] = {}
         parts: list[tuple[Tensor, Tensor]] = []
 
         def keep(name: str, values: list[Any]) -> None:
-            column = extra.setdefault(name, [])
+            column = extra.setdefault(name, [None] * len(shown))
             before = sum(len(images) for images, _ in parts)
-            column += [None] * (before - len(column)) + values  # a reward need not be shown each batch
+            for row, value in enumerate(values, before):  # None for a picture that the reward was not shown
+                column[row] = column[row] if value is None else value
 
         context = context | {"log_extra": keep}
         for part, latents, images in self._draw(model, shown, sampler):
@@ -185,7 +186,7 @@ class Evaluator:
             seeds=[picture_seed(self.seed, e.key.row) for e in shown],
             images=images,
             scores={reward.name: [float(v) if v.isfinite() else None for v in column] for reward, column in columns},
-            extra={name: column + [None] * (len(images) - len(column)) for name, column in extra.items()},
+            extra=extra,
             checker=checker_among(self.rewards),
         )
 

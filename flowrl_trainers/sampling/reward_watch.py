@@ -25,6 +25,7 @@ class RewardWatch:
     def __init__(self, rewards: list[Reward], *, judged: bool) -> None:
         self.rewards, self.alone = rewards, len(rewards) == 1 and not judged
         self.said: set[tuple[str, str]] = set()
+        self.spoke: set[str] = set()
         self.flat = dict.fromkeys((r.name for r in rewards), 0)  # rollouts in a row in which no group had a difference
 
     def observe(self, scores: Tensor, groups: Tensor) -> list[str]:
@@ -38,9 +39,12 @@ class RewardWatch:
         sizes = groups.unique(return_counts=True)[1]
         for reward, column in zip(self.rewards, scores.unbind(dim=1), strict=True):
             name, known = reward.name, column.isfinite()
+            if not known.any() and name in self.spoke:
+                continue
             if not known.any():
                 found.append((name, "silent", "has given no score so far: is it meant for these prompts?"))
                 continue
+            self.spoke.add(name)
             largest = float(column[known].abs().max())
             if largest > HUGE:
                 found.append((name, "huge", f"gave a score of {largest:.3g}: divide it, as rounding grows with it."))

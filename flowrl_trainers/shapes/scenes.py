@@ -57,10 +57,10 @@ def caption(objects: list[SceneObject] | list[tuple[str, str]]) -> str:
 
 def parse(prompt: str) -> list[tuple[str, str]]:
     """The (colour, shape) pairs that a caption asks for; raises `ValueError` for any other sentence."""
-    pairs = []
-    for part in prompt.split(" and "):
+    pairs, parts = [], prompt.split(" and ")
+    for part in parts:
         words = part.split(" ")
-        if len(words) != 3 or words[0] != "a" or words[1] not in COLOURS or words[2] not in SHAPES:
+        if len(parts) > 2 or len(words) != 3 or words[0] != "a" or words[1] not in COLOURS or words[2] not in SHAPES:
             raise ValueError(
                 f"{prompt!r} is not a caption of this world: write 'a COLOUR SHAPE' once or twice, joined by ' and ', "
                 f"with colours {', '.join(COLOURS)} and shapes {', '.join(SHAPES)}."

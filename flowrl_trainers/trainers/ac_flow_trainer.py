@@ -155,10 +155,15 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
             self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=self.args.critic_learning_rate)
 
     def _make_critic(self) -> nn.Module | None:
-        if self.given_critic is not None:
-            return self.tried("critic", self.given_critic, ())
         if self.args.critic in ("none", "reward_of_estimate"):
             return None
+        if self.model.is_sharded and self.flow.features_need_network:
+            raise ValueError(
+                f"`critic` ({self.args.critic!r}) reads what the network makes of a class, which FSDP2 spreads over "
+                "the processes: take 'reward_of_estimate' or 'none', or `--accelerate_config ddp`."
+            )
+        if self.given_critic is not None:
+            return self.tried("critic", self.given_critic, ())
         if self.args.critic == "convolutional":
             return critic(*self.latent_and_prompt_sizes()).to(self.args.device)
         key = ImageKey(0, 0, 0)
@@ -169,6 +174,7 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
             (self.initial_latents([key], "shape"), self.condition([self.train_dataset[key]])),
             self.flow.lora_target_modules,
             self.flow.lora_exclude_modules,
+            self._tokens if self.flow.last_layer_varies else None,
         )
         if self.args.activation_checkpointing:
             made.backbone.enable_gradient_checkpointing()
@@ -232,6 +238,10 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
                 return self.critic(z, sigma, conditioning)
         features, mask = self.flow.prompt_features(conditioning)
         return self.critic(z, sigma, features.float(), mask)
+
+    def _tokens(self, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """Which tokens (B, L) of B prompts count."""
+        return self.flow.prompt_features(dict(conditioning))[1]
 
     def _critic_step(self, shaped: list[MicroBatch[Returns]], purpose: str) -> None:
         """One update of (2) on freshly re-noised images of all processes."""
