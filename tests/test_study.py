@@ -294,8 +294,35 @@ def test_the_findings_of_the_page_hold():
     assert mean(ac_flow, "velocity_distance") < 0.1 < min(mean(r, "velocity_distance") for r in (awm, nft, ram))
 
     tafs = of("main", "black box", "TAFS-GRPO, mixed")
-    assert min(rises(tafs, 4)) > 20
+    fast = of("main", "black box", "AWM")
+    for records, points, kept in ((fast, 36, 0.84), (tafs, 24, 1.0)):
+        assert statistics.mean(rises(records)) == pytest.approx(points, abs=0.5)
+        assert mean(records, "kept_diversity") == pytest.approx(kept, abs=0.005)
     grpo = of("main", "black box", "Flow-GRPO, 4 steps")
+    assert statistics.mean(rises(grpo)) == pytest.approx(8, abs=0.5)
+    assert min(rises(fast)) > max(rises(tafs + grpo))
+    for label, reached in (("RAM", 84), ("DiffusionNFT", 89)):
+        records = of("main", "black box", label)
+        assert {r["factor"] for r in records} == {2}
+        early = [r["collapse"] for r in records if r["collapse"] is not None]
+        assert len(early) == 2
+        assert all(c["reason"] == "accuracy" and c["updates"] <= 16 for c in early)
+        slower = of("calls", "black box", label)
+        assert {r["factor"] for r in slower} == {1}
+        for r in slower:
+            assert min(rises([r | {"points": [point]}])[0] for point in r["points"]) > 0
+        assert mean(slower, "checker_accuracy") == pytest.approx(reached, abs=0.5)
+    orw = of("main", "black box", "ORW-CFM-W2")
+    assert sorted(r["collapse"]["updates"] for r in orw if r["collapse"]) == [51, 52]
+    moved = {
+        r["label"]: mean(of(r["stage"], r["setting"], r["label"]), "velocity_distance")
+        for r in runs.values()
+        if r["stage"] in ("main", "calls")
+    }
+    assert max(moved, key=moved.get) == "ORW-CFM-W2"
+    for setting in ("differentiable", "black box"):
+        assert 1 < statistics.mean(rises(of("main", setting, "AC-Flow"))) < 3
+    assert min(rises(tafs, 4)) > 20
     for records, points in ((tafs, 29), (grpo, 9)):
         assert statistics.mean(rises(records, 4)) == pytest.approx(points, abs=0.5)
     few = [of("main", "black box", label) for label in ("DiffusionNFT, 4 steps", "AWM, 4 steps")]
