@@ -22,7 +22,7 @@ from flowrl_trainers.flow.adjoint import vector_jacobian_product
 from flowrl_trainers.pipelines.quantization import (
     PACKAGES,
     check_quantization,
-    frozen_dtype,
+    computing_dtype,
     is_quantized,
     stored_tensors,
 )
@@ -292,4 +292,4 @@ def test_the_precision_of_a_network_in_four_bits_is_not_that_of_its_adapter():
     quantize(network, "nf4")
     network.add_adapter(LoraConfig(r=2, target_modules=["attn.to_q"]))
     cast_training_params(network, dtype=torch.float32)
-    assert (network.dtype, frozen_dtype(network)) == (torch.float32, torch.bfloat16)
+    assert (network.dtype, computing_dtype(network)) == (torch.float32, torch.bfloat16)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .base import Conditioning, Settings
 from .diffusers_pipeline import rounded_sigma, without_guidance
 from .packed_pipeline import PackedFlowPipeline
-from .quantization import frozen_dtype
+from .quantization import computing_dtype
 
 
 class Flux2FlowPipeline(PackedFlowPipeline):
@@ -47,7 +47,7 @@ class Flux2FlowPipeline(PackedFlowPipeline):
 
     def _branch(self, transformer: Any, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         # Position ids, too, come from private methods of the pipeline.
-        pipe, dtype = self.pipeline, frozen_dtype(transformer)
+        pipe, dtype = self.pipeline, computing_dtype(transformer)
         embeds = conditioning["prompt_embeds"].to(dtype)
         guidance = latents.new_full((len(latents),), self.settings["guidance_scale"])
         packed = transformer(

@@ -153,11 +153,14 @@ def stored_tensors(parameter: Tensor) -> list[Tensor]:
     return [parameter]
 
 
-def frozen_dtype(network: nn.Module) -> torch.dtype:
-    """The precision in which a network computes: that of its first parameter of floating point, its adapter left out.
+def computing_dtype(network: Any) -> torch.dtype:
+    """The precision in which a network of diffusers computes: its `dtype`, but where its weights are in 4 bits.
 
-    `ModelMixin.dtype` does not leave it out, and where all before it is in 4 bits names that of the adapter.
+    There it is that of the first parameter of floating point which is not an adapter's; `dtype` does not leave these
+    out, and names the adapter's precision where all before it is in 4 bits.
     """
+    if next(network.parameters()).is_floating_point():
+        return network.dtype
     return next(
         parameter.dtype
         for name, parameter in network.named_parameters()
