@@ -15,7 +15,7 @@ from flowrl_trainers.rewards import differentiable
 from flowrl_trainers.sampling.conditioning import GIB, ConditioningCache
 from flowrl_trainers.sampling.flow_model import FlowModel
 
-from .helpers import CAPTIONS, TRAINERS, make_trainer, seeds
+from .helpers import CAPTIONS, FIXED_TARGET, TRAINERS, first_examples, make_trainer, seeds
 from .tiny import tiny_sd3
 
 QUICK = ("VGGFlowTrainer", "ACFlowTrainer")  # the others are slow tests
@@ -96,6 +96,27 @@ def test_network_and_rewards_are_never_on_the_device_at_once(tmp_path, name, lor
         )
     assert all(torch.equal(a, b) for a, b in zip(*learned, strict=True))
     assert learned[0][-1] > 0
+
+
+@pytest.mark.parametrize(("name", "times"), [
+    ("AdjointMatchingTrainer", 1), ("VGGFlowTrainer", 2), ("ACFlowTrainer", 1), (FIXED_TARGET, 2),
+    ("DiffusionNFTTrainer", 1), ("TAFSGRPOTrainer", 1),
+])  # fmt: skip
+def test_the_network_leaves_once_for_all_micro_batches_and_states(tmp_path, name, times):
+    t = make_trainer(
+        name, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, offload_between_phases=True,
+        log_images=0,
+    )  # fmt: skip
+    examples, plain, moved = first_examples(t), nn.Module.to, []
+
+    def to(module, *arguments, **more):
+        if module is t.model.transformer:
+            moved.append(arguments[0])
+        return plain(module, *arguments, **more)
+
+    with patch.object(nn.Module, "to", to):
+        t.make_rollout(examples)
+    assert len(moved) == 2 * times  # away and back
 
 
 def test_prompts_are_known_by_their_own_embeddings_after_a_full_disk(monkeypatch):

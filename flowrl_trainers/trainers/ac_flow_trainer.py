@@ -318,7 +318,8 @@ class ACFlowTrainer(RenoisingTrainer[ACFlowRecord]):
         """
         together = torch.cat(estimates)
         examples, rows = [e for batch in shaped for e in batch.examples], self.prompt_rows(shaped)
-        columns = [self.scorer.score(column, examples) for column in together.unbind(1)]
+        with self.placement.network_away():  # once for all bins
+            columns = [self.scorer.score(column, examples) for column in together.unbind(1)]
         unknown = [torch.where(scores.isinf(), torch.nan, scores) for scores in columns]
         seen = torch.stack([self._shaped(scores, rows) for scores in unknown], dim=1)
         sigma = torch.cat(levels)

@@ -220,7 +220,7 @@ class TAFSGRPOTrainer(FlowRLTrainer[TAFSGRPORollout, TAFSGRPORecord]):
 
     def prepare(self, rollout: list[MicroBatch[TAFSGRPORollout]]) -> list[MicroBatch[TAFSGRPORecord]]:
         """(4), and the base model's velocities where they are needed."""
-        with self.metrics.timed("rewards"):
+        with self.metrics.timed("rewards"), self.placement.network_away():  # once for all micro-batches
             at_once = [rollout] if self.scorer.compares else [[batch] for batch in rollout]
             scores = torch.cat([self._score_steps(batches) for batches in at_once])
         self.log_rewards(scores[:, -1], rollout)

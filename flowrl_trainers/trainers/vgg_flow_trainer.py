@@ -187,7 +187,7 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
 
     def prepare(self, rollout: list[MicroBatch[VGGFlowRollout]]) -> list[MicroBatch[VGGFlowRecord]]:
         """Reward gradients of (1), their clipping and scale, base velocities, and all that (3) needs beside c."""
-        with self.metrics.timed("reward_gradient"):
+        with self.metrics.timed("reward_gradient"), self.placement.network_away():  # once for all micro-batches
             final = torch.cat([batch.record.final for batch in rollout])
             scores = self.scorer.score(final, [example for batch in rollout for example in batch.examples])
             self.log_rewards(scores, rollout)
@@ -277,16 +277,18 @@ class VGGFlowTrainer(RewardGradientTrainer[VGGFlowRollout, VGGFlowRecord]):
         ask_head = partial(self.velocities, guidance=True, part="head")
         residuals = self.at_once(ask_head, rollout, states, sigmas)
         G = [term + c for term, c in zip(reward_terms, residuals, strict=True)]
-        found = self.at_once(self._products, rollout, states, sigmas, G, images=self.args.products_at_once)
-        targets, base = zip(*(both.unbind(1) for both in found), strict=True)
+        products = self.at_once(self._products, rollout, states, sigmas, G, images=self.args.products_at_once)
+        targets, base = zip(*(both.unbind(1) for both in products), strict=True)
         eps = [sigma.clamp(max=self.args.finite_difference_step) for sigma in sigmas]
         shifted = [x - expand_like(e, x) * (v_base + g) for x, e, v_base, g in zip(states, eps, base, G, strict=True)]
         levels = [sigma - e for sigma, e in zip(sigmas, eps, strict=True)]
         velocities = self.at_once(partial(self.velocities, guidance=True), rollout, shifted, levels)
         records, good = [], []
-        for number, batch in enumerate(rollout):
+        with self.placement.network_away():
+            estimates = [clean_estimate(*columns) for columns in zip(shifted, velocities, levels, strict=True)]
+            found = [self._state_gradients(*pair) for pair in zip(estimates, rollout, strict=True)]
+        for number, (batch, (gradient, finite)) in enumerate(zip(rollout, found, strict=True)):
             x, sigma = shifted[number], levels[number]
-            gradient, finite = self._state_gradients(clean_estimate(x, velocities[number], sigma), batch)
             good.append(batch.good & finite)
             records.append(
                 ConsistencyRecord(
