@@ -259,7 +259,7 @@ def test_methods_stand_below_the_base_that_their_sampler_draws(tmp_path):
 
 def test_the_findings_of_the_page_hold():
     """Its sentences on the results file: who gains more, moves less and collapses, as means over the seeds."""
-    from study_measures import matched_diversity, measured
+    from study_measures import at, matched_diversity, measured
     from study_plan import SEEDS
 
     runs = json.loads(RESULTS.read_text())["runs"]
@@ -281,6 +281,17 @@ def test_the_findings_of_the_page_hold():
     )
     assert min(rises(adjoint) + rises(draft)) > max(rises(vgg) + rises(grpo))
     assert mean(adjoint, "velocity_distance") < mean(draft, "velocity_distance") / 5
+    two, whole = (of("main", "differentiable", f"adjoint matching, {label}") for label in ("K = 2", "all steps"))
+    assert min(rises(two)) > max(rises(vgg + grpo + whole))
+    for records, points in ((whole, 8), (adjoint, 27)):
+        assert statistics.mean(rises(records)) == pytest.approx(points, abs=0.5)
+    assert mean(two, "velocity_distance") < mean(draft, "velocity_distance") / 5
+    longer, shorter = (statistics.mean(r["seconds_per_update"] for r in records) for records in (whole, adjoint))
+    assert longer / shorter == pytest.approx(2.6, abs=0.05)
+    at_20 = [
+        statistics.mean(at(r, "updates", 20, 20)["checker_accuracy"] for r in records) for records in (whole, adjoint)
+    ]
+    assert at_20[0] - at_20[1] == pytest.approx(2, abs=0.5)
     assert mean(grpo, "velocity_distance") > 2 * mean(adjoint, "velocity_distance")
     assert all(matched_diversity(*pair)[0] > 0 for pair in zip(adjoint, draft, strict=True))
     slower = [v["seconds_per_update"] / a["seconds_per_update"] for v, a in zip(vgg, adjoint, strict=True)]
