@@ -362,15 +362,18 @@ def test_the_findings_of_the_page_hold():
         spent, without = (long[f"AC-Flow{weighting}{label}"]["points"][-1] for label in ("", ", no critic"))
         assert spent["reward_calls"] == 5 * without["reward_calls"]
         assert without["seconds"] < 0.67 * spent["seconds"]
-    for label in ("", ", no clipping of advantages", ", no critic", ", backbone critic"):
+    warmed = (", backbone critic", ", backbone critic, no warm-up")
+    for label in ("", ", no clipping of advantages", ", no critic", *warmed):
         gained, other = (end[f"AC-Flow{weighting}{label}"] - base for weighting in ("", ", exponential"))
         assert other <= 0.5 * gained + 0.1  # a picture in 256 is 0.4 points
-    assert abs(end["AC-Flow, backbone critic"] - end["AC-Flow, backbone critic, no warm-up"]) < 3
-    for label in ("AC-Flow, backbone critic", "AC-Flow, backbone critic, no warm-up"):
+    for weighting in clipped:
+        with_it, without = (end[f"AC-Flow{weighting}{label}"] for label in warmed)
+        assert abs(with_it - without) < 3
+    for label in (f"AC-Flow{weighting}{how}" for weighting in clipped for how in warmed):
         cleanest = [row.get("critic/explained_variance_0", 0.0) for row in long[label]["explained_variance"]]
-        assert abs(statistics.mean(cleanest[:50])) < 0.02
+        assert abs(statistics.mean(cleanest[:50])) < 0.03
         assert statistics.mean(cleanest[50:100]) < statistics.mean(cleanest[-100:]) / 2
-        assert statistics.mean(cleanest[-100:]) == pytest.approx(0.25, abs=0.03)
+        assert 0.2 < statistics.mean(cleanest[-100:]) < 0.25
     shaped, raw = end["AC-Flow, no critic"] - base, end["AC-Flow, no critic, no shaping"] - base
     assert shaped > 2 * raw
 
