@@ -227,3 +227,8 @@ def test_a_checkpoint_has_valid_json_where_a_judge_says_nothing(tmp_path):
     t.train(resume_from_checkpoint=True)
     t.save_model()
     assert (tmp_path / "reward_curve.png").stat().st_size > 5000
+    done = make_trainer("ACFlowTrainer", tmp_path, max_steps=4, **settings)
+    (tmp_path / "reward_curve.png").unlink()
+    done.train(resume_from_checkpoint=True)  # nothing is left, so that all rows are those of the file
+    done.save_model()
+    assert (tmp_path / "reward_curve.png").stat().st_size > 5000

@@ -664,8 +664,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
                     f"Reward {reward.name!r} gave no score that is finite in float32 to {PROBE_IMAGES} probe "
                     "pictures: call it on two pictures of the model to see why."
                 )
-        judges = [*self.rewards, *self.eval_rewards]
-        check_best_metric(self.args, judges, self.metrics.noted, self.evaluation_samplers())
+        everyone = [*self.rewards, *self.eval_rewards]
+        check_best_metric(self.args, everyone, self.metrics.noted, self.evaluation_samplers())
         self.metrics.clear()
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
@@ -839,13 +839,13 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
     def _accumulate_gradient(self, model: nn.Module, batch: MicroBatch[RecordT]) -> Tensor:
         conditioning, states = self.condition(batch.examples), self.num_trained_states
         total, bad = torch.zeros((), device=self.args.device), torch.zeros((), device=self.args.device)
+        if self.model.is_sharded:
+            self.model.reduce_at_once()
         # The last state's losses are taken in any case: gradients that are zero still move an optimizer with momentum,
         # and processes wait for each other there.
         for state in range(0 if self.has_signal(batch) else states - 1, states):
             # Gradients of all but the last state are reduced over processes together with the last one's; those of a
             # sharded network at once, in every micro-batch, as a whole gradient is as large as what is trained.
-            if self.model.is_sharded:
-                self.model.reduce_at_once()
             with nullcontext() if state == states - 1 or self.model.is_sharded else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     losses = self.micro_batch_losses(model, batch, conditioning, state)
