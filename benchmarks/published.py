@@ -123,7 +123,7 @@ def run(args: Any) -> dict[str, Any]:
         "task": args.task,
         "method": args.method,
         "seed": args.seed,
-        "reward": told.reward_funcs[0],
+        "reward": trainer.rewards[0].name,
         "guidance": guidance_of(config.guidance_scale),
         "updates": trainer.state.global_step,
         "pictures": len(trainer.eval_dataset),

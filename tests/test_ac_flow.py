@@ -32,6 +32,7 @@ from flowrl_trainers.trainers.estimate_fit import EstimateFit
 from flowrl_trainers.trainers.renoising_trainer import Returns
 
 from .ac_flow import Velocities, ac_flow, drawn_images, exact_images
+from .gaussian import NUMBERED
 from .helpers import first_rollout, make_trainer, update_rows
 
 # ---- the pieces -----------------------------------------------------------------------------------------------------
@@ -416,6 +417,15 @@ def test_the_factor_of_a_level_fits_earlier_rollouts_best():
     torch.testing.assert_close(fit.factors(levels), torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
     fit.observe(torch.tensor([[1.0, 1.0]]), torch.tensor([2.0]), torch.tensor([[0.35, 1.0]]))
     torch.testing.assert_close(fit.factors(levels), torch.tensor([[(0.9 * 5 + 2) / (0.9 * 5 + 1), 2.0, 0.0, 2.0]]))
+
+
+def test_evaluation_takes_the_steps_that_were_asked_for(tmp_path):
+    levels = set()
+    t = ac_flow(tmp_path, num_inference_steps=4, eval_num_inference_steps=5)
+    t.model.transformer.register_forward_pre_hook(lambda _, given: levels.add(round(float(given[1][0]), 5)))
+    t.evaluate(NUMBERED.select(range(2)))
+    # `velocity_distance` is measured at the levels of training.
+    assert levels == {0.2, 0.4, 0.6, 0.8, 1.0} | {0.25, 0.5, 0.75}
 
 
 def test_the_critic_is_saved_and_named_in_the_card(tmp_path):

@@ -473,11 +473,48 @@ def test_the_raw_spread_holds_what_prompts_differ():
     torch.testing.assert_close(shape_rewards(rewards, groups, math.inf, "raw"), centred / (math.sqrt(26) + 1e-4))
 
 
-def test_the_guard_costs_only_what_is_longer_than_the_base(tmp_path):
-    t = ac_flow(tmp_path, norm_guard=0.5)
-    v = torch.tensor([[3.0, 4.0], [0.3, 0.4]])
-    penalty = t._excess_length(v, root_mean_square(torch.tensor([[2.0, 1.0], [1.0, 1.0]])))
-    torch.testing.assert_close(penalty, torch.tensor([(math.sqrt(12.5 / 2.5) - 1) ** 2, 0.0]))
+@pytest.mark.parametrize(("spread_of", "spread"), [("centred", math.sqrt(10 / 4)), ("raw", math.sqrt(91 / 4))])
+def test_a_trainer_shapes_with_its_spread_and_clips(tmp_path, spread_of, spread):
+    rewards, rows = torch.tensor([[0.0], [4.0], [10.0], [12.0]]), torch.tensor([0, 0, 1, 1])
+    clip = 1.5 / spread
+    for make in (ac_flow, diffusion_nft):
+        t = make(tmp_path, reward_shaping="standardise", reward_std=spread_of, reward_clip=clip)
+        expected = torch.tensor([-1.5, 1.5, -1.0, 1.0]) / spread
+        torch.testing.assert_close(t._shaped(rewards, rows), expected, rtol=1e-4, atol=0)
+
+
+def test_the_guard_costs_only_what_is_longer_than_the_base(tmp_path, drawn):
+    """g relu(s - 1)^2 of v = s v_base, whose gradient is 2 g relu(s - 1) v_base / (D |v_base|^2)."""
+    u, v_old, v_base, A, sigma = (drawn[n] for n in ("u", "v_old", "v_base", "A", "sigma"))
+    s = torch.tensor([0.5, 0.9, 1.0, 1.1, 1.5, 3.0], dtype=torch.float64)
+    v, over = s[:, None, None, None] * v_base, (s - 1).relu()
+    lengths = root_mean_square(v_base, 1)
+    slope = (2 * 0.7 * over / 64 / lengths**2)[:, None, None, None] * v_base
+    plain, guarded = ({"norm_guard": g, "wasserstein_coefficient": 0.1, "weighting": "linear"} for g in (0.0, 0.7))
+    ac = [ac_flow(tmp_path, **settings) for settings in (plain, guarded)]
+    batches = [of(t, ac_batch(sigma, u, A), u, A, v_old, v_base) for t in ac]
+    nft = [diffusion_nft(tmp_path, norm_guard=g) for g in (0.0, 0.7)]
+    batch = nft_batch(sigma, u, A.sigmoid(), v_old, v_base)
+    batch = replace(batch, record=replace(batch.record, base_lengths=lengths[:, None]))
+    for trainers, given in ((ac, batches), (nft, [batch, batch])):
+        (value, gradient), (more, steeper) = (
+            loss_and_gradient(t, b, v) for t, b in zip(trainers, given, strict=True)
+        )
+        exactly(more - value, 0.7 * over**2, 1e-9)
+        exactly(steeper - gradient, slope, 1e-9)
+
+
+def test_levels_weigh_by_sigma_and_the_old_policy_pulls(tmp_path, drawn):
+    """sigma A |v - u|^2 + alpha |v - v_base|^2 + kappa |v - v_old|^2, from the record that the trainer makes."""
+    u, v, v_old, v_base, A, sigma = (drawn[n] for n in ("u", "v", "v_old", "v_base", "A", "sigma"))
+    t = ac_flow(
+        tmp_path, weighting="linear", loss_weighting="sigma", wasserstein_coefficient=0.3, old_policy_coefficient=0.8,
+        old_policy_decay=0.5,
+    )  # fmt: skip
+    value, gradient = loss_and_gradient(t, of(t, ac_batch(sigma, u, A), u, A, v_old, v_base), v)
+    terms = ((sigma * A, u), (torch.full_like(A, 0.3), v_base), (torch.full_like(A, 0.8), v_old))
+    exactly(value, sum(w * (v - target).flatten(1).square().mean(dim=1) for w, target in terms))
+    exactly(gradient, sum(2 / 64 * w[:, None, None, None] * (v - target) for w, target in terms))
 
 
 def test_a_fixed_target_alone_is_a_valid_configuration(tmp_path):

@@ -29,7 +29,7 @@ def test_a_task_is_run_on_tiny_weights_and_stands_in_the_table(tmp_path, publish
     (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS))
     asked = {
         "model": tmp_path / "model", "task": "ocr", "prompts": tmp_path / "prompts.txt",
-        "held_out": tmp_path / "prompts.txt", "reward": "jpeg_compressibility", "judges": "jpeg_incompressibility",
+        "held_out": tmp_path / "prompts.txt", "reward": "tests.helpers.redness", "judges": "jpeg_incompressibility",
         "folder": tmp_path / "run", "results": tmp_path / "published.json", "out": tmp_path / "published.md",
     }  # fmt: skip
     flags = [part for name, value in asked.items() for part in (f"--{name}", str(value))]
@@ -37,7 +37,7 @@ def test_a_task_is_run_on_tiny_weights_and_stands_in_the_table(tmp_path, publish
     published.main()
     (record,) = json.loads((tmp_path / "published.json").read_text())["runs"]
     assert (record["updates"], record["pictures"], record["guidance"]) == (1, len(CAPTIONS), "no guidance")
-    base, tuned = (record[row]["reward/jpeg_compressibility"] for row in ("base", "tuned"))
+    base, tuned = (record[row]["reward/redness"] for row in ("base", "tuned"))
     row = f"| `diffusion_nft`, {tmp_path / 'model'}, seed 0 | no guidance | {base:.3f} | {tuned:.3f} | 1 |"
     text = (tmp_path / "published.md").read_text()
     assert row in text

@@ -73,6 +73,15 @@ def test_every_rule_credits_a_draw_with_what_came_after_it(rule, expected):
     torch.testing.assert_close(found, torch.tensor([expected, [-e for e in expected]]))
 
 
+@pytest.mark.parametrize(("rule", "expected"), [("mixed", [3.25, 4.75, 6.0]), ("return", [5.75, 6.0, 6.0])])
+def test_the_trainer_credits_with_its_settings_and_clips(tmp_path, rule, expected):
+    """The rewards of the test above, through a trainer; what is above 6 is clipped."""
+    t = tafs(tmp_path, credit_rule=rule, credit_mix=0.25, credit_discount=0.5, scale_rewards="none", advantage_clip=6)
+    scores = torch.tensor([[1.0, 2.0, 4.0, 7.0], [-1.0, -2.0, -4.0, -7.0]])
+    found = t._advantages(scores[:, :, None], torch.zeros(2))
+    torch.testing.assert_close(found, torch.tensor([expected, [-e for e in expected]]))
+
+
 # ---- the sampler ----------------------------------------------------------------------------------------------------
 
 
@@ -407,6 +416,14 @@ def test_evaluation_reports_the_own_sampler_and_the_ode(tmp_path):
     assert "stochastic_sampling=True" in card
     assert "sigmas=[1.0, 0.666667, 0.333333]" in card
     assert "| tuned_ode |" in card
+
+
+def test_evaluation_takes_the_steps_that_were_asked_for(tmp_path):
+    levels = set()
+    t = tafs(tmp_path, num_inference_steps=4, ode_num_inference_steps=6)
+    t.model.transformer.register_forward_pre_hook(lambda _, given: levels.add(round(float(given[1][0]), 5)))
+    t.evaluate(NUMBERED.select(range(2)))
+    assert levels == {round(step / count, 5) for count in (4, 6) for step in range(1, count + 1)}
 
 
 # ---- what betrays a hacked reward -----------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from flowrl_trainers.run_folder.checkpoints import MANIFEST
 from .helpers import adjoint_matching, redness
 from .tiny import tiny_sd3
 
+PROMPTS = ["a red circle", "a blue square"]
+
 
 def test_a_second_training_starts_with_a_rollout_of_its_own(tmp_path, tiny_pipeline):
     t = adjoint_matching(tmp_path, tiny_pipeline, num_iterations=2, max_steps=1)
@@ -37,6 +39,17 @@ def test_the_moving_average_is_what_is_saved_and_evaluated(tmp_path, tiny_pipeli
     assert sorted(float(p.double().sum()) for p in stored) == pytest.approx(
         sorted(float(p.double().sum()) for p in averaged)
     )
+    found = t.evaluate(PROMPTS)["eval_reward/redness"]
+
+    def judged(weights: list[torch.Tensor]) -> float:
+        """By a run that keeps no average."""
+        other = adjoint_matching(tmp_path / "other", tiny_sd3(), max_steps=1)
+        for parameter, value in zip(other.trained_parameters(), weights, strict=True):
+            parameter.data.copy_(value)
+        return other.evaluate(PROMPTS)["eval_reward/redness"]
+
+    assert found == pytest.approx(judged(averaged), abs=1e-6)
+    assert abs(found - judged(raw)) > 1e-5
 
 
 def test_an_optimizer_of_ones_own_must_hold_what_is_trained(tmp_path, tiny_pipeline):
