@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from flowrl_trainers import FlowPipeline, VGGFlowConfig, VGGFlowTrainer
 from flowrl_trainers.cli.evaluate import _table
 from flowrl_trainers.cli.evaluate_arguments import EvaluateArguments
-from flowrl_trainers.metrics import signs_of_over_optimisation, standard_error_of_change
+from flowrl_trainers.metrics import Change, paired_change, signs_of_over_optimisation
 from flowrl_trainers.rewards import differentiable
 from flowrl_trainers.shapes import prompts
 
@@ -156,42 +156,43 @@ def test_a_single_name_is_a_list_of_one():
 # ---- hacked rewards -------------------------------------------------------------------------------------------------
 
 
+def signs(base: dict[str, float], tuned: dict[str, float], trained: dict[str, float], **errors: float) -> list[str]:
+    """With a judge that training never saw; errors: those of the changes of a and the judge, 0.05 by default."""
+    errors = {"a": 0.05, "judge": 0.05} | errors
+    changes = {n: Change(base[f"reward/{n}"], tuned[f"reward/{n}"], error) for n, error in errors.items()}
+    return signs_of_over_optimisation(base, tuned, trained, ["judge"], changes)
+
+
 def test_signs_of_over_optimisation():
     base = {"reward/a": 0.2, "reward/judge": 0.5, "diversity": 0.4, "edge_density": 0.1, "colour_entropy": 2.0}
     better = {"reward/a": 0.9, "reward/judge": 0.6, "diversity": 0.35, "edge_density": 0.12, "colour_entropy": 1.8}
-    sure, raised = {"a": 0.05, "judge": 0.05}, {"a": 1.0}
-    assert signs_of_over_optimisation(base, better, raised, ["judge"], sure) == []
+    raised = {"a": 1.0}
+    assert signs(base, better, raised) == []
     hacked = {"reward/a": 0.9, "reward/judge": 0.3, "diversity": 0.2, "edge_density": 0.02, "colour_entropy": 0.5}
-    judge, diversity, edges, colours = signs_of_over_optimisation(base, hacked, raised, ["judge"], sure)
+    judge, diversity, edges, colours = signs(base, hacked, raised)
     assert judge == "judge, which training never saw, fell from 0.5 to 0.3"
     assert diversity == "diversity fell from 0.4 to 0.2"
     assert edges == "edge density went from 0.1 to 0.02"
     assert colours == "colour entropy went from 2 to 0.5"
-    assert (
-        signs_of_over_optimisation(base, hacked | {"reward/a": 0.1}, raised, ["judge"], sure) == []
-    )  # nothing was gained by it
-    assert (
-        signs_of_over_optimisation(base, hacked, raised, ["judge"], sure | {"a": 0.4}) == []
-    )  # or nobody knows whether there was
-    assert (
-        len(signs_of_over_optimisation(base, hacked, raised, ["judge"], sure | {"judge": 0.11})) == 3
-    )  # whether it fell
+    assert signs(base, hacked | {"reward/a": 0.1}, raised) == []  # nothing was gained by it
+    assert signs(base, hacked, raised, a=0.4) == []  # or nobody knows whether there was
+    assert len(signs(base, hacked, raised, judge=0.11)) == 3  # whether it fell
     lowered = hacked | {"reward/a": -0.5}
-    assert len(signs_of_over_optimisation(base, lowered, {"a": -1.0}, ["judge"], sure)) == 4
-    assert signs_of_over_optimisation(base, lowered, raised, ["judge"], sure) == []
-    assert signs_of_over_optimisation(base, hacked, {}, ["judge"], sure) == []  # nothing was trained
+    assert len(signs(base, lowered, {"a": -1.0})) == 4
+    assert signs(base, lowered, raised) == []
+    assert signs(base, hacked, {}) == []  # nothing was trained
     lost = {k: v for k, v in better.items() if k != "diversity"}
-    assert signs_of_over_optimisation(base, lost, raised, ["judge"], sure) == ["diversity fell from 0.4 to 0"]
+    assert signs(base, lost, raised) == ["diversity fell from 0.4 to 0"]
 
 
-def test_the_standard_error_is_that_of_paired_pictures():
+def test_a_change_is_that_of_the_pictures_with_both_scores():
     before = torch.randn(4000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 10
     after = before + 0.1 * torch.randn(4000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    assert standard_error_of_change(before, after) == pytest.approx(0.1 / math.sqrt(4000), rel=0.05)
-    assert standard_error_of_change(
-        torch.tensor([1.0, 2.0, math.nan, 4.0]), torch.tensor([2.0, 4.0, 5.0, math.nan])
-    ) == pytest.approx(0.5)
-    assert standard_error_of_change(torch.tensor([1.0]), torch.tensor([2.0])) == math.inf
+    assert paired_change(before, after).error == pytest.approx(0.1 / math.sqrt(4000), rel=0.05)
+    # The mean of all scores falls from 9 / 3 to 9 / 3 - 1: a judge that cannot tell of other pictures proves nothing.
+    found = paired_change(torch.tensor([1.0, 2.0, math.nan, 6.0]), torch.tensor([2.0, 4.0, 0.0, math.nan]))
+    assert found == pytest.approx((1.5, 3.0, 0.5))
+    assert paired_change(torch.tensor([1.0]), torch.tensor([2.0])) == (1.0, 2.0, math.inf)
 
 
 @differentiable

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from flowrl_trainers.metrics import CheckerAccuracy, Diversity, MeanReward, PriorPreservation, diversity
 from flowrl_trainers.metrics.evaluate_metrics import as_tensor
@@ -37,6 +38,31 @@ def test_diversity_in_pixels_and_in_a_feature_space(pictures):
     assert found == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_pictures_are_measured_as_they_are_now(pictures, tmp_path):
+    """One that was opened from a file and edited since, on its side in the file, or saved with losses."""
+    for number, picture in enumerate(pictures[:2]):
+        picture.save(tmp_path / f"{number}.png")
+    edited, other = (Image.open(tmp_path / f"{number}.png") for number in range(2))
+    edited.paste("black", (0, 0, 32, 32))
+    expected = diversity(as_tensor([edited, other]), ["p"] * 2)
+    assert Diversity().compute(images=[edited, other], prompts=["p"] * 2)["diversity"] == pytest.approx(expected)
+    one_by_one = Diversity()
+    for picture in (edited, other):
+        one_by_one.add(images=picture, prompts="p")
+    assert one_by_one.compute()["diversity"] == pytest.approx(expected)
+    noisy = Image.effect_noise((32, 32), 80).convert("RGB")
+    noisy.save(tmp_path / "noisy.jpg", quality=95)
+    loaded = Image.open(tmp_path / "noisy.jpg")
+    expected = float((as_tensor([loaded]) - as_tensor([noisy])).square().mean().sqrt())
+    found = PriorPreservation().compute(images=[loaded], base_images=[noisy], prompts=["p"])
+    assert found["prior_distance"] == pytest.approx(expected)
+
+
+def test_pictures_of_several_sizes_are_refused(pictures):
+    with pytest.raises(ValueError, match=r"^The pictures have 2 sizes, \(16, 16\) and \(32, 32\) among them: make"):
+        Diversity().compute(images=[pictures[0], pictures[1].resize((16, 16))], prompts=["p", "p"])
+
+
 def test_prior_preservation_is_measured_by_the_spread_of_the_base(pictures):
     same = PriorPreservation().compute(images=pictures, base_images=pictures, prompts=PROMPTS)
     assert same["prior_distance"] == 0
@@ -51,6 +77,7 @@ def test_prior_preservation_is_measured_by_the_spread_of_the_base(pictures):
 def test_mean_reward_leaves_out_what_has_no_score():
     assert MeanReward().compute(scores=[1.0, None, 3.0, None]) == {"mean_reward": 2.0, "missing": 0.5}
     assert math.isnan(MeanReward().compute(scores=[None])["mean_reward"])
+    assert all(math.isnan(value) for value in MeanReward().compute(scores=[]).values())
 
 
 def test_checker_accuracy_counts_right_pictures(pictures):

@@ -497,9 +497,7 @@ def test_the_guard_costs_only_what_is_longer_than_the_base(tmp_path, drawn):
     batch = nft_batch(sigma, u, A.sigmoid(), v_old, v_base)
     batch = replace(batch, record=replace(batch.record, base_lengths=lengths[:, None]))
     for trainers, given in ((ac, batches), (nft, [batch, batch])):
-        (value, gradient), (more, steeper) = (
-            loss_and_gradient(t, b, v) for t, b in zip(trainers, given, strict=True)
-        )
+        (value, gradient), (more, steeper) = (loss_and_gradient(t, b, v) for t, b in zip(trainers, given, strict=True))
         exactly(more - value, 0.7 * over**2, 1e-9)
         exactly(steeper - gradient, slope, 1e-9)
 

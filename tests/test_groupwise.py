@@ -1,5 +1,6 @@
 """Groupwise rewards see all pictures of a prompt at once, whatever the micro-batches; a pair judge gives win rates."""
 
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -120,6 +121,21 @@ def test_a_judge_may_be_asynchronous_abstain_and_read_columns():
     assert stop.value.value == [1.0, 0.5, 0.0, None]  # pairs 0-1, 1-2, 2-3 and 3-0
     assert seen == {"answer": [1, 2, 3, 4], "prompts": ["a"] * 4}
     assert reward.needed_columns() == ["answer"]
+
+
+def test_a_picture_that_is_not_finite_is_left_out_and_no_fault_of_the_judge():
+    def brighter(images, others, prompts, **columns):
+        return torch.sigmoid(images.mean(dim=(1, 2, 3)) - others.mean(dim=(1, 2, 3))).round()
+
+    images = shades(0.1, 0.9, 0.5).clone()
+    images[1, 0, 0, 0] = math.nan
+    scores = pairwise(brighter)(images=images, prompts=["a"] * 3)
+    assert (scores[0], scores[2]) == (0.0, 1.0)
+    assert math.isnan(scores[1])
+    images[0] = math.inf
+    scores = pairwise(brighter)(images=images, prompts=["a"] * 3)  # none is left to compare with
+    assert math.isnan(scores[0])
+    assert scores[2] is None
 
 
 @pytest.mark.parametrize(("answer", "sentence"), [

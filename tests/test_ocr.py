@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rapidocr import RapidOCR
 
-from flowrl_trainers.metrics import signs_of_over_optimisation, standard_error_of_change
+from flowrl_trainers.metrics import paired_change, signs_of_over_optimisation
 from flowrl_trainers.metrics.image_statistics import colour_entropy, edge_density
 from flowrl_trainers.rewards import OCRReward, StrictOCRReward
 from flowrl_trainers.rewards.quoted_texts import quoted_texts
@@ -38,6 +38,8 @@ from .text_pictures import PROMPTS, draw_text, picture_of, to_tensor
     ("un café «Chez Léa» et « Ouvert »", ["Chez Léa", "Ouvert"]),
     ("ein Buch »Faust«, ein Heft ‹Notiz›", ["Faust", "Notiz"]),
     ("“curly” and ＂wide＂", ["curly", "wide"]),
+    ("en skylt ”Öppet” på en 12” skärm och ”Stängt”", ["Öppet", "Stängt"]),
+    ("kyltti »Avoinna» ja toinen »Kiinni»", ["Avoinna", "Kiinni"]),
     ("「営業中」と『準備中』", ["営業中", "準備中"]),
     ('写着"你好"的牌子', ["你好"]),
     ('a poster “the so-called "news"”', ['the so-called "news"']),
@@ -175,8 +177,8 @@ def test_a_hack_is_seen_by_the_strict_reward_and_by_the_evaluation(ocr):
         measured = {"edge_density": edge_density(images).mean(), "colour_entropy": colour_entropy(images).mean()}
         means = {f"reward/{name}": pair[which].mean() for name, pair in scores.items()}
         rows.append({name: float(value) for name, value in (measured | means).items()})
-    errors = {name: standard_error_of_change(*pair) for name, pair in scores.items()}
-    signs = "; ".join(signs_of_over_optimisation(*rows, {"ocr": 1.0}, ["ocr_strict"], errors))
+    changes = {name: paired_change(*pair) for name, pair in scores.items()}
+    signs = "; ".join(signs_of_over_optimisation(*rows, {"ocr": 1.0}, ["ocr_strict"], changes))
     assert "ocr_strict, which training never saw, fell from" in signs
     assert "colour entropy went from" in signs
 

@@ -2,10 +2,13 @@
 file is told.
 """
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from flowrl_trainers.rewards import AestheticReward, CLIPScore, HPSv2, ImageReward, PickScore, as_rewards, loading
@@ -75,6 +78,28 @@ def test_wrong_folders_are_refused_in_one_sentence(tmp_path, clip):
     ]:
         with pytest.raises(ValueError, match=sentence):
             make_one()
+
+
+def test_damaged_and_other_weights_are_refused_in_one_sentence(tmp_path, clip):
+    sentence = "was cut off, or is of another architecture than CLIPModel expects: get it again, or pass another"
+    for name in ("cut", "other", "processor"):
+        shutil.copytree(clip, tmp_path / name)
+    weights = load_file(clip / "model.safetensors")
+    (tmp_path / "cut" / "model.safetensors").unlink()
+    for size in (1000, 0):
+        torch.save(weights, tmp_path / "cut" / "pytorch_model.bin")
+        with open(tmp_path / "cut" / "pytorch_model.bin", "r+b") as file:
+            file.truncate(size)
+        with pytest.raises(ValueError, match=sentence):
+            CLIPScore(tmp_path / "cut")
+    weights["text_projection.weight"] = weights["text_projection.weight"][:, 1:].contiguous()
+    save_file(weights, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=sentence):
+        CLIPScore(tmp_path / "other")
+    settings = json.loads((clip / "preprocessor_config.json").read_text())
+    (tmp_path / "processor" / "preprocessor_config.json").write_text(json.dumps({"size": settings["size"]}))
+    with pytest.raises(ValueError, match=r"it needs preprocessor_config\.json with image_mean and image_std"):
+        CLIPScore(tmp_path / "processor")
 
 
 def test_a_wrong_hpsv2_file_is_refused_in_one_sentence(tmp_path, hps):

@@ -94,10 +94,12 @@ def test_the_expected_value_is_the_weighted_mean_of_the_answers():
     ([said("between 3 and 4")], {}, "'between 3 and 4' is not one number from 0 to 9."),
     ([said("11")], {}, "'11' is not one number from 0 to 9."),
     ([said(None)], {}, "'' is not one number from 0 to 9."),
-    ([likely(The=0.9)], {"answer": "expected"}, "'?' is not a likely token of one number from 0 to 9."),
+    ([likely(The=0.9, n1=0.04, n9=0.05)], {"answer": "expected"}, "'?' is not a likely token of one number from 0 to 9."),
     # servers that are wrong: an error
     (["<html>hello</html>"], {}, "did not answer with the words of a chat but '<html>hello</html>': does `url` name"),
     ([json.dumps({"choices": []})], {}, "did not answer with the words of a chat but '{\"choices\": []}'"),
+    ([said("7", logprobs={"content": [{"token": "7", "logprob": 0, "top_logprobs": None}]})],
+     {"answer": "expected"}, "did not answer with the `top_logprobs` of a chat but"),
     ([said("7")], {"answer": "expected"}, "did not answer with the `top_logprobs` of a chat but"),
     ([404], {}, "refuses the request with 404: out of order"),
     ([500] * 3, {"retries": 2}, r"failed 3 times, more than `retries` (2) allows, at last with 500: out of order"),
@@ -202,6 +204,13 @@ def test_geneval_asks_for_number_colour_and_place():
         geneval_questions([{"class": "cow", "position": ["left of", 3]}])
     with pytest.raises(ValueError, match="which has no 'class': name the object"):
         geneval_questions([{"count": 2}])
+
+
+def test_an_empty_variable_is_no_key(monkeypatch):
+    monkeypatch.setenv("VLM_API_KEY", "")
+    with fake(said("7")) as server:
+        assert scores_of(VLMJudge(server.address, "some-vlm"), noise(1)).tolist() == pytest.approx([7 / 9])
+    assert all("authorization" not in headers for headers in server.headers)
 
 
 @pytest.mark.parametrize(("settings", "sentence"), [

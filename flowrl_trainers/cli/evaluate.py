@@ -12,7 +12,7 @@ from accelerate import Accelerator, PartialState
 from datasets import Dataset
 from torch import Tensor
 
-from ..metrics import signs_of_over_optimisation, standard_error_of_change
+from ..metrics import paired_change, signs_of_over_optimisation
 from ..pipelines import FlowPipeline
 from ..rewards import Reward, as_rewards
 from ..rewards.named import refuse_groupwise
@@ -71,10 +71,8 @@ def evaluate(arguments: list[str]) -> None:
     trained = {called[name]: 1.0 for name in args.trained}
     judges = [name for name in called.values() if name not in trained]
     for label in labels:
-        errors = {
-            name: standard_error_of_change(before, scores[label][name]) for name, before in scores["base"].items()
-        }
-        signs = signs_of_over_optimisation(rows["base"], rows[label], trained, judges, errors)
+        changes = {name: paired_change(before, scores[label][name]) for name, before in scores["base"].items()}
+        signs = signs_of_over_optimisation(rows["base"], rows[label], trained, judges, changes)
         if signs:
             print(f"{label}: the trained reward rose, but {'; '.join(signs)}: it may have been hacked.")
     print(f"table.md, table.json and pictures.png are in {folder}/.")

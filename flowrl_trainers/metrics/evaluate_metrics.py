@@ -12,6 +12,7 @@ import datasets
 import evaluate
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..shapes import check
@@ -20,13 +21,22 @@ from .diversity import diversity, diversity_by_prompt
 Features = Callable[[Tensor], Tensor]
 """From images (B, 3, H, W) in [0, 1] to features (B, D)."""
 
+PICTURES = {"images", "base_images"}  # the columns of them
 IMAGES = {"images": datasets.Image(), "prompts": datasets.Value("string")}
 
 
 def as_tensor(images: list[Any]) -> Tensor:
-    """Pictures of Pillow, of one size, as (B, 3, H, W) float32 in [0, 1]."""
+    """Pictures of Pillow as (B, 3, H, W) float32 in [0, 1]; raises `ValueError` where they are not of one size."""
+    sizes = sorted({image.size for image in images})
+    if len(sizes) > 1:
+        raise ValueError(f"The pictures have {len(sizes)} sizes, {sizes[0]} and {sizes[1]} among them: make them one.")
     arrays = [np.asarray(image.convert("RGB"), dtype=np.float32) / 255 for image in images]
     return torch.stack([torch.from_numpy(array).permute(2, 0, 1) for array in arrays])
+
+
+def _as_it_is(image: Any) -> Any:
+    """A picture of Pillow without its file, upright; anything else untouched."""
+    return ImageOps.exif_transpose(image).convert("RGB") if isinstance(image, Image.Image) else image
 
 
 class _PictureMetric(evaluate.Metric):
@@ -38,6 +48,20 @@ class _PictureMetric(evaluate.Metric):
         """Compare pictures by the features to which `space` maps them; None compares pixels."""
         self.space = space
         super().__init__(keep_in_memory=True, **kwargs)
+
+    # `datasets` would store a picture that was opened from a file by its path, though it was edited since.
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **columns: Any) -> None:
+        """As that of `evaluate.Metric`, with the pictures as they are now."""
+        for name in columns.keys() & PICTURES:
+            columns[name] = [_as_it_is(image) for image in columns[name]]
+        super().add_batch(predictions=predictions, references=references, **columns)
+
+    def add(self, *, prediction: Any = None, reference: Any = None, **columns: Any) -> None:
+        """As that of `evaluate.Metric`, with the picture as it is now."""
+        for name in columns.keys() & PICTURES:
+            columns[name] = _as_it_is(columns[name])
+        super().add(prediction=prediction, reference=reference, **columns)
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -99,7 +123,7 @@ class MeanReward(evaluate.Metric):
     def _compute(self, scores: list[float | None]) -> dict[str, float]:
         present = [s for s in scores if s is not None and s == s]
         mean = sum(present) / len(present) if present else float("nan")
-        return {"mean_reward": mean, "missing": 1 - len(present) / len(scores)}
+        return {"mean_reward": mean, "missing": 1 - len(present) / len(scores) if scores else float("nan")}
 
 
 class CheckerAccuracy(_PictureMetric):

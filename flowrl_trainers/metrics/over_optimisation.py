@@ -1,6 +1,7 @@
 """Distinguishes a model that hacked its reward from one whose pictures got better."""
 
 import math
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -9,13 +10,23 @@ MOST_CHANGE = 1.5  # the factor by which an image statistic may rise or fall
 SURE = 2.0  # standard errors
 
 
-def standard_error_of_change(before: Tensor, after: Tensor) -> float:
-    """The standard error of the mean change of the scores (N,) of the same pictures.
+class Change(NamedTuple):
+    """Of a reward on the same pictures: its means before and after, and the standard error of their difference."""
+
+    before: float
+    after: float
+    error: float
+
+
+def paired_change(before: Tensor, after: Tensor) -> Change:
+    """The change of the scores (N,) of the same pictures.
 
     Pictures without both scores (NaN) do not count; with fewer than two that count, the error is infinite.
     """
-    difference = (after - before)[(after - before).isfinite()]
-    return float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else math.inf
+    both = (after - before).isfinite()
+    before, after = before[both].double(), after[both].double()
+    error = float((after - before).std()) / math.sqrt(len(after)) if len(after) > 1 else math.inf
+    return Change(float(before.mean()), float(after.mean()), error)
 
 
 def signs_of_over_optimisation(
@@ -23,7 +34,7 @@ def signs_of_over_optimisation(
     tuned: dict[str, float],
     trained: dict[str, float],
     judges: list[str],
-    errors: dict[str, float],
+    changes: dict[str, Change],
 ) -> list[str]:
     """The signs that training improved its rewards at the cost of the pictures, one clause each.
 
@@ -36,16 +47,17 @@ def signs_of_over_optimisation(
         tuned: The tuned model's row.
         trained: The rewards that training saw and their weights, which are negative for rewards to be lowered.
         judges: The rewards that training never saw.
-        errors: The `standard_error_of_change` of each reward.
+        changes: The `paired_change` of each reward.
     """
 
     def moved(name: str, way: float) -> bool:
-        return math.copysign(1, way) * (tuned[f"reward/{name}"] - base[f"reward/{name}"]) > SURE * errors[name]
+        change = changes[name]
+        return math.copysign(1, way) * (change.after - change.before) > SURE * change.error
 
     if not trained or not all(moved(name, weight) for name, weight in trained.items()):
         return []
     signs = [
-        f"{name}, which training never saw, fell from {base[f'reward/{name}']:.3g} to {tuned[f'reward/{name}']:.3g}"
+        f"{name}, which training never saw, fell from {changes[name].before:.3g} to {changes[name].after:.3g}"
         for name in judges
         if moved(name, way=-1)
     ]

@@ -1,6 +1,7 @@
 """Loads the checkpoints of reward models from a folder or the Hugging Face Hub, and refuses incomplete ones."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -40,6 +41,16 @@ def load_model(
     except SafetensorError as error:
         raise ValueError(
             f"The weights of checkpoint {str(checkpoint)!r} were cut off or damaged ({error}): get them again."
+        ) from error
+    except (
+        RuntimeError,
+        UnpicklingError,
+        EOFError,
+    ) as error:
+        # A `.bin` file that ends too early, or weights of other shapes.
+        raise ValueError(
+            f"Checkpoint {str(checkpoint)!r} was cut off, or is of another architecture than {model_class.__name__} "
+            "expects: get it again, or pass another."
         ) from error
     except (OSError, ValueError) as error:
         raise ValueError(_how_to_get(checkpoint, files)) from error
@@ -118,9 +129,10 @@ def load_normalisation(checkpoint: str | Path, revision: str | None) -> tuple[li
     """
     try:
         settings, _ = CLIPImageProcessor.get_image_processor_dict(checkpoint, revision=revision)
-    except (OSError, ValueError) as error:
-        raise ValueError(_how_to_get(checkpoint, "preprocessor_config.json")) from error
-    return settings["image_mean"], settings["image_std"]
+        return settings["image_mean"], settings["image_std"]
+    except (OSError, ValueError, KeyError) as error:
+        needed = "preprocessor_config.json with image_mean and image_std"
+        raise ValueError(_how_to_get(checkpoint, needed)) from error
 
 
 def find_file(checkpoint: str | Path, name: str, revision: str | None) -> Path:

@@ -1,6 +1,7 @@
 """`pairwise`: a judge of two pictures as a reward, by the share of comparisons that each picture of a prompt wins."""
 
 import inspect
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -73,7 +74,10 @@ class PairwiseReward(Reward):
         self.name = self.function.name
 
     def __call__(self, /, images: Tensor, prompts: list[str], **columns: Any) -> Scores | Awaitable[Scores]:
-        pairs = pairs_of(len(images), self.budget)
+        finite = images.flatten(1).isfinite().all(dim=1).tolist()
+        pairs = [(i, j) for i, j in pairs_of(len(images), self.budget) if finite[i] and finite[j]]
+        if not pairs:
+            return self._shares([], [], finite)
         first, second = (torch.tensor(side, device=images.device) for side in zip(*pairs, strict=True))
         of_pairs = {
             name: [value[i] for i, _ in pairs] if isinstance(value, list) else value for name, value in columns.items()
@@ -82,14 +86,14 @@ class PairwiseReward(Reward):
             images=images[first], others=images[second], prompts=[prompts[i] for i, _ in pairs], **of_pairs
         )
         if inspect.isawaitable(answer):
-            return self._awaited(answer, pairs, len(images))
-        return self._shares(answer, pairs, len(images))
+            return self._awaited(answer, pairs, finite)
+        return self._shares(answer, pairs, finite)
 
-    async def _awaited(self, answer: Awaitable[Any], pairs: list[Pair], count: int) -> Scores:
-        return self._shares(await answer, pairs, count)
+    async def _awaited(self, answer: Awaitable[Any], pairs: list[Pair], finite: list[bool]) -> Scores:
+        return self._shares(await answer, pairs, finite)
 
-    def _shares(self, answer: Any, pairs: list[Pair], count: int) -> Scores:
-        """The mean over its comparisons of every picture; None for a picture without any."""
+    def _shares(self, answer: Any, pairs: list[Pair], finite: list[bool]) -> Scores:
+        """The mean over its comparisons of every picture; None for one without any, NaN for one that is not finite."""
         wins = answer.tolist() if isinstance(answer, Tensor) else answer
         if not is_list(wins):
             raise ValueError(
@@ -101,7 +105,7 @@ class PairwiseReward(Reward):
             raise ValueError(
                 f"The judge {self.name!r} returned {len(wins)} answers for {len(pairs)} pairs: return one for each."
             )
-        earned: list[list[float]] = [[] for _ in range(count)]
+        earned: list[list[float]] = [[] if good else [math.nan] for good in finite]
         for (first, second), win in zip(pairs, wins, strict=True):
             if win is None:
                 continue

@@ -8,9 +8,11 @@ _QUOTATION_MARKS = (
     r'(?<!\d)"([^"]+)"',
     r"“([^“”]+)”",
     r"„([^„“”]+)[“”]",
+    r"(?<!\d)”([^“”]+)”",
     r"＂([^＂]+)＂",
     r"«([^«»]+)»",
     r"»([^«»]+)«",
+    r"»([^«»]+)»",
     r"‹([^‹›]+)›",
     r"「([^「」]+)」",
     r"『([^『』]+)』",
@@ -24,8 +26,8 @@ _QUOTED = re.compile("|".join(_QUOTATION_MARKS), flags=re.IGNORECASE)
 def quoted_texts(prompt: str) -> list[str]:
     """What stands between quotation marks, each text once, in the order of the prompt.
 
-    Straight, curly, German, French and Japanese marks count; a pair inside another does not, nor do apostrophes and
-    the marks of feet and inches.
+    Straight, curly, German, French, Nordic and Japanese marks count; a pair inside another does not, nor do
+    apostrophes and the marks of feet and inches.
     """
     found = (next(filter(None, match.groups())).strip() for match in _QUOTED.finditer(prompt))
     return list(dict.fromkeys(text for text in found if text))

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 URL, MODEL, KEY = "VLM_URL", "VLM_MODEL", "VLM_API_KEY"
 MOST_LIKELY = 20  # tokens whose probabilities are asked for, the most that the API gives
+LEAST_MASS = 0.1  # the probability of all answers together, below which there is no score
 
 
 @dataclass
@@ -111,7 +112,7 @@ class VLMJudge(Reward):
         self.answer, self.concurrency, self.memory = answer, concurrency, memory
         self.timeout, self.retries, self.patience = timeout, retries, patience
         self.cost = Cost()
-        self._token = _checked_key(os.environ.get(KEY) if token is None else token)
+        self._token = _checked_key((os.environ.get(KEY) or None) if token is None else token)
         self._remembered: OrderedDict[bytes, float | None] = OrderedDict()
 
     def needed_columns(self) -> list[str]:
@@ -251,6 +252,8 @@ class VLMJudge(Reward):
             said = choice["message"]["content"] or ""
             if self.answer == "expected":
                 likely = choice["logprobs"]["content"][0]["top_logprobs"]
+                if not likely:  # an API that knows `logprobs` alone
+                    raise KeyError("top_logprobs")
         except (KeyError, IndexError, TypeError) as error:
             what = "`top_logprobs`" if self.answer == "expected" else "words"
             raise ValueError(
@@ -314,7 +317,10 @@ class GenEvalJudge(VLMJudge):
 
 
 def expected_score(question: Question, likely: Sequence[Any]) -> float | None:
-    """The mean score of the answers of one token, weighted by their probabilities; None if none of them is likely.
+    """The mean score of the answers of one token, weighted by their probabilities.
+
+    None if the answers together are less likely than `LEAST_MASS`, our choice: the model was about to say something
+    else.
 
     Args:
         question: Knows the answers.
@@ -327,7 +333,7 @@ def expected_score(question: Question, likely: Sequence[Any]) -> float | None:
             case {"token": str(token), "logprob": int() | float() as logprob} if token.strip().lower() in answers:
                 weight = math.exp(logprob)
                 total, mass = total + weight * answers[token.strip().lower()], mass + weight
-    return total / mass if mass > 0 else None
+    return total / mass if mass >= LEAST_MASS else None
 
 
 def _fields(text: str) -> list[str]:

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from ..flow import euler_steps, norm_ratios, root_mean_square
-from ..metrics import standard_error_of_change
+from ..metrics import Change, paired_change
 from .evaluator import Evaluator, Sampler
 from .flow_model import FlowModel
 from .kept_latents import KeptLatents
@@ -50,7 +50,7 @@ class Comparison:
 
     def rows(
         self, dataset: Dataset, samplers: dict[str, Sampler], sigmas: Tensor
-    ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    ) -> tuple[dict[str, dict[str, float]], dict[str, Change]]:
         """The rows `base` and `tuned`, and those with the name of every further sampler.
 
         Args:
@@ -59,10 +59,10 @@ class Comparison:
             sigmas: The grid on which `velocity_change` is measured.
 
         Returns:
-            The rows, and the standard error of every reward's change with the first sampler.
+            The rows, and every reward's change with the first sampler.
         """
         rows: dict[str, dict[str, float]] = {}
-        errors: dict[str, float] = {}
+        changes: dict[str, Change] = {}
         for name, sampler in samplers.items():
             suffix = f"_{name}" if name else ""
             with self.tuned_weights():
@@ -75,12 +75,9 @@ class Comparison:
                     self.base_rows[known] = self.row(dataset, self._kept(sampler, name), f"base{suffix}")
             base, base_scores = self.base_rows[known]
             if not name:
-                errors = {
-                    reward: standard_error_of_change(before, tuned_scores[reward])
-                    for reward, before in base_scores.items()
-                }
+                changes = {r: paired_change(before, tuned_scores[r]) for r, before in base_scores.items()}
             rows |= {f"base{suffix}": base, f"tuned{suffix}": tuned}
-        return rows, errors
+        return rows, changes
 
     def row(self, dataset: Dataset, sampler: Sampler, label: str) -> tuple[dict[str, float], dict[str, Tensor]]:
         """`Evaluator.row` of the model as it is, with the means of what rewards noted by `log_metric`."""

@@ -26,7 +26,7 @@ from transformers.utils import is_in_notebook
 from ..cost.rewards import blank_of
 from ..cost.run import memory_of, warn_of_memory
 from ..flow import norm_ratios, root_mean_square
-from ..metrics import signs_of_over_optimisation
+from ..metrics import Change, signs_of_over_optimisation
 from ..pipelines import Conditioning, FlowPipeline
 from ..pipelines.quantization import is_quantized, refuse_other_precision, refuse_unsplittable
 from ..rewards import Reward, as_rewards, chosen_by
@@ -994,14 +994,14 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         with self.one_for_all(), self.at_work(), self.judges_at_hand(), own_random_numbers(self.args.device):
             self._encode_new(dataset["prompt"])
             start = perf_counter()
-            rows, errors = self.comparison.rows(dataset, self.evaluation_samplers(), self.sigmas)
+            rows, changes = self.comparison.rows(dataset, self.evaluation_samplers(), self.sigmas)
             self.run_folder.rows, self.run_folder.sheet = rows, None
             if self.args.log_images and (self.model.is_sharded or self.is_world_process_zero()):
                 base, tuned = self.pictures(dataset, self.args.log_images)
                 # A model of vectors has nothing to show.
                 if base.images.dim() == 4 and self.is_world_process_zero():
                     self.run_folder.write_sheet(base, tuned, self.step_of_weights)
-        self._warn_of_over_optimisation(errors)
+        self._warn_of_over_optimisation(changes)
         self._warn_of_long_velocities()
         self.seconds["evaluation"] = self.seconds.get("evaluation", 0.0) + perf_counter() - start
         metrics: dict[str, float] = {}
@@ -1048,12 +1048,11 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
     def _show_in_trackers(self, name: str, sheet: Image.Image, text: str) -> None:
         show_picture(self.callback_handler.callbacks, name, sheet, text, self.step_of_weights)
 
-    def _warn_of_over_optimisation(self, errors: Mapping[str, float]) -> None:
-        """errors: the standard error of every reward's change."""
+    def _warn_of_over_optimisation(self, changes: dict[str, Change]) -> None:
         weights = zip(self.rewards, self.reward_weights.tolist(), strict=True)
         trained = {reward.name: weight for reward, weight in weights if weight != 0 and not reward.groupwise}
         judges = [r.name for r in self.eval_rewards]
-        signs = signs_of_over_optimisation(self.rows["base"], self.rows["tuned"], trained, judges, dict(errors))
+        signs = signs_of_over_optimisation(self.rows["base"], self.rows["tuned"], trained, judges, changes)
         if signs and self.is_world_process_zero():
             logger.warning(
                 "The trained reward moved as it should, but %s: it may have been hacked. Look at the pictures.",
