@@ -130,6 +130,25 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path, tiny_pipeline):
     )
 
 
+def test_the_best_of_those_that_were_saved_is_loaded(tmp_path, tiny_pipeline):
+    """The best evaluation, the first, has no checkpoint, nor has the third."""
+    scores = {0: 0.0, 1: 3.0, 2: 1.0, 3: 2.0, 4: 0.0, 5: -1.0, 6: 0.5}
+
+    def scored(images, prompts, trainer_state, **columns):
+        return [scores[trainer_state.global_step]] * len(images)
+
+    t = adjoint_matching(
+        tmp_path, tiny_pipeline, eval_dataset=["a cat"], save_strategy="steps", save_steps=2, eval_strategy="steps",
+        eval_steps=1, max_steps=6, load_best_model_at_end=True, metric_for_best_model="reward/scored",
+        greater_is_better=True, eval_reward_funcs=scored, log_images=0, save_total_limit=2,
+    )  # fmt: skip
+    t.train()
+    assert t.state.best_global_step == 1
+    assert t.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    assert t.step_of_weights == 2
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-6"]
+
+
 def test_the_card_names_the_update_of_the_best_checkpoint(tmp_path, tiny_pipeline, capsys):
     """The best evaluation may have no checkpoint: then the best that has one is loaded."""
     scores = {0: 0.0, 1: 0.0, 2: 1.0, 3: 2.0, 4: -1.0}
@@ -185,6 +204,12 @@ def test_patience_goes_on_counting_where_the_checkpoint_was(tmp_path, caplog):
     assert "nothing is left to train: 2 evaluations brought nothing better" in caplog.text
     longer = stopped(tmp_path / "whole", patience=3)
     assert longer.train(resume_from_checkpoint=True).global_step == 4
+
+
+def test_patience_may_be_added_to_a_resumed_run(tmp_path):
+    settings = {"eval_dataset": ["a red circle"]} | STOPPED
+    adjoint_matching(tmp_path, tiny_sd3(), **settings | {"max_steps": 1}).train()
+    assert stopped(tmp_path, patience=1, max_steps=4).train(resume_from_checkpoint=True).global_step == 2
 
 
 def test_the_best_of_another_number_is_forgotten(tmp_path, caplog):

@@ -158,6 +158,7 @@ NOT_SUPPORTED: dict[str, Any] = {
     "eval_use_gather_object": True,
     "eval_accumulation_steps": 1,
     "do_predict": True,
+    "save_on_each_node": True,
 }
 
 WORK = """
@@ -167,7 +168,7 @@ gradient_accumulation_steps max_grad_norm bf16 fp16 tf32 activation_checkpointin
 gradient_checkpointing gradient_checkpointing_kwargs logging_strategy logging_steps logging_first_step log_on_each_node
 logging_nan_inf_filter log_level log_level_replica disable_tqdm report_to run_name project trackio_space_id
 trackio_bucket_id trackio_static_space_id eval_strategy eval_steps eval_delay per_device_eval_batch_size eval_on_start
-save_only_model save_strategy save_steps save_on_each_node save_total_limit push_to_hub hub_token hub_private_repo
+save_only_model save_strategy save_steps save_total_limit push_to_hub hub_token hub_private_repo
 hub_model_id hub_strategy hub_always_push hub_revision load_best_model_at_end metric_for_best_model greater_is_better
 restore_callback_states_from_checkpoint full_determinism seed use_cpu ddp_find_unused_parameters ddp_bucket_cap_mb
 ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout debug skip_memory_metrics resume_from_checkpoint

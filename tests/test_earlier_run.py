@@ -1,5 +1,6 @@
 """No run mixes its files with those of another: a folder in use is refused, or what lies there is moved aside."""
 
+import json
 import re
 
 import pytest
@@ -65,10 +66,31 @@ def test_an_earlier_run_is_moved_aside_and_the_files_of_the_user_stay(tmp_path):
 
 
 def test_one_trainer_may_train_twice_and_save_and_evaluate_in_between(tmp_path):
-    t = trainer(tmp_path, **SAVED)
-    for _ in range(2):
-        t.train()
-        t.save_model()
+    """Its second training is no continuation of the first: what the first saved is moved aside, and its log stays."""
+    out = tmp_path / "out"
+    t = trainer(out, 2, **SAVED)
+    t.train()
+    t.save_model()
+    t.args.max_steps = 1
+    t.train()
+    t.save_model()
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"]
+    moved = [path.name for path in (tmp_path / "out.before-1").iterdir()]
+    assert sorted(moved) == ["checkpoint-1", "checkpoint-2"]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 1]
+    t.args.max_steps = 2
+    t.train(resume_from_checkpoint=True)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 1, 2]
+
+
+def test_a_checkpoint_that_is_a_link_is_gone_on_from(tmp_path):
+    out = tmp_path / "out"
+    trainer(out, **SAVED).train()
+    (out / "checkpoint-1").rename(tmp_path / "checkpoint-1")
+    (out / "checkpoint-1").symlink_to(tmp_path / "checkpoint-1")
+    assert trainer(out, 2, **SAVED).train(resume_from_checkpoint=True).global_step == 2
 
 
 def test_a_run_that_is_resumed_stays_where_it_is(tmp_path):

@@ -1,8 +1,11 @@
 """What a run leaves on the Hub, with the real client against a server on loopback, and the card."""
 
+import time
+
 import pytest
 import torch
 import yaml
+from huggingface_hub.hf_api import future_compatible
 
 from flowrl_trainers.run_folder import CardFacts, before_after, model_card
 
@@ -166,6 +169,28 @@ def test_the_sheet_holds_every_picture_where_it_says(count):
             small = sheet.crop(box).resize((32, 32), 0)
             expected = (image.permute(1, 2, 0) * 255).round().to(torch.uint8).flatten().tolist()
             assert list(small.tobytes()) == expected
+
+
+def test_pushes_are_made_one_by_one_and_one_that_fails_is_said(tmp_path, tiny_pipeline, caplog, monkeypatch):
+    at_once, running = [], []
+
+    @future_compatible
+    def refuse(self, *, run_as_future=False, **kwargs):
+        running.append(1)
+        at_once.append(len(running))
+        time.sleep(0.2)
+        running.pop()
+        raise OSError("401: the token was revoked")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", refuse)
+    t = make_trainer("AdjointMatchingTrainer", tmp_path, tiny_pipeline, hub_strategy="checkpoint")
+    t.hub_model_id, t.push_in_progress = "somebody/red", None  # as `push_to_hub` sets them
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "manifest.json").write_text("{}")
+    t._push_from_first_process(tmp_path / "checkpoint-1")
+    t.push_in_progress.wait_until_done()
+    assert at_once == [1, 1]
+    assert caplog.text.count("The push of step 0 failed (401: the token was revoked): push when training is over") == 2
 
 
 def test_a_hub_that_is_away_is_said_before_training(tmp_path, tiny_pipeline):

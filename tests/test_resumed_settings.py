@@ -123,7 +123,7 @@ CHANGES: dict[str, Any] = {
     "debug": "underflow_overflow", "skip_memory_metrics": False,
     # when it is saved and pushed
     "save_strategy": "epoch", "save_steps": 3, "save_total_limit": 5, "save_only_model": True,
-    "save_on_each_node": True, "hub_model_id": "somebody/model", "hub_strategy": "end", "hub_token": "a token",
+    "hub_model_id": "somebody/model", "hub_strategy": "end", "hub_token": "a token",
     "hub_private_repo": True, "hub_always_push": True, "hub_revision": "main", "resume_from_checkpoint": "auto",
     "restore_callback_states_from_checkpoint": True,
     # when and how it is evaluated
@@ -209,6 +209,32 @@ def test_a_run_goes_on_bit_for_bit_with_every_free_setting_changed(tmp_path, run
     assert resumed.state.global_step == 3
     assert resumed.best_step in (2, 3)  # both were evaluated and saved, and one of them was loaded at the end
     assert_same(load_file(tmp_path / "again" / "checkpoint-3" / WEIGHTS), expected)
+
+
+def test_intervals_are_those_of_the_resumed_run(tmp_path):
+    """The last update is evaluated in any case."""
+    settings = settings_of("AdjointMatchingTrainer")
+    make_trainer("AdjointMatchingTrainer", tmp_path, dataset=PROMPTS, **settings).train()
+    changed = {"save_steps": 0.5, "eval_strategy": "steps", "eval_steps": 3, "logging_steps": 2, "max_steps": 4}
+    t = make_trainer("AdjointMatchingTrainer", tmp_path, dataset=PROMPTS, eval_dataset=["a cat"], **settings | changed)
+    t.train(resume_from_checkpoint=True)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (1, 2, 4)]
+    assert [row["step"] for row in t.state.log_history if "eval_reward/redness" in row] == [3, 4]
+    assert [row["step"] for row in t.state.log_history if "loss" in row] == [1, 2, 4]
+
+
+@pytest.mark.parametrize(
+    "schedule", [{"lr_scheduler_type": "linear"}, {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.5}]
+)
+def test_a_schedule_that_knows_its_end_keeps_it(tmp_path, schedule):
+    """The learning rate would follow neither the schedule of the first run nor that of a longer one."""
+    settings = settings_of("AdjointMatchingTrainer") | schedule
+    make_trainer("AdjointMatchingTrainer", tmp_path, dataset=PROMPTS, **settings).train()
+    t = make_trainer("AdjointMatchingTrainer", tmp_path, dataset=PROMPTS, **settings | {"max_steps": 2})
+    with pytest.raises(
+        ValueError, match=r"checkpoint-1 was saved with max_steps 1, but this run has 2: a resumed run"
+    ):
+        t.train(resume_from_checkpoint=True)
 
 
 def test_a_run_of_ac_flow_goes_on_bit_for_bit_where_only_the_model_is_saved(tmp_path, runs):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from flowrl_trainers.rewards import differentiable
 from flowrl_trainers.run_folder.checkpoints import fault
@@ -127,6 +128,35 @@ def test_a_reward_that_raises_on_one_process_ends_the_others_that_wait_for_it(tm
 
 
 # ---- the handler ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("when", ["an evaluation", "the last evaluation", "the end of training"])
+def test_sigterm_beside_updates_begins_no_other_and_is_not_forgotten(tmp_path, tiny_pipeline, when, caplog):
+    def end_us() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def judge(images, prompts, trainer_state, **columns):
+        if trainer_state.global_step == 1 and when != "the end of training":
+            end_us()
+        return [1.0] * len(images)
+
+    class Late(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            if when == "the end of training":
+                end_us()
+
+    t = adjoint_matching(
+        tmp_path, tiny_pipeline, eval_dataset=["a cat"], eval_reward_funcs=judge, callbacks=[Late()], log_images=0,
+        eval_strategy="steps", eval_steps=1, save_strategy="no", max_steps=3 if when == "an evaluation" else 1,
+    )  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        t.train()
+    assert ended.value.code == EXIT_STATUS
+    assert t.state.global_step == 1
+    assert f"SIGTERM ended training after 1 updates: what it has learned is in {tmp_path}." in caplog.text
+    assert (tmp_path / "pytorch_lora_weights.safetensors").exists()
+    saved = list(tmp_path.glob("checkpoint-*"))
+    assert [fault(path) for path in saved] == ([] if when == "the end of training" else [None])
 
 
 def test_the_handler_stays_no_longer_than_training_and_only_where_nobody_else_has_one():

@@ -62,6 +62,23 @@ def test_tensorboard(folder):
     assert [event.step for event in events.Scalars("eval/base_reward/redness")] == [2]
 
 
+def test_an_evaluation_before_training_writes_into_the_folder_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    t = make_trainer("AdjointMatchingTrainer", tmp_path / "run", report_to="tensorboard", max_steps=1, log_images=0)
+    t.evaluate(CAPTIONS[:1])
+    t.train()
+    assert list((tmp_path / "run" / "runs").rglob("events.out*"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_wandb_gets_no_files_of_transformers_making(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_LOG_MODEL", "end")
+    with pytest.raises(ValueError, match=r"^WANDB_LOG_MODEL \('end'\) would send the base model to wandb, and a file"):
+        make_trainer("AdjointMatchingTrainer", tmp_path, report_to="wandb")
+    make_trainer("AdjointMatchingTrainer", tmp_path, report_to="none")
+
+
 def trackio_rows() -> None:
     from trackio.sqlite_storage import SQLiteStorage
 

@@ -49,6 +49,8 @@ FREE_FIELDS = frozenset(name for names in FREE.values() for name in names)
 
 WAITS_FOR_METRIC = ("reduce_lr_on_plateau", "greedy")
 """The schedules of the learning rate that follow an evaluation."""
+OF_ANY_LENGTH = ("constant", "constant_with_warmup", "inverse_sqrt", *WAITS_FOR_METRIC)
+"""Those that are the same in a longer run."""
 DECIDES_METRIC = frozenset((
     "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_num_inference_steps",
     "ode_num_inference_steps", "per_device_eval_batch_size", "metric_for_best_model", "greater_is_better",
@@ -68,6 +70,9 @@ def identity(args: TrainingArguments, **resolved: Any) -> dict[str, Any]:
     """
     values = args.to_dict()
     free = FREE_FIELDS - DECIDES_METRIC if args.lr_scheduler_type in WAITS_FOR_METRIC else FREE_FIELDS
+    # A share of the updates, as a warm-up of 0.1, is another number in a longer run.
+    if args.lr_scheduler_type not in OF_ANY_LENGTH or 0 < args.warmup_steps < 1:
+        free = free - {"max_steps", "num_train_epochs"}
     names = [field.name for field in fields(args) if field.name not in free]
     return json.loads(json.dumps({name: values[name] for name in names} | resolved, default=str))  # plain types alone
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 from diffusers import ModelMixin
+from PIL.Image import Image
 from safetensors.torch import save_model
 from torch import nn
 
@@ -105,7 +106,7 @@ class RunFolder:
         """Draw `reward_curve.png` of what was logged, where that is enough."""
         draw_reward_curve(self.path / CURVE, history, reward)
 
-    def write_sheet(self, base: Pictures, tuned: Pictures, step: int) -> None:
+    def write_sheet(self, base: Pictures, tuned: Pictures, step: int) -> Image:
         """Write `samples/step-N.png`, base and tuned pictures under one another, and a JSON file of their facts.
 
         The tuned ones are also written one by one, at full size, for the gallery of the card; those of an earlier
@@ -115,6 +116,9 @@ class RunFolder:
             base: Pictures of the base model.
             tuned: Those of the tuned model, of the same prompts and seeds.
             step: The update that made the weights.
+
+        Returns:
+            The sheet.
         """
         folder = self.path / "samples"
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,6 +131,7 @@ class RunFolder:
             earlier.unlink()
         for i, image in enumerate(tuned.images):
             to_pillow(image).save(self.path / _tuned(self.sheet, i))
+        return sheet
 
     def take_up_evaluation(self, checkpoint: Path, step: int) -> None:
         """Take up the last evaluation before a checkpoint, of which its card tells, and its sheet of pictures.

@@ -16,7 +16,7 @@ from accelerate.utils import AutocastKwargs, broadcast
 from datasets import Dataset
 from diffusers import DiffusionPipeline, ModelMixin
 from peft import LoraConfig
-from PIL import Image
+from PIL.Image import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerState, enable_full_determinism, set_seed
@@ -83,7 +83,7 @@ from .loss_scaling import LossScaler
 from .moving_average import MovingAverage
 from .pipeline_state import PipelineState
 from .surroundings import check_mergeable, check_modes, check_networks, check_sigmas, own_random_numbers
-from .trackers import name_trackio_run, show_picture
+from .trackers import check_trackers, name_trackio_run, settle_tensorboard, show_picture
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +152,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         check_modes()
         args = args or self.config_class(output_dir=self._name.lower().replace(" ", "-"))
         check_args(args, self.config_class)
+        check_trackers(args)
         check_weights(model, args)
         if peft_config is not None:
             check_lora_config(peft_config)
@@ -318,6 +319,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         def step_of_weights() -> int:
             return self.step_of_weights
 
+        settle_tensorboard(self.callback_handler.callbacks, self.output_dir)
         self.add_callback(LogFile(self.output_dir, step_of_weights))
         self.console = Console(self.run_folder, args.images_per_update, step_of_weights)
         if is_in_notebook() and not args.disable_tqdm:
@@ -995,12 +997,12 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             self._encode_new(dataset["prompt"])
             start = perf_counter()
             rows, changes = self.comparison.rows(dataset, self.evaluation_samplers(), self.sigmas)
-            self.run_folder.rows, self.run_folder.sheet = rows, None
+            self.run_folder.rows, self.run_folder.sheet, sheet = rows, None, None
             if self.args.log_images and (self.model.is_sharded or self.is_world_process_zero()):
                 base, tuned = self.pictures(dataset, self.args.log_images)
                 # A model of vectors has nothing to show.
                 if base.images.dim() == 4 and self.is_world_process_zero():
-                    self.run_folder.write_sheet(base, tuned, self.step_of_weights)
+                    sheet = self.run_folder.write_sheet(base, tuned, self.step_of_weights)
         self._warn_of_over_optimisation(changes)
         self._warn_of_long_velocities()
         self.seconds["evaluation"] = self.seconds.get("evaluation", 0.0) + perf_counter() - start
@@ -1010,9 +1012,8 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             metrics |= {f"{prefix}_{name}": value for name, value in row.items()}
         self.log(dict(metrics))
         self.state.log_history[-1]["step"] = self.step_of_weights  # not the last, where the best was loaded
-        if self.run_folder.sheet is not None:
-            with Image.open(self.run_folder.sheet) as sheet:
-                self._show_in_trackers("samples/held_out", sheet, "Base above tuned.")
+        if sheet is not None:
+            self._show_in_trackers("samples/held_out", sheet, "Base above tuned.")
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -1045,7 +1046,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             self._encode_new(dataset["prompt"])
             return self.comparison.pictures(dataset, next(iter(self.evaluation_samplers().values())), count)
 
-    def _show_in_trackers(self, name: str, sheet: Image.Image, text: str) -> None:
+    def _show_in_trackers(self, name: str, sheet: Image, text: str) -> None:
         show_picture(self.callback_handler.callbacks, name, sheet, text, self.step_of_weights)
 
     def _warn_of_over_optimisation(self, changes: dict[str, Change]) -> None:

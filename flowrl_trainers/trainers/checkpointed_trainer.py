@@ -14,15 +14,18 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import httpx2
 import torch
+from accelerate.utils import gather_object
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
@@ -36,6 +39,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import HubStrategy, TrainOutput, rotate_checkpoints
 from transformers.utils.hub import PushInProgress
 
@@ -80,10 +84,18 @@ class TrainingState:
 
 
 class UpdateCounter(TrainerCallback):
-    """Counts the updates since `train` was called."""
+    """Counts the updates since `train` was called; how often is logged, evaluated and saved follows the configuration.
+
+    Trainer would go on with the intervals that the checkpoint of a resumed run was saved with.
+    """
 
     def __init__(self) -> None:
         self.updates = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.compute_steps(args, state.max_steps)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -206,6 +218,8 @@ class CheckpointedTrainer(Trainer, ABC):
                 self._training_since = time.perf_counter()
                 listening.enter_context(self._sigterm.listening())
                 output = super().train(None if folder is None else str(folder), trial, ignore_keys_for_eval)
+                if self.on_any_process(self._sigterm.arrived):  # after the last checkpoint that could be saved
+                    self._end_process()
             except (Exception, KeyboardInterrupt):
                 if self._counter.updates:
                     self._keep_what_was_learned()
@@ -251,10 +265,12 @@ class CheckpointedTrainer(Trainer, ABC):
                 have no manifest) may then lie there, and are deleted when their step comes; others that are not whole
                 are moved aside.
         """
-        goes_on = folder is not None and folder.resolve().parent == self.output_dir.resolve()
-        if not (goes_on or self._owns_output_dir):
+        goes_on = folder is not None and folder.parent.resolve() == self.output_dir.resolve()  # it may be a link
+        if not goes_on:
             left, saved = models_of_a_run(self.output_dir), checkpoints(self.output_dir)
-            if self.args.overwrite_output_dir:
+            if self._owns_output_dir:  # this trainer trained before: nobody may resume from a mixture of two trainings
+                left = saved
+            elif self.args.overwrite_output_dir:
                 left = [path for path in files_of_a_run(self.output_dir) if path in self._found]
             elif auto and folder is None:
                 refuse_earlier_run(self.output_dir, [path for path in left if path not in saved])
@@ -276,11 +292,14 @@ class CheckpointedTrainer(Trainer, ABC):
 
     def _leave(self, folder: Path) -> None:
         """Write the adapter, and end the process as SIGTERM asked for; folder: the checkpoint of this update."""
-        if self.args.should_save or is_sharded(self.model):
-            self._keep_what_was_learned("SIGTERM ended training")
         if self.args.should_save:
             logger.warning("%s is whole: `resume_from_checkpoint=True` goes on from it, bit for bit.", folder)
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        self._end_process()
+
+    def _end_process(self) -> NoReturn:
+        if self.args.should_save or is_sharded(self.model):
+            self._keep_what_was_learned("SIGTERM ended training")
         self.accelerator.wait_for_everyone()
         raise SystemExit(EXIT_STATUS)
 
@@ -392,6 +411,12 @@ class CheckpointedTrainer(Trainer, ABC):
         if self.args.should_save and folder.exists():
             shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
+        kept: Any = self.state.stateful_callbacks  # a dictionary, once training has begun
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):  # perhaps one that the resumed run did not have
+                kept.setdefault(type(callback).__name__, callback.state())
+        if self.args.metric_for_best_model is not None:
+            self.state.best_model_checkpoint = self._best_checkpoint(folder)
         super()._save_checkpoint(model, trial)
         if self.args.should_save:  # again, as JSON has no sign for a number that is not finite
             written = folder / "trainer_state.json"
@@ -411,6 +436,25 @@ class CheckpointedTrainer(Trainer, ABC):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             write_manifest(folder)
+
+    def _best_checkpoint(self, folder: Path) -> str | None:
+        """That of the best evaluation among those with a checkpoint, as far as Trainer looks for the best.
+
+        Trainer itself knows the best evaluation alone, which has no checkpoint where `save_steps` is larger than
+        `eval_steps`.
+
+        Args:
+            folder: The checkpoint that is being written.
+        """
+        kept = [*checkpoints(self.output_dir), folder]
+        if self.state.best_model_checkpoint is not None:  # of a resumed run, it may lie elsewhere
+            kept.insert(0, Path(self.state.best_model_checkpoint))
+        places = {int(path.name.rpartition("-")[2]): path for path in kept}
+        name = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
+        rows = [row for row in self.state.log_history if not math.isnan(row.get(name, math.nan))]
+        found = {int(row["step"]): row[name] for row in rows if row["step"] in places}
+        best = max if self.args.greater_is_better else min
+        return str(places[best(found, key=found.__getitem__)]) if found else None
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not is_sharded(self.model):
@@ -448,6 +492,11 @@ class CheckpointedTrainer(Trainer, ABC):
             if self.is_world_process_zero():
                 self._push_from_first_process(folder)
 
+    @cached_property
+    def _hub(self) -> HfApi:
+        """One for the run, as it queues its pushes: the Hub refuses commits at the same time."""
+        return HfApi()
+
     def _push_from_first_process(self, folder: Path) -> None:
         strategy = self.args.hub_strategy
         pending: Any = self.push_in_progress  # a `PushInProgress`, whose jobs transformers declares as one
@@ -456,17 +505,28 @@ class CheckpointedTrainer(Trainer, ABC):
             return
         self.save_model(_internal_call=True)
 
+        step = self.state.global_step
+
+        def say_failure(job: Future[Any]) -> None:
+            if job.exception() is not None:
+                reason = " ".join(str(job.exception()).split())
+                logger.warning(
+                    "The push of step %d failed (%s): push when training is over, by `push_to_hub`.", step, reason
+                )
+
         def upload(path: Path, path_in_repo: str | None = None) -> Any:
-            return HfApi().upload_folder(
+            job = self._hub.upload_folder(
                 repo_id=str(self.hub_model_id),
                 folder_path=path,
                 path_in_repo=path_in_repo,
-                commit_message=f"Training in progress, step {self.state.global_step}",
+                commit_message=f"Training in progress, step {step}",
                 token=self.args.hub_token,
                 revision=self.args.hub_revision,
                 run_as_future=True,
                 ignore_patterns=["_*", "checkpoint-*"],
             )
+            job.add_done_callback(say_failure)
+            return job
 
         jobs = [upload(self.output_dir)]
         if strategy == HubStrategy.CHECKPOINT:
@@ -481,6 +541,13 @@ class CheckpointedTrainer(Trainer, ABC):
     def _find_checkpoint(self, wanted: str | Literal[True]) -> Path | None:
         """The checkpoint to resume from, if any; says which ones were passed over. See `checkpoint_to_resume`."""
         folder, passed_over = checkpoint_to_resume(self.output_dir, wanted)
+        if self.args.world_size > 1:
+            found = sorted(set(map(str, gather_object([folder and folder.name]))))
+            if len(found) > 1:
+                raise ValueError(
+                    f"The processes find different checkpoints to resume from ({', '.join(found)}): let `output_dir` "
+                    "be a folder that all of them see."
+                )
         for bad, fault in passed_over.items():
             logger.warning("Passed over %s, which is %s.", bad, fault)
         if folder is not None:

@@ -86,6 +86,10 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
         (False,),
         "it would save in the middle of an update; SIGTERM saves after it without this",
     ),
+    "save_on_each_node": (
+        (False,),
+        "a checkpoint has files of all processes, so `output_dir` must be a folder that all machines see",
+    ),
     "fsdp": ((None, False, ""), _LAUNCHED),
     "fsdp_config": ((None,), _LAUNCHED),
     "deepspeed": ((None,), _LAUNCHED),

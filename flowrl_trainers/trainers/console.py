@@ -61,7 +61,7 @@ def take_place_of_default(trainer: Trainer, console: TrainerCallback, given: lis
 class LogFile(TrainerCallback):
     """Every log of the run, whole, as a line of `metrics.jsonl`; after a resumption without those that it repeats.
 
-    Evaluations that this process made before training stand first.
+    What this process logged before stands first: evaluations, and other calls of `train`.
 
     Args:
         folder: Of the run.
@@ -70,14 +70,17 @@ class LogFile(TrainerCallback):
 
     def __init__(self, folder: Path, step_of_weights: Callable[[], int]) -> None:
         self.path, self.step_of_weights = folder / "metrics.jsonl", step_of_weights
-        self.before_training: list[dict[str, Any]] | None = []
+        self.rows: list[dict[str, Any]] = []  # of this process
+        self.before: list[dict[str, Any]] | None = None  # those that do not belong to the training at hand
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            self._write("w", [*(self.before_training or []), *state.log_history])
-        self.before_training = None
+            if self.before is None or state.global_step == 0:
+                self.before = self.rows
+            self.rows = [*self.before, *state.log_history]
+            self._write("w", self.rows)
 
     def on_log(
         self,
@@ -90,8 +93,7 @@ class LogFile(TrainerCallback):
         if state.is_world_process_zero and logs is not None:
             row = {"step": state.global_step if "train_runtime" in logs else self.step_of_weights()} | logs
             self._write("a", [row])
-            if self.before_training is not None:
-                self.before_training.append(row)
+            self.rows.append(row)
 
     def _write(self, mode: str, rows: list[dict[str, Any]]) -> None:
         try:

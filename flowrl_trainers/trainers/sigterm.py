@@ -12,10 +12,11 @@ EXIT_STATUS = 128 + signal.SIGTERM  # 143, as shells report a process that SIGTE
 
 
 class SigtermCallback(TrainerCallback):
-    """Asks Trainer for a checkpoint after the update during which SIGTERM reached any of the processes.
+    """Asks Trainer for a checkpoint after the update, or its evaluation, during which SIGTERM reached any process.
 
     Args:
-        on_any_process: Whether its argument is true on at least one process; called by all after every update.
+        on_any_process: Whether its argument is true on at least one process; called by all after every update and
+            evaluation.
 
     Attributes:
         leaving: Whether all processes have agreed to save and to leave.
@@ -47,3 +48,8 @@ class SigtermCallback(TrainerCallback):
     ) -> None:
         self.leaving = self.on_any_process(self.arrived)
         control.should_save |= self.leaving
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.on_step_end(args, state, control)  # Trainer saves after the evaluation that follows an update

@@ -1,11 +1,14 @@
 """Pictures in the trackers of `report_to`, beside the numbers that transformers sends there."""
 
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 from PIL.Image import Image
 from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.integrations.integration_utils import default_logdir
 
 STEP = "train/global_step"  # the axis that transformers gives to the numbers
 
@@ -34,6 +37,25 @@ def show_picture(callbacks: Iterable[TrainerCallback], name: str, picture: Image
 
             if trackio.context_vars.current_run.get() is not None:
                 trackio.log({name: trackio.Image(picture, caption=caption), STEP: step})
+
+
+def check_trackers(args: TrainingArguments) -> None:
+    """Raises `ValueError` where transformers would hand a tracker files of its own making."""
+    kind = os.environ.get("WANDB_LOG_MODEL")
+    if "wandb" in (args.report_to or []) and kind in ("end", "checkpoint"):
+        raise ValueError(
+            f"WANDB_LOG_MODEL ({kind!r}) would send the base model to wandb, and a file that holds your Hub token: "
+            "unset it, and log the adapter in `output_dir` as an artifact."
+        )
+
+
+def settle_tensorboard(callbacks: Iterable[TrainerCallback], output_dir: Path) -> None:
+    """Let TensorBoard write into `output_dir/runs` from the first number on: transformers says so as training begins,
+    and what is logged before would open another folder, for good.
+    """
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(output_dir / default_logdir())
 
 
 def name_trackio_run(args: TrainingArguments) -> None:
