@@ -17,6 +17,7 @@ from torch import nn
 from flowrl_trainers import ACFlowConfig
 from flowrl_trainers.flow import (
     advantage_weights,
+    compare_within_groups,
     explained_variance,
     interpolate,
     shape_rewards,
@@ -45,6 +46,17 @@ def test_rewards_are_centred_in_their_group_and_divided_by_the_spread_of_all():
     expected = torch.tensor([-1, 1, -1, 1, 0, 0]) / (spread + 1e-4)
     torch.testing.assert_close(shape_rewards(rewards, groups, 5.0), expected)
     torch.testing.assert_close(shape_rewards(rewards, groups, 0.5), expected.clamp(-0.5, 0.5))
+
+
+@pytest.mark.parametrize("value", [0.1, 0.7, 21.37, -85.3, 1234.567])
+@pytest.mark.parametrize("size", [8, 12, 24])
+def test_equal_rewards_teach_exactly_nothing(value, size):
+    """In float32 the mean of equal numbers is another number, which a spread near zero would blow up."""
+    rewards, groups = torch.tensor([value, 3 * value]).repeat_interleave(size), torch.arange(2).repeat_interleave(size)
+    assert (shape_rewards(rewards, groups, math.inf) == 0).all()
+    assert (shape_rewards(rewards, groups, math.inf, "raw") == 0).all()
+    for scale in ("batch", "group", "none"):
+        assert (compare_within_groups(rewards[:, None], groups, scale) == 0).all()
 
 
 def test_a_group_whose_images_are_alike_is_not_blown_up():

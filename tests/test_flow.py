@@ -8,6 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from flowrl_trainers import FlowPipeline
 from flowrl_trainers.flow import (
     MemorylessDynamics,
     OdeDynamics,
@@ -28,6 +29,8 @@ from flowrl_trainers.flow import (
     vector_jacobian_product,
     velocity_between,
 )
+
+from .tiny import tiny_sd3
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -64,6 +67,18 @@ def test_shift_is_that_of_the_scheduler_of_diffusers_and_has_an_inverse(shift):
     scheduler.set_timesteps(sigmas=sigmas[:-1].tolist())
     torch.testing.assert_close(shift_sigmas(sigmas, shift), scheduler.sigmas)
     torch.testing.assert_close(shift_sigmas(shift_sigmas(sigmas, shift), 1 / shift), sigmas)
+
+
+@pytest.mark.parametrize("shift", [math.sqrt(3), 1.18, 2.07, 1.32])
+def test_a_grid_starts_at_exactly_1_for_any_shift(shift):
+    """diffusers rounds the first level of these down or up."""
+    assert shift_sigmas(uniform_sigmas(10), shift)[0] == 1
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(10)
+    assert scheduler.sigmas[0] != 1
+    pipeline = tiny_sd3()
+    pipeline.scheduler = scheduler
+    assert FlowPipeline.from_pipeline(pipeline).sigmas(10)[0] == 1
 
 
 def test_shift_by_exp_mu_is_the_dynamic_shift_of_diffusers():

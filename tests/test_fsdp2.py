@@ -101,6 +101,39 @@ def share(name: str, folder: Path, lora: bool) -> None:
     trained(name, folder / "resumed", resume=folder / "two" / "checkpoint-1", **settings)
 
 
+def move(folder: Path) -> None:
+    """On each of two processes: all weights are trained, by a run whose network leaves the device and by one whose
+    network stays. Leaving and coming back give a parameter new memory, as on a GPU.
+    """
+    torch.set_num_threads(1)
+    pretend_gpus()
+    plain = nn.Module.to
+
+    def to(module, *arguments, **more):
+        if arguments and isinstance(arguments[0], torch.device):
+            return module._apply(torch.clone)
+        return plain(module, *arguments, **more)
+
+    nn.Module.to = to
+    for apart in (False, True):
+        t = make_trainer(
+            "DiffusionNFTTrainer", folder / str(apart), lora=False, use_cpu=False, offload_between_phases=apart,
+            per_device_train_batch_size=2, learning_rate=1e-3,
+        )  # fmt: skip
+        t.train()
+        weights = {n: whole(p.detach()) for n, p in t.model.trained_tensors().items()}
+        torch.save(weights, folder / f"{apart}_{t.args.process_index}.pt")
+
+
+def test_a_shared_network_that_leaves_the_device_learns_the_same(tmp_path):
+    for process in on_two_processes(move, tmp_path, **ENVIRONMENT):
+        assert process.returncode == 0, process.stderr
+    stayed, left = (torch.load(tmp_path / f"{apart}_0.pt") for apart in (False, True))
+    assert_same(left, stayed)
+    start = make_trainer("DiffusionNFTTrainer", tmp_path / "new", lora=False).model.trained_tensors()
+    assert all(not torch.equal(stayed[name], p.detach()) for name, p in start.items() if "proj_out" in name)
+
+
 SHARED = [
     pytest.param(name, lora, id=f"{name}-{'lora' if lora else 'full'}", marks=() if quick else pytest.mark.slow)
     for name in FORMS

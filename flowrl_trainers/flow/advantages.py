@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .conversions import expand_like
+
 Weighting = Literal["exponential", "softplus", "positive", "indicator", "linear"]
 Scale = Literal["batch", "group", "none"]
 CreditRule = Literal["mixed", "final", "level", "gain", "return"]
@@ -18,6 +20,29 @@ def with_room(rewards: Tensor) -> Tensor:
     """Rewards (NaN: absent) as they are, or in float64 where the sum of their squares may overflow float32."""
     huge = rewards.numel() > 0 and bool(rewards.nan_to_num(0.0).abs().max() > LARGEST_SQUARED)
     return rewards.double() if huge else rewards
+
+
+def less_their_mean(rewards: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+    """Rewards minus the mean of their group, and how many are in each.
+
+    Where those of a group are equal the difference is exactly 0: the lowest is taken off before the mean, which
+    rounding would part from the numbers that it is the mean of.
+
+    Args:
+        rewards: (M, ...), NaN where there is none, which gets 0.
+        number: (M,), the group of each, from 0 to G - 1.
+
+    Returns:
+        (M, ...), and (G, ...), at least 1.
+    """
+    present = ~rewards.isnan()
+    zeros = rewards.new_zeros(int(number.max()) + 1, *rewards.shape[1:])
+    counts = zeros.index_add(0, number, present.to(rewards.dtype)).clamp(min=1)
+    index = expand_like(number, rewards).expand_as(rewards)
+    lowest = torch.full_like(zeros, torch.inf).scatter_reduce(0, index, rewards.nan_to_num(torch.inf), "amin")
+    above = torch.where(present, rewards - lowest[number], 0.0)
+    means = zeros.index_add(0, number, above) / counts
+    return torch.where(present, above - means[number], 0.0), counts
 
 
 def shape_rewards(rewards: Tensor, groups: Tensor, clip: float, spread_of: Spread = "centred") -> Tensor:
@@ -34,15 +59,12 @@ def shape_rewards(rewards: Tensor, groups: Tensor, clip: float, spread_of: Sprea
     """
     dtype, rewards = rewards.dtype, with_room(rewards)
     present = ~rewards.isnan()
-    _, number = groups.unique(return_inverse=True)
-    values = torch.where(present, rewards, 0.0)
-    zeros = torch.zeros(int(number.max()) + 1, dtype=rewards.dtype, device=rewards.device)
-    means = zeros.index_add(0, number, values) / zeros.index_add(0, number, present.to(rewards.dtype)).clamp(min=1)
-    centred = torch.where(present, values - means[number], 0.0)
+    centred, _ = less_their_mean(rewards, groups.unique(return_inverse=True)[1])
     count = present.sum().clamp(min=1)
     if spread_of == "centred":
         spread = (centred.square().sum() / count).sqrt()
     else:
+        values = torch.where(present, rewards, 0.0)
         spread = (torch.where(present, values - values.sum() / count, 0.0).square().sum() / count).sqrt()
     return (centred / (spread + SMALLEST_SPREAD)).clamp(-clip, clip).to(dtype)
 
@@ -96,17 +118,15 @@ def compare_within_groups(rewards: Tensor, groups: Tensor, scale: Scale) -> Tens
     """
     present = ~rewards.isnan()
     _, number = groups.unique(return_inverse=True)
-    zeros = rewards.new_zeros(int(number.max()) + 1, rewards.shape[1])
-    counts = zeros.index_add(0, number, present.to(rewards.dtype)).clamp(min=1)
-    means = zeros.index_add(0, number, rewards.nan_to_num(0.0)) / counts
-    centred = torch.where(present, rewards - means[number], 0.0)
+    centred, counts = less_their_mean(rewards, number)
     match scale:
         case "batch":
             total = present.sum(dim=0).clamp(min=1)
             distance = torch.where(present, rewards - rewards.nansum(dim=0) / total, 0.0)
             return centred / ((distance.square().sum(dim=0) / total).sqrt() + SMALLEST_SPREAD)
         case "group":
-            return centred / ((zeros.index_add(0, number, centred.square()) / counts).sqrt()[number] + SMALLEST_SPREAD)
+            squares = torch.zeros_like(counts).index_add(0, number, centred.square())
+            return centred / ((squares / counts).sqrt()[number] + SMALLEST_SPREAD)
         case "none":
             return centred
 

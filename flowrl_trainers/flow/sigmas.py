@@ -14,4 +14,4 @@ def shift_sigmas(sigmas: torch.Tensor, shift: float) -> torch.Tensor:
     `shift` > 0; 1 leaves the grid as it is. 0 and 1 stay fixed, and the shift by 1 / shift is the inverse. The dynamic
     shift of FLUX with exponent mu is the shift by exp(mu).
     """
-    return shift * sigmas / (1 + (shift - 1) * sigmas)
+    return sigmas / (sigmas + (1 - sigmas) / shift)  # in this form 1 stays 1 for any shift

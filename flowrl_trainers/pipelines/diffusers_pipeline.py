@@ -25,6 +25,7 @@ from .base import Conditioning, FlowPipeline, Generators, Settings
 from .checkpoints import CHECKPOINTS
 
 NEGATIVE = "negative_"
+ROUNDED = 1e-6  # how far float32 takes the first level away from 1
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 
 # What a LoRA adapts by default: the projections of every attention layer, and in networks whose pictures and prompts
@@ -273,7 +274,10 @@ class DiffusersFlowPipeline(FlowPipeline):
             scheduler.set_timesteps(num_inference_steps, mu=mu)
         else:
             scheduler.set_timesteps(sigmas=levels, mu=mu)
-        return scheduler.sigmas.float()
+        found = scheduler.sigmas.float()
+        # Some shifts round the first level, which is 1, to its neighbours; it is the one from which 1 - sigma is 0.
+        found[0] = torch.where((found[0] - 1).abs() < ROUNDED, 1.0, found[0])
+        return found
 
     def velocity(
         self,

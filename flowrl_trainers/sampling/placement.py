@@ -8,6 +8,7 @@ from torch import nn
 
 from ..rewards import Reward
 from .flow_model import FlowModel
+from .sharding import is_sharded
 
 CPU = torch.device("cpu")
 
@@ -37,7 +38,9 @@ class Placement:
         if not self.apart or self._network_is_away:
             yield
             return
-        networks = [part for part in (self.model.transformer, self.model.frozen) if part is not None]
+        # FSDP takes up the moved weights where the module moves that it was told to shard.
+        network = self.model if is_sharded(self.model) else self.model.transformer
+        networks = [network] if self.model.frozen is None else [network, self.model.frozen]
         try:
             self._network_is_away = True
             for network in networks:

@@ -42,7 +42,7 @@ class TAFSGRPOConfig(FlowRLConfig):
     eta: Annotated[float, Range(at_least=1e-3)] = HfArg(
         default=1.0,
         help="How much noise a step draws, at least 0.001. With 'renoise' at most 1, where all noise is drawn afresh; "
-        "with 'precise' any number, 1 for the noise of the reverse diffusion; with 'flow_grpo' the noise level a of "
+        "with 'precise' any number, sqrt(2) for that of the reverse diffusion; with 'flow_grpo' the noise level a of "
         "that paper, 0.7 there.",
     )
     credit_rule: CreditRule = HfArg(

@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 
 KERNELS = {"renoise": renoise, "precise": precise_step, "flow_grpo": flow_grpo_step}
 LEAST_LEVEL = 0.05  # below it, the factor (1 - s') / s' of the Gaussian score drowns everything else
-NO_ADVANTAGE = 1e-3  # what rounding leaves of equal rewards is below it
+NO_ADVANTAGE = 1e-3  # rewards of equal pictures may differ by a rounding
 SAME_RATIO = 1e-6  # of two float32 computations of one thing
 SAME_RATIO_IN_HALF_PRECISION = 1e-3
 
