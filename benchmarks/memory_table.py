@@ -54,7 +54,7 @@ def main() -> None:
         write_recipes(sorted(args.recipes.glob("*.yaml")), args.out)
         return
     lines = [
-        "| model | trained | text encoders, before | 1 GPU | 2, FSDP2 | 8, FSDP2 | measured |",
+        "| model | trained | while prompts are encoded | 1 GPU | 2, FSDP2 | 8, FSDP2 | measured |",
         "|---|---|---:|---:|---:|---:|---|",
     ]
     for model, way in tqdm([(model, way) for model in args.models for way in WAYS], unit="row"):

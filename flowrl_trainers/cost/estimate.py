@@ -19,7 +19,7 @@ from ..networks import critic, value_network
 from ..pipelines.quantization import Quantization
 from ..pipelines.tiny_decoder import TinyDecoder
 from ..rewards.base import Sees
-from .architectures import META, Architecture
+from .architectures import META
 from .calls import Call, Kind, Phase, counted
 from .conditioning import blank_conditioning
 from .meter import LikeAGPU, Meter, metered
@@ -78,12 +78,14 @@ class Estimate:
         calls: The calls of the transformer, rewards and heads by kind, per update.
         updates: Those that use one rollout.
         once: The calls by kind that the first rollouts make beside that, once in a run.
+        taken: The names of settings that save memory and are as low as they go.
     """
 
     phases: dict[str, PhaseCost]
     calls: dict[str, float]
     updates: int
     once: dict[str, int]
+    taken: frozenset[str] = frozenset()
 
     @property
     def peak_phase(self) -> str:
@@ -172,7 +174,7 @@ class Estimator:
     def __post_init__(self) -> None:
         network = self.flow.transformer
         loaded = deepcopy(network) if self.lora is None and self.copy_as_loaded else None
-        self.quantized = quantized_size(network, self.quantization)
+        self.quantized = quantized_size(linear_layers(network), self.quantization)
         quantized = [] if self.quantization is None else [layer.weight for layer in linear_layers(network)]
         self.whole = {id(weight) for weight in quantized}  # by FSDP2 as well
         if self.lora is not None:
@@ -362,7 +364,7 @@ class Estimator:
             parts["further rewards"] = _bytes_of_rewards(self.judges)
         if phase == Phase.ROLLOUT and self.merged:
             adapted = [m for m in self.flow.transformer.modules() if isinstance(m, BaseTunerLayer)]
-            parts["merged weights"] = sum(_bytes(m.get_base_layer()) for m in adapted)
+            parts["merged weights"] = sum(bytes_of_network(m.get_base_layer()) for m in adapted)
         if phase == Phase.UPDATE:
             parts["gradients"] = self._held_of(self._of_the_optimizer)
         if self.apart:
@@ -387,7 +389,9 @@ class Estimator:
         """What stays on the device during a run, in bytes."""
         network, head = self.flow.transformer, self._head
         trained = self._held_of(self.trained)
-        of_head = 0 if head is None else self._held_of(head.parameters()) if self._head_is_shared else _bytes(head)
+        of_head = (
+            0 if head is None else self._held_of(head.parameters()) if self._head_is_shared else bytes_of_network(head)
+        )
         weights = self._held_of(p for p in network.parameters() if not p.requires_grad)
         copy = [] if self.frozen is None else [*self.frozen.parameters()]
         buffers = [buffer for part in (network, self.frozen) if part is not None for buffer in part.buffers()]
@@ -401,8 +405,8 @@ class Estimator:
             "optimizer": optimizer,
             **dict.fromkeys(self.copies, with_head),
             "head": of_head,
-            "autoencoder": sum(_bytes(network) for network in self.flow.decoders()),
-            "reward decoder": 0 if self.reward_decoder is None else _bytes(self.reward_decoder.autoencoder),
+            "autoencoder": sum(bytes_of_network(network) for network in self.flow.decoders()),
+            "reward decoder": 0 if self.reward_decoder is None else bytes_of_network(self.reward_decoder.autoencoder),
             "rewards": _bytes_of_rewards(self.rewards),
         }
 
@@ -448,21 +452,9 @@ def _by_kind(calls: list[Call]) -> dict[str, int]:
     return dict(names)
 
 
-def encoding(architecture: Architecture, dtype: torch.dtype, quantization: Quantization | None = None) -> PhaseCost:
-    """The phase before training: the text encoders alone, on the device to encode prompts.
-
-    Their weights are counted, not their activations.
-    """
-    sizes = {}
-    for name in architecture.text_encoders():
-        network = architecture.part(name, dtype)
-        sizes[name] = _bytes(network) - quantized_size(network, quantization).saved
-    return PhaseCost(sizes, "text encoders")
-
-
 @dataclass(frozen=True)
 class QuantizedSize:
-    """What the quantisation of a network's linear layers changes, in bytes.
+    """What the quantisation of linear layers changes, in bytes.
 
     Attributes:
         saved: Those that its weights need less.
@@ -473,21 +465,21 @@ class QuantizedSize:
     largest: int = 0
 
 
-def quantized_size(network: nn.Module, quantization: Quantization | None) -> QuantizedSize:
-    """nf4: half a byte for each number, and 4 bytes for every 64; 8 bits: one byte, and the scale of each row."""
+def quantized_size(layers: Iterable[nn.Linear], quantization: Quantization | None) -> QuantizedSize:
+    """nf4: half a byte for each number, and 4 bytes for every 64; 8 bits: one byte, and 4 for each row."""
     if quantization is None:
         return QuantizedSize()
     saved = largest = 0
-    for layer in linear_layers(network):
+    for layer in layers:
         full, count = _bytes_of(layer.weight), layer.weight.numel()
-        in_eight = count + layer.out_features * layer.weight.element_size()
+        in_eight = count + 4 * layer.out_features
         saved += full - (count // 2 + 4 * -(-count // 64) if quantization == "nf4" else in_eight)
         largest = max(largest, full)
     return QuantizedSize(saved, largest)
 
 
 def linear_layers(network: nn.Module) -> list[nn.Linear]:
-    """Those that quantisation keeps in fewer bits."""
+    """Those of a transformer that quantisation keeps in fewer bits."""
     return [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
 
 
@@ -511,8 +503,9 @@ def _bytes_of(tensor: Tensor) -> int:
 
 
 def _bytes_of_rewards(rewards: list[BlankReward]) -> int:
-    return sum(_bytes(reward.network) for reward in rewards if reward.network is not None)
+    return sum(bytes_of_network(reward.network) for reward in rewards if reward.network is not None)
 
 
-def _bytes(network: nn.Module) -> int:
+def bytes_of_network(network: nn.Module) -> int:
+    """Of parameters and buffers."""
     return sum(_bytes_of(tensor) for tensor in [*network.parameters(), *network.buffers()])

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from ..pipelines.tiny_decoder import TinyDecoder
 from ..sampling.scoring import MEGAPIXEL
 from .architectures import META, find
 from .calls import Drawing
-from .estimate import Estimate, Estimator, encoding
+from .encoders import encoding
+from .estimate import Estimate, Estimator
 from .optimizers import state_bytes
 from .rewards import BlankReward
-from .table import LOWER
+from .table import lower
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +81,8 @@ def estimates_of_run(
         copies=["average"] * (config.ema_decay is not None) + ["old policy"] * config.keeps_old_policy,
         merged=config.merge_adapter,
     )
-    before = encoding(architecture, half or torch.float32, config.text_encoder_quantization)
+    beside = config.quantization if config.quantization == "nf4" and not config.offload_between_phases else None
+    before = encoding(architecture, half or torch.float32, config.text_encoder_quantization, beside)
     estimates = []
     for processes in shared_by:
         estimator.shared_by = processes
@@ -90,8 +93,30 @@ def estimates_of_run(
             config.latents_kept * config.images_per_device,
             config.first_calls(drawing),
         )
-        estimates.append(found.after(before))
+        estimates.append(replace(found.after(before), taken=taken(config, has_adapter=lora is not None)))
     return estimates
+
+
+def taken(config: Any, *, has_adapter: bool) -> frozenset[str]:
+    """The settings that save memory, by name, of which a configuration has all that they can give.
+
+    Args:
+        config: That of a trainer.
+        has_adapter: Whether a LoRA is trained, not all weights.
+    """
+    at_the_least = {
+        "quantization": config.quantization is not None or not has_adapter,
+        "frozen_copy": config.frozen_copy == "as_loaded" or has_adapter,
+        "text_encoder_quantization": config.text_encoder_quantization is not None,
+        "activation_checkpointing": config.activation_checkpointing,
+        "offload_between_phases": config.offload_between_phases,
+        "decoder_dtype": config.decoder_dtype != "float32",
+        "decode_batch_size": config.decode_batch_size == 1,
+        "rollout_batch_size": config.rollout_batch_size in (None, 1),
+        "per_device_train_batch_size": config.per_device_train_batch_size == 1,
+        "per_device_eval_batch_size": config.per_device_eval_batch_size == 1,
+    }
+    return frozenset(name for name, is_so in at_the_least.items() if is_so)
 
 
 def blank_reward_decoder(name: str | None, flow: Any) -> TinyDecoder | None:
@@ -141,5 +166,5 @@ def warn_of_memory(available: int, config: Any, model: str, *of_run: Any, evalua
             found.peak_gib,
             found.peak_phase,
             available / GIB,
-            LOWER[found.peak_phase],
+            lower(found),
         )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .calls import Phase
+from .calls import Kind, Phase
 from .estimate import ENCODE, Estimate
 
 
@@ -28,18 +28,44 @@ GPUS = {
     "h200": Device(141, 989),
 }
 
-LOWER = {
-    ENCODE: "`max_sequence_length` does not help: encode elsewhere, or load the text encoders in a lower precision",
-    Phase.ROLLOUT: "`rollout_batch_size` where it is set, or `per_device_train_batch_size` (with more "
-    "`gradient_accumulation_steps`)",
-    Phase.REWARD: "`decode_batch_size: 1`, which decodes and scores one picture at a time; then "
-    "`activation_checkpointing: true`",
-    Phase.TARGET: "`rollout_batch_size` where it is set (of products alone: `product_batch_size`), "
-    "`per_device_train_batch_size` (with more `gradient_accumulation_steps`), or `activation_checkpointing: true`",
-    Phase.UPDATE: "`activation_checkpointing: true`, or `per_device_train_batch_size` (with more "
-    "`gradient_accumulation_steps`)",
-    Phase.EVALUATION: "`per_device_eval_batch_size`",
+GRADIENTS = {str(Kind.REWARD_GRADIENT), str(Kind.OWN_REWARD_GRADIENT)}
+# What is written to lower a peak, by the name of the setting, and which of them lower which phase's.
+WRITTEN = {
+    "quantization": "`quantization: nf4`",
+    "frozen_copy": "`frozen_copy: as_loaded`",
+    "text_encoder_quantization": "`text_encoder_quantization: nf4`",
+    "activation_checkpointing": "`activation_checkpointing: true`",
+    "offload_between_phases": "`offload_between_phases: true`",
+    "decoder_dtype": "`decoder_dtype: bfloat16`",
+    "decode_batch_size": "`decode_batch_size: 1`, which decodes and scores one picture at a time",
+    "rollout_batch_size": "`rollout_batch_size`",
+    "per_device_train_batch_size": "`per_device_train_batch_size` (with more `gradient_accumulation_steps`)",
+    "per_device_eval_batch_size": "`per_device_eval_batch_size`",
 }
+OF_CALLS = {
+    ENCODE: ("text_encoder_quantization", "offload_between_phases"),
+    Phase.ROLLOUT: ("rollout_batch_size", "per_device_train_batch_size"),
+    Phase.REWARD: ("decode_batch_size", "activation_checkpointing", "decoder_dtype", "offload_between_phases"),
+    Phase.TARGET: ("rollout_batch_size", "per_device_train_batch_size", "activation_checkpointing"),
+    Phase.UPDATE: ("activation_checkpointing", "per_device_train_batch_size"),
+    Phase.EVALUATION: ("per_device_eval_batch_size",),
+}
+OF_WEIGHTS = ("quantization", "frozen_copy")  # where these are more than half of a peak
+
+
+def lower(estimate: Estimate) -> str:
+    """The settings that would lower the peak and are not taken yet, the one that does most first."""
+    phase = estimate.phases[estimate.peak_phase]
+    names = OF_CALLS[estimate.peak_phase]
+    if 2 * phase.parts.get("weights", 0) > phase.peak:
+        names = OF_WEIGHTS + names
+    without_use = set(estimate.taken)
+    if estimate.peak_phase == ENCODE and "weights" not in phase.parts:
+        without_use.add("offload_between_phases")  # the network is not there yet
+    if estimate.peak_phase == Phase.REWARD and not GRADIENTS & estimate.calls.keys():
+        without_use.add("activation_checkpointing")  # of a decoder that is differentiated
+    left = [WRITTEN[name] for name in names if name not in without_use]
+    return ", or ".join(left) or "a smaller picture or model, or more GPUs with `--accelerate_config fsdp2`"
 
 
 def table(estimate: Estimate, gpu: str | None, not_counted: list[str]) -> str:
@@ -63,7 +89,7 @@ def table(estimate: Estimate, gpu: str | None, not_counted: list[str]) -> str:
     lines += [
         "",
         f"peak: {estimate.peak_gib:.1f} GiB, {estimate.peak_phase} ({held})",
-        f"lower it by: {LOWER[estimate.peak_phase]}",
+        f"lower it by: {lower(estimate)}",
         f"operations: {estimate.tflop_per_update:.4g} TFLOP per update",
         f"calls per update: {calls}",
     ]
