@@ -149,6 +149,34 @@ def test_the_best_of_those_that_were_saved_is_loaded(tmp_path, tiny_pipeline):
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-6"]
 
 
+def test_a_judge_that_said_nothing_once_does_not_stop_a_resumed_run(tmp_path):
+    """Its mean is NaN, for which the checkpoint's file has null; and a checkpoint that was cut off is not the best."""
+    scores = {0: 0.0, 1: None, 2: 1.0, 3: 0.5, 4: 0.1}
+
+    def judge(images, prompts, trainer_state, **columns):
+        return [scores[trainer_state.global_step]] * len(images)
+
+    settings = {
+        "eval_dataset": ["a cat"], "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps",
+        "eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "reward/judge",
+        "greater_is_better": True, "eval_reward_funcs": judge, "log_images": 0,
+    }  # fmt: skip
+    adjoint_matching(tmp_path, tiny_sd3(), max_steps=1, **settings).train()
+    t = adjoint_matching(tmp_path, tiny_sd3(), max_steps=4, **settings)
+    write = t._write_checkpoint
+
+    def cut_off(folder, model, trial):
+        write(folder, model, trial)
+        if folder.name == "checkpoint-2":
+            (folder / "manifest.json").unlink()
+
+    t._write_checkpoint = cut_off
+    t.train(resume_from_checkpoint=True)
+    assert t.state.best_global_step == 2
+    assert t.state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
+    assert t.step_of_weights == 3
+
+
 def test_the_card_names_the_update_of_the_best_checkpoint(tmp_path, tiny_pipeline, capsys):
     """The best evaluation may have no checkpoint: then the best that has one is loaded."""
     scores = {0: 0.0, 1: 0.0, 2: 1.0, 3: 2.0, 4: -1.0}

@@ -80,9 +80,11 @@ def test_one_trainer_may_train_twice_and_save_and_evaluate_in_between(tmp_path):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 1]
     t.args.max_steps = 2
+    t.evaluate(["a cat"])
     t.train(resume_from_checkpoint=True)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 1, 2]
+    assert sum("eval_reward/redness" in row for row in rows) == 1
 
 
 def test_a_checkpoint_that_is_a_link_is_gone_on_from(tmp_path):
@@ -91,6 +93,10 @@ def test_a_checkpoint_that_is_a_link_is_gone_on_from(tmp_path):
     (out / "checkpoint-1").rename(tmp_path / "checkpoint-1")
     (out / "checkpoint-1").symlink_to(tmp_path / "checkpoint-1")
     assert trainer(out, 2, **SAVED).train(resume_from_checkpoint=True).global_step == 2
+    (tmp_path / "latest").symlink_to(out / "checkpoint-2")
+    t = trainer(out, 3, overwrite_output_dir=True, **SAVED)
+    assert t.train(resume_from_checkpoint=str(tmp_path / "latest")).global_step == 3
+    assert not list(tmp_path.glob("*.before-*"))
 
 
 def test_a_run_that_is_resumed_stays_where_it_is(tmp_path):

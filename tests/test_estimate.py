@@ -649,6 +649,9 @@ def test_nothing_is_advised_that_is_done(tmp_path, settings, peak, advice):
     without_gradient = lower(Estimate(judging, {"decode": 1}, 1, {}, taken(config, has_adapter=True)))
     assert "activation_checkpointing" not in without_gradient
     assert "`decoder_dtype: bfloat16`" in without_gradient
+    with_gradient = lower(Estimate(judging, {str(Kind.REWARD_GRADIENT): 1}, 1, {}, frozenset()))
+    assert "activation_checkpointing" in with_gradient
+    assert "decoder_dtype" not in with_gradient
 
 
 @pytest.mark.slow

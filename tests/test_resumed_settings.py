@@ -235,6 +235,8 @@ def test_a_schedule_that_knows_its_end_keeps_it(tmp_path, schedule):
         ValueError, match=r"checkpoint-1 was saved with max_steps 1, but this run has 2: a resumed run"
     ):
         t.train(resume_from_checkpoint=True)
+    t = make_trainer("AdjointMatchingTrainer", tmp_path, dataset=PROMPTS, **settings | {"num_train_epochs": 7})
+    assert t.train(resume_from_checkpoint=True).global_step == 1  # `max_steps` decides
 
 
 def test_a_run_of_ac_flow_goes_on_bit_for_bit_where_only_the_model_is_saved(tmp_path, runs):

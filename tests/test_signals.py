@@ -130,13 +130,17 @@ def test_a_reward_that_raises_on_one_process_ends_the_others_that_wait_for_it(tm
 # ---- the handler ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("when", ["an evaluation", "the last evaluation", "the end of training"])
+@pytest.mark.parametrize(
+    "when", ["an evaluation", "the last evaluation", "the end of training", "the first evaluation"]
+)
 def test_sigterm_beside_updates_begins_no_other_and_is_not_forgotten(tmp_path, tiny_pipeline, when, caplog):
     def end_us() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     def judge(images, prompts, trainer_state, **columns):
-        if trainer_state.global_step == 1 and when != "the end of training":
+        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # it is tried before training
+            return [1.0] * len(images)
+        if trainer_state.global_step == (0 if when == "the first evaluation" else 1) and when != "the end of training":
             end_us()
         return [1.0] * len(images)
 
@@ -147,11 +151,16 @@ def test_sigterm_beside_updates_begins_no_other_and_is_not_forgotten(tmp_path, t
 
     t = adjoint_matching(
         tmp_path, tiny_pipeline, eval_dataset=["a cat"], eval_reward_funcs=judge, callbacks=[Late()], log_images=0,
-        eval_strategy="steps", eval_steps=1, save_strategy="no", max_steps=3 if when == "an evaluation" else 1,
+        eval_strategy="steps", eval_steps=1, save_strategy="no", eval_on_start=when == "the first evaluation",
+        max_steps=3 if when == "an evaluation" else 1,
     )  # fmt: skip
     with pytest.raises(SystemExit) as ended:
         t.train()
     assert ended.value.code == EXIT_STATUS
+    if when == "the first evaluation":
+        assert t.state.global_step == 0
+        assert "SIGTERM ended training before its first update." in caplog.text
+        return
     assert t.state.global_step == 1
     assert f"SIGTERM ended training after 1 updates: what it has learned is in {tmp_path}." in caplog.text
     assert (tmp_path / "pytorch_lora_weights.safetensors").exists()

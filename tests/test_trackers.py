@@ -11,9 +11,11 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers.integrations import WandbCallback
 
 from . import forked
-from .helpers import CAPTIONS, make_trainer
+from .helpers import CAPTIONS, adjoint_matching, make_trainer
+from .tiny import tiny_sd3
 
 TRACKERS = ["tensorboard", "trackio", "wandb"]
 
@@ -70,12 +72,21 @@ def test_an_evaluation_before_training_writes_into_the_folder_of_the_run(tmp_pat
     t.train()
     assert list((tmp_path / "run" / "runs").rglob("events.out*"))
     assert not (tmp_path / "runs").exists()
+    again = make_trainer(
+        "AdjointMatchingTrainer", tmp_path / "run", report_to="tensorboard", max_steps=1, log_images=0,
+        overwrite_output_dir=True,
+    )  # fmt: skip
+    again.evaluate(CAPTIONS[:1])
+    again.train()
+    assert list((tmp_path / "run" / "runs").rglob("events.out*"))
 
 
 def test_wandb_gets_no_files_of_transformers_making(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_LOG_MODEL", "end")
     with pytest.raises(ValueError, match=r"^WANDB_LOG_MODEL \('end'\) would send the base model to wandb, and a file"):
         make_trainer("AdjointMatchingTrainer", tmp_path, report_to="wandb")
+    with pytest.raises(ValueError, match=r"^WANDB_LOG_MODEL"):
+        adjoint_matching(tmp_path, tiny_sd3(), callbacks=[WandbCallback()])
     make_trainer("AdjointMatchingTrainer", tmp_path, report_to="none")
 
 

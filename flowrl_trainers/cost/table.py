@@ -62,8 +62,10 @@ def lower(estimate: Estimate) -> str:
     without_use = set(estimate.taken)
     if estimate.peak_phase == ENCODE and "weights" not in phase.parts:
         without_use.add("offload_between_phases")  # the network is not there yet
-    if estimate.peak_phase == Phase.REWARD and not GRADIENTS & estimate.calls.keys():
-        without_use.add("activation_checkpointing")  # of a decoder that is differentiated
+    if GRADIENTS & estimate.calls.keys():
+        without_use.add("decoder_dtype")  # which must be float32 where rewards are differentiated
+    elif estimate.peak_phase == Phase.REWARD:
+        without_use.add("activation_checkpointing")
     left = [WRITTEN[name] for name in names if name not in without_use]
     return ", or ".join(left) or "a smaller picture or model, or more GPUs with `--accelerate_config fsdp2`"
 

@@ -72,7 +72,7 @@ def identity(args: TrainingArguments, **resolved: Any) -> dict[str, Any]:
     free = FREE_FIELDS - DECIDES_METRIC if args.lr_scheduler_type in WAITS_FOR_METRIC else FREE_FIELDS
     # A share of the updates, as a warm-up of 0.1, is another number in a longer run.
     if args.lr_scheduler_type not in OF_ANY_LENGTH or 0 < args.warmup_steps < 1:
-        free = free - {"max_steps", "num_train_epochs"}
+        free = free - ({"max_steps"} if args.max_steps > 0 else {"max_steps", "num_train_epochs"})
     names = [field.name for field in fields(args) if field.name not in free]
     return json.loads(json.dumps({name: values[name] for name in names} | resolved, default=str))  # plain types alone
 

@@ -152,7 +152,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         check_modes()
         args = args or self.config_class(output_dir=self._name.lower().replace(" ", "-"))
         check_args(args, self.config_class)
-        check_trackers(args)
+        check_trackers(args, callbacks or [])
         check_weights(model, args)
         if peft_config is not None:
             check_lora_config(peft_config)

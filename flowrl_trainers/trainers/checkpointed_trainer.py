@@ -60,11 +60,12 @@ from .base_config import FlowRLConfig
 from .input_checks import writable_folder
 from .other_processes import ALARMS, Alarm, is_broken_connection
 from .sigterm import EXIT_STATUS, SigtermCallback
+from .trackers import close_tensorboard
 
 logger = logging.getLogger(__name__)
 
 BROKE_OFF = "Training broke off"
-FORMAT = 5  # of what a checkpoint keeps: a change of it takes the next number, so that the others are refused
+FORMAT = 6  # of what a checkpoint keeps: a change of it takes the next number, so that the others are refused
 
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """What saving raises where it cannot write; `RuntimeError` is what torch makes of a full disk."""
@@ -265,7 +266,9 @@ class CheckpointedTrainer(Trainer, ABC):
                 have no manifest) may then lie there, and are deleted when their step comes; others that are not whole
                 are moved aside.
         """
-        goes_on = folder is not None and folder.parent.resolve() == self.output_dir.resolve()  # it may be a link
+        # A checkpoint in it may be a link, and a link elsewhere may lead to one.
+        places = () if folder is None else (folder.parent.resolve(), folder.resolve().parent)
+        goes_on = self.output_dir.resolve() in places
         if not goes_on:
             left, saved = models_of_a_run(self.output_dir), checkpoints(self.output_dir)
             if self._owns_output_dir:  # this trainer trained before: nobody may resume from a mixture of two trainings
@@ -279,6 +282,7 @@ class CheckpointedTrainer(Trainer, ABC):
                 refuse_earlier_run(self.output_dir, left)
             self.accelerator.wait_for_everyone()  # all have looked before the first one moves
             if left and self.args.should_save:
+                close_tensorboard(self.callback_handler.callbacks)
                 aside = move_aside(self.output_dir, left)
                 logger.warning("What an earlier run left in %s is now in %s.", self.output_dir, aside)
             self.accelerator.wait_for_everyone()
@@ -416,6 +420,9 @@ class CheckpointedTrainer(Trainer, ABC):
             if isinstance(callback, ExportableState):  # perhaps one that the resumed run did not have
                 kept.setdefault(type(callback).__name__, callback.state())
         if self.args.metric_for_best_model is not None:
+            of_best = self.output_dir / f"checkpoint-{self.state.best_global_step}"
+            if self.args.should_save and of_best != folder and not (of_best / MANIFEST).exists():
+                shutil.rmtree(of_best, ignore_errors=True)  # cut off by a kill; Trainer would take it for whole
             self.state.best_model_checkpoint = self._best_checkpoint(folder)
         super()._save_checkpoint(model, trial)
         if self.args.should_save:  # again, as JSON has no sign for a number that is not finite
@@ -446,12 +453,14 @@ class CheckpointedTrainer(Trainer, ABC):
         Args:
             folder: The checkpoint that is being written.
         """
-        kept = [*checkpoints(self.output_dir), folder]
+        kept = checkpoints(self.output_dir)
         if self.state.best_model_checkpoint is not None:  # of a resumed run, it may lie elsewhere
-            kept.insert(0, Path(self.state.best_model_checkpoint))
-        places = {int(path.name.rpartition("-")[2]): path for path in kept}
+            kept = [Path(self.state.best_model_checkpoint), *kept]
+        whole_ones = [path for path in kept if (path / MANIFEST).exists()]
+        places = {int(path.name.rpartition("-")[2]): path for path in (*whole_ones, folder)}
         name = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
-        rows = [row for row in self.state.log_history if not math.isnan(row.get(name, math.nan))]
+        # NaN is null in the file of a checkpoint.
+        rows = [row for row in self.state.log_history if row.get(name) is not None and not math.isnan(row[name])]
         found = {int(row["step"]): row[name] for row in rows if row["step"] in places}
         best = max if self.args.greater_is_better else min
         return str(places[best(found, key=found.__getitem__)]) if found else None

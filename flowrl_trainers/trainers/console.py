@@ -70,17 +70,24 @@ class LogFile(TrainerCallback):
 
     def __init__(self, folder: Path, step_of_weights: Callable[[], int]) -> None:
         self.path, self.step_of_weights = folder / "metrics.jsonl", step_of_weights
+        self.is_training = False
         self.rows: list[dict[str, Any]] = []  # of this process
-        self.before: list[dict[str, Any]] | None = None  # those that do not belong to the training at hand
+        self.before: list[dict[str, Any]] = []  # those that do not belong to the training at hand
+        self.outside: list[dict[str, Any]] = []  # those of evaluations since the last training
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            if self.before is None or state.global_step == 0:
-                self.before = self.rows
+            self.before = self.rows if state.global_step == 0 else [*self.before, *self.outside]
             self.rows = [*self.before, *state.log_history]
             self._write("w", self.rows)
+        self.is_training, self.outside = True, []
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.is_training = False
 
     def on_log(
         self,
@@ -94,6 +101,8 @@ class LogFile(TrainerCallback):
             row = {"step": state.global_step if "train_runtime" in logs else self.step_of_weights()} | logs
             self._write("a", [row])
             self.rows.append(row)
+            if not self.is_training:
+                self.outside.append(row)
 
     def _write(self, mode: str, rows: list[dict[str, Any]]) -> None:
         try:

@@ -1,5 +1,6 @@
 """SIGTERM, by which preempted machines announce their end, becomes a checkpoint after the update at hand."""
 
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -7,6 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
 
 EXIT_STATUS = 128 + signal.SIGTERM  # 143, as shells report a process that SIGTERM ended
 
@@ -48,6 +51,13 @@ class SigtermCallback(TrainerCallback):
     ) -> None:
         self.leaving = self.on_any_process(self.arrived)
         control.should_save |= self.leaving
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.leaving:  # since the evaluation of `eval_on_start`, before which nothing was learned
+            logger.warning("SIGTERM ended training before its first update.")
+            raise SystemExit(EXIT_STATUS)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -39,10 +39,16 @@ def show_picture(callbacks: Iterable[TrainerCallback], name: str, picture: Image
                 trackio.log({name: trackio.Image(picture, caption=caption), STEP: step})
 
 
-def check_trackers(args: TrainingArguments) -> None:
-    """Raises `ValueError` where transformers would hand a tracker files of its own making."""
+def check_trackers(args: TrainingArguments, callbacks: Iterable[TrainerCallback | type[TrainerCallback]]) -> None:
+    """Raises `ValueError` where transformers would hand a tracker files of its own making.
+
+    Args:
+        args: Of the run.
+        callbacks: Those that the user gave.
+    """
     kind = os.environ.get("WANDB_LOG_MODEL")
-    if "wandb" in (args.report_to or []) and kind in ("end", "checkpoint"):
+    given = any(isinstance(callback, WandbCallback) or callback is WandbCallback for callback in callbacks)
+    if (given or "wandb" in (args.report_to or [])) and kind in ("end", "checkpoint"):
         raise ValueError(
             f"WANDB_LOG_MODEL ({kind!r}) would send the base model to wandb, and a file that holds your Hub token: "
             "unset it, and log the adapter in `output_dir` as an artifact."
@@ -56,6 +62,14 @@ def settle_tensorboard(callbacks: Iterable[TrainerCallback], output_dir: Path) -
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(output_dir / default_logdir())
+
+
+def close_tensorboard(callbacks: Iterable[TrainerCallback]) -> None:
+    """Close what an evaluation before training opened, whose folder is about to be moved; training opens another."""
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            callback.tb_writer.close()
+            callback.tb_writer = None
 
 
 def name_trackio_run(args: TrainingArguments) -> None:
