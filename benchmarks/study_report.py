@@ -55,7 +55,7 @@ BASES_OF_FOUR = {
     "tafs_grpo": "base, by the sampler of TAFS-GRPO",
     "flow_grpo": "base, by the sampler of Flow-GRPO",
 }
-MATCHED = ("adjoint matching, K = 3", "VGG-Flow", "AC-Flow", "TAFS-GRPO, mixed")
+MATCHED = ("adjoint matching, K = 3", "VGG-Flow", "VGG-Flow, no value network", "AC-Flow", "TAFS-GRPO, mixed")
 
 COLUMNS: dict[str, tuple[str, str]] = {
     "checker_accuracy": ("checker accuracy, %", ".1f"),

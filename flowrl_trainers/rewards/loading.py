@@ -42,11 +42,7 @@ def load_model(
         raise ValueError(
             f"The weights of checkpoint {str(checkpoint)!r} were cut off or damaged ({error}): get them again."
         ) from error
-    except (
-        RuntimeError,
-        UnpicklingError,
-        EOFError,
-    ) as error:
+    except (RuntimeError, UnpicklingError, EOFError) as error:
         # A `.bin` file that ends too early, or weights of other shapes.
         raise ValueError(
             f"Checkpoint {str(checkpoint)!r} was cut off, or is of another architecture than {model_class.__name__} "
