@@ -19,11 +19,12 @@ FINDINGS = """## What it says
 - **The reward has a gradient:** VGG-Flow without its value network and DRaFT-3 gain most in the same time (34 and 33
   points), then adjoint matching with two or three steps (26 and 27), with orders 4 and 2+4 of the control's cost as
   with order 2 (28 and 29). They move the velocity a third as far as DRaFT-3, or less, adjoint matching a fifth, and
-  keep more diversity where both are equally accurate, in every seed; adjoint matching the most. The value network
-  brings nothing in as many updates and makes them twice as long: with it VGG-Flow gains 9 points. Likewise adjoint
-  matching over all twenty steps: 8 points, 2.6 times as long an update for 2 points more in as many. The memoryless
-  form gains 1 point in its 34 updates. Rewards are cheap here, and VGG-Flow takes three gradients of them where the
-  others take one: at the 624 that all have taken, DRaFT-3 had gained 10 points, adjoint matching 6 and VGG-Flow 2.
+  keep more diversity where both are equally accurate, in every seed; adjoint matching with three steps the most. The
+  value network brings nothing in as many updates and makes them twice as long: with it VGG-Flow gains 9 points.
+  Likewise adjoint matching over all twenty steps: 8 points, 2.6 times as long an update for 2 points more in as many.
+  The memoryless form gains 1 point in its 34 updates. Rewards are cheap here, and VGG-Flow takes three gradients of
+  them where the others take one: at the 624 that all have taken, DRaFT-3 had gained 10 points, adjoint matching 6 and
+  VGG-Flow 2.
 - **It is a score alone:** AWM gains most in the same time (35 points, with 0.85 of the diversity), then TAFS-GRPO with
   the credit of the last picture (`final`: 29, with all of it) or the default `mixed` (24, with all of it); with that
   of the next step alone (`level`) it gains 15, and collapsed in one of three seeds. Flow-GRPO in four steps gains 7;

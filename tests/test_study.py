@@ -294,7 +294,8 @@ def test_the_findings_of_the_page_hold():
     for records, points in ((free, 34), (draft, 33), (fourth, 28), (both, 29), (vgg, 9), (memoryless, 1)):
         assert statistics.mean(gains(records)) == pytest.approx(points, abs=0.5)
     assert mean(free, "velocity_distance") < mean(draft, "velocity_distance") / 3
-    assert all(matched_diversity(*pair)[0] > 0 for pair in zip(free, draft, strict=True))
+    for records in (free, fourth, both):
+        assert all(matched_diversity(*pair)[0] > 0 for pair in zip(records, draft, strict=True))
     assert all(matched_diversity(*pair)[0] < 0 for pair in zip(free, adjoint, strict=True))
     in_20 = [
         [at(r, "updates", 20, 20)["checker_accuracy"] - measured(r, None, 20)["checker_accuracy"] for r in records]
@@ -313,6 +314,7 @@ def test_the_findings_of_the_page_hold():
     assert mean(adjoint, "velocity_distance") < mean(draft, "velocity_distance") / 5
     two, whole = (of("main", "differentiable", f"adjoint matching, {label}") for label in ("K = 2", "all steps"))
     assert min(rises(two)) > max(rises(vgg + grpo + whole))
+    assert all(matched_diversity(*pair)[0] > 0 for pair in zip(two, draft, strict=True))
     for records, points in ((whole, 8), (adjoint, 27)):
         assert statistics.mean(rises(records)) == pytest.approx(points, abs=0.5)
     assert mean(two, "velocity_distance") < mean(draft, "velocity_distance") / 5
