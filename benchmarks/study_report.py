@@ -238,6 +238,7 @@ def table_at_end(records: list[Record], stage: str, methods: Mapping[str, Method
     base: list[dict[str, float]] = []
     for label, method in methods.items():
         found = [r for r in records if (r["stage"], r["label"]) == (stage, label)]
+        found.sort(key=lambda r: r["seed"])  # the file has them as they ended
         if not found:
             lines.append(_empty(label, names))
             continue

@@ -334,6 +334,12 @@ def test_the_findings_of_the_page_hold():
     )
     assert min(rises(awm + nft + ram)) > max(rises(ac_flow))
     assert max(mean(r, "kept_diversity") for r in (awm, nft, ram)) < 0.8
+    ten, four = (of("calls", "black box", label) for label in ("Flow-GRPO", "Flow-GRPO, 4 steps"))
+    assert min(rises(awm + nft + ram)) > max(rises(ten + four))
+    for records, points in ((ten, 7), (four, 5)):
+        assert statistics.mean(rises(records)) == pytest.approx(points, abs=0.5)
+    longer, shorter = (statistics.mean(r["points"][-1]["seconds"] for r in records) for records in (ten, four))
+    assert longer / shorter == pytest.approx(3, abs=0.15)
     assert mean(ac_flow, "velocity_distance") < 0.1 < min(mean(r, "velocity_distance") for r in (awm, nft, ram))
 
     tafs = of("main", "black box", "TAFS-GRPO, mixed")
@@ -475,6 +481,7 @@ def test_the_page_in_the_docs_is_that_of_the_results_file():
     records = json.loads(RESULTS.read_text())["runs"]
     assert page(records) == PAGE.read_text()
     assert black_box_table(records) == (PAGE.parent / "tables" / "black_box.md").read_text()
+    assert black_box_table(records).count("\n| base |") == 1  # the methods start from one, in whatever order runs end
     main = [r for r in records.values() if "error" not in r and r["stage"] == "main"]
     for setting in {r["setting"] for r in main}:
         section = PAGE.read_text().split(f"\n## {setting.capitalize()}: the reward")[1].partition("\n## ")[0]
