@@ -24,6 +24,10 @@ def trained(
         optim="sgd", learning_rate=1.0, max_steps=2 if name == "ACFlowTrainer" else 1, height=16, width=16,
         **settings,
     )  # fmt: skip
+    if name == "ACFlowTrainer" and t.critic is not None:
+        # The rewards of a rollout add up to 0, so that the gradient of the critic's last bias is rounding at first. An
+        # epsilon of the size of gradients keeps Adam from making a whole step of it.
+        t.critic_optimizer.param_groups[0]["eps"] = 1e-2
     before = {n: p.detach().clone() for n, p in t.model.named_parameters() if p.requires_grad}
     t.train()
     after = dict(t.model.named_parameters())
@@ -32,10 +36,7 @@ def trained(
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_eight_images_at_once_and_one_by_one_make_the_same_update(tmp_path, name):
-    """Equal but for the order of sums in float32: `SGD` hands the gradient on as it is.
-
-    AC-Flow's critic takes steps of Adam, which amplify rounding: what is learned from it differs by 1e-6, as measured.
-    """
+    """Equal but for the order of sums in float32: `SGD` hands the gradient on as it is."""
     assert_same_but_for_rounding(trained(tmp_path, name, 8, 1), trained(tmp_path, name, 1, 8))
 
 

@@ -152,7 +152,6 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
         check_modes()
         args = args or self.config_class(output_dir=self._name.lower().replace(" ", "-"))
         check_args(args, self.config_class)
-        check_trackers(args, callbacks or [])
         check_weights(model, args)
         if peft_config is not None:
             check_lora_config(peft_config)
@@ -197,6 +196,7 @@ class FlowRLTrainer(CheckpointedTrainer, Generic[RolloutT, RecordT]):
             check_columns(self.evaluated_rewards, eval_dataset, "eval_dataset", others=self.rewards)
 
         check_callbacks(callbacks or [], args)
+        check_trackers(args, callbacks or [])
         check_optimizers(optimizers)
 
         # The model, and what is trained of it.
