@@ -8,6 +8,7 @@ import yaml
 
 from flowrl_trainers.cli import main
 from flowrl_trainers.run_folder.earlier_run import ADAPTER, files_of_a_run
+from flowrl_trainers.trainers import checkpointed_trainer
 
 from .helpers import adjoint_matching
 from .tiny import tiny_sd3
@@ -85,6 +86,22 @@ def test_one_trainer_may_train_twice_and_save_and_evaluate_in_between(tmp_path):
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 1, 2]
     assert sum("eval_reward/redness" in row for row in rows) == 1
+
+
+def test_processes_that_find_different_checkpoints_say_so(tmp_path, monkeypatch):
+    """As where each machine has a disk of its own; the other process is pretended."""
+    t = trainer(tmp_path, **SAVED)
+    t.train()
+    monkeypatch.setattr(type(t.args), "world_size", 2)
+    found = {"checkpoint-1": ["checkpoint-1"]}
+    monkeypatch.setattr(checkpointed_trainer, "gather_object", lambda mine: [*mine, *found[mine[0]]])
+    monkeypatch.setattr(
+        checkpointed_trainer, "checkpoint_to_resume", lambda folder, wanted: (tmp_path / "checkpoint-1", {})
+    )
+    assert t._find_checkpoint(True) == tmp_path / "checkpoint-1"
+    found["checkpoint-1"] = [None]
+    with pytest.raises(ValueError, match=r"find different checkpoints to resume from \(None, checkpoint-1\): let"):
+        t._find_checkpoint(True)
 
 
 def test_a_checkpoint_that_is_a_link_is_gone_on_from(tmp_path):

@@ -636,7 +636,7 @@ def test_bytes_of_text_encoders_are_those_that_are_loaded(tmp_path, family, kind
 
 
 @pytest.mark.parametrize(("settings", "peak", "advice"), [
-    ({}, {"weights": 3, "largest call": 1}, "`quantization: nf4`, or `activation_checkpointing: true`, or `per_device"),
+    ({}, {"weights": 3, "largest call": 1}, "`quantization: nf4`, or `activation_checkpointing: true`, or `per_"),
     ({"activation_checkpointing": True, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
      {"largest call": 1}, "a smaller picture or"),
     ({"activation_checkpointing": True}, {"largest call": 1}, "`per_device_train_batch_size` (with more"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from PIL import Image
 from safetensors.torch import load_file
 
 from flowrl_trainers import AdjointMatchingConfig, AdjointMatchingTrainer
@@ -50,6 +51,15 @@ def test_the_moving_average_is_what_is_saved_and_evaluated(tmp_path, tiny_pipeli
 
     assert found == pytest.approx(judged(averaged), abs=1e-6)
     assert abs(found - judged(raw)) > 1e-5
+
+
+def test_a_sheet_of_more_pixels_than_pillow_opens_is_shown(tmp_path, tiny_pipeline, monkeypatch):
+    t = adjoint_matching(tmp_path, tiny_pipeline, log_images=2)
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 5_000)  # a line of text may have so many
+    t.evaluate(PROMPTS)
+    sheet = tmp_path / "samples" / "step-000000.png"
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(sheet)
 
 
 def test_an_optimizer_of_ones_own_must_hold_what_is_trained(tmp_path, tiny_pipeline):

@@ -94,7 +94,8 @@ def test_the_expected_value_is_the_weighted_mean_of_the_answers():
     ([said("between 3 and 4")], {}, "'between 3 and 4' is not one number from 0 to 9."),
     ([said("11")], {}, "'11' is not one number from 0 to 9."),
     ([said(None)], {}, "'' is not one number from 0 to 9."),
-    ([likely(The=0.9, n1=0.04, n9=0.05)], {"answer": "expected"}, "'?' is not a likely token of one number from 0 to 9."),
+    ([likely(The=0.9, n1=0.04, n9=0.05)], {"answer": "expected"},
+     "'?' is not a likely token of one number from 0 to 9."),
     # servers that are wrong: an error
     (["<html>hello</html>"], {}, "did not answer with the words of a chat but '<html>hello</html>': does `url` name"),
     ([json.dumps({"choices": []})], {}, "did not answer with the words of a chat but '{\"choices\": []}'"),
